@@ -1,0 +1,24 @@
+// What a build without CUDA kernels (HWKERN_CUDA=OFF) answers in their place. Host code stays the same.
+#include "core/device.h"
+#include "core/status.h"
+#include "gemm/configs.h"
+#include "quant/kernels.h"
+
+namespace hwkern {
+
+constexpr Status kNoCuda{StatusCode::kNotCompiled,
+                         "this hwkern was built without CUDA kernels (HWKERN_CUDA=OFF): install a build with them"};
+
+int device_count(std::string* message) {
+  *message = kNoCuda.what;
+  return 0;
+}
+void driver_version(int* driver, int* runtime) { *driver = *runtime = 0; }
+Status device_properties(int, DeviceProperties*) { return kNoCuda; }
+Status current_device(Device*) { return kNoCuda; }
+Status launch_gemm_sm80(const Gemm&, int, Stream) { return kNoCuda; }
+Status launch_quantize_per_token(const Quantize&, Stream) { return kNoCuda; }
+Status launch_quantize_static(const Quantize&, ScaleAxis, Stream) { return kNoCuda; }
+Status launch_dequantize(const Dequantize&, ScaleAxis, Stream) { return kNoCuda; }
+
+}  // namespace hwkern

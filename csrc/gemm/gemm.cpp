@@ -1,0 +1,43 @@
+// The GEMM's front door: checks the contract of hwkern.h, chooses a config and launches it.
+#include "core/device.h"
+#include "core/status.h"
+#include "gemm/configs.h"
+
+namespace hwkern {
+
+static Status validate(const Gemm& p) {
+  if (p.m < 0 || p.n < 1 || p.k < 1) return invalid("gemm: M >= 0, N >= 1 and K >= 1 are needed");
+  if (p.k > kMaxK) return invalid("gemm: K must be below 2^17, or the int32 sum could overflow");
+  if (p.m > INT32_MAX || p.n > INT32_MAX) return invalid("gemm: M and N must fit in 31 bits");
+  if (p.lda < p.k || p.ldb < p.k || p.ldd < p.n) return invalid("gemm: a leading dimension is shorter than its row");
+  if (p.lda % kRowAlignment || p.ldb % kRowAlignment || !is_aligned(p.a, kRowAlignment) ||
+      !is_aligned(p.b, kRowAlignment))
+    return invalid("gemm: rows of A and B must start at multiples of 16 bytes");
+  if (!p.a || !p.b || !p.d) return invalid("gemm: A, B and D must not be null");
+  if (p.d_dtype == DType::kInt32) {
+    if (p.scale_m || p.scale_n || p.bias) return invalid("gemm: int32 output is the raw sum, without scales and bias");
+  } else if (!is_float(p.d_dtype)) {
+    return invalid("gemm: D must be float32, float16, bfloat16 or int32");
+  }
+  if (p.bias && !is_float(p.bias_dtype)) return invalid("gemm: bias must be float32, float16 or bfloat16");
+  if (!is_aligned(p.d, size_of(p.d_dtype))) return invalid("gemm: D is not aligned to its own elements");
+  return kSuccess;
+}
+
+Status gemm(const Gemm& p, int config_id, Stream stream) {
+  if (p.m == 0) return kSuccess;
+  if (const Status status = validate(p); !status.ok()) return status;
+  Device device;
+  if (const Status status = current_device(&device); !status.ok()) return status;
+  if (config_id == kChoose) config_id = gemm_choose(p.m, p.n, p.k, device);
+  if (config_id < 0)
+    return {StatusCode::kUnsupportedDevice,
+            "gemm: no kernel for this GPU; hwkern needs compute capability 8.0 or newer"};
+  const GemmConfig* config = gemm_config(config_id);
+  if (!config) return invalid("gemm: unknown config id; gemm_configs() lists them");
+  if (!gemm_runs_on(*config, device))
+    return {StatusCode::kUnsupportedDevice, "gemm: this config needs a newer GPU or more shared memory a block"};
+  return launch_gemm_sm80(p, config_id, stream);
+}
+
+}  // namespace hwkern

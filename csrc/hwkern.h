@@ -1,0 +1,147 @@
+// hwkern.h: the whole public interface of the kernels. No torch, no Python, no TensorRT.
+//
+// Every entry point takes raw device pointers, sizes and a stream, enqueues its work on that stream and returns.
+// None of them allocates, synchronises, reads an environment variable, prints or changes the current device, so
+// they may run inside a CUDA graph capture, a TensorRT enqueue or a pycuda program.
+//
+// Conventions, the same everywhere:
+//   A [M, K]  activations, int8, row-major, leading dimension lda   (elements between rows)
+//   B [N, K]  weights,     int8, row-major, leading dimension ldb   (torch's nn.Linear layout)
+//   D [M, N]  output, row-major, leading dimension ldd
+//   D[m, n] = round(((float)sum * scale_m[m]) * scale_n[n] + bias[n]),   sum = Σ_k A[m, k]·B[n, k], an exact int32
+// Each float operation is one IEEE float32 operation in the order written (no fused multiply-add), and `round` is
+// one rounding to the output type, so the result is the same bits on every GPU and on the CPU path.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+struct CUstream_st;  // cudaStream_t without CUDA's headers
+
+namespace hwkern {
+
+using Stream = CUstream_st*;
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt32 = 4 };
+
+enum class StatusCode : int32_t {
+  kOk = 0,
+  kInvalidArgument,    // a size, pointer, leading dimension or dtype that the contract excludes
+  kUnsupportedDevice,  // the current GPU cannot run this kernel
+  kCudaError,          // the CUDA runtime refused the launch; `what` is its own text
+  kNotCompiled,        // this build has no CUDA kernels
+};
+
+// `what` points at a string with static lifetime: the sentence that the caller shows.
+struct Status {
+  StatusCode code;
+  const char* what;
+  constexpr bool ok() const { return code == StatusCode::kOk; }
+};
+
+// An int32 sum of K products, each at most 128·128 = 2¹⁴ in size, stays below 2³¹ while K < 2¹⁷.
+constexpr int64_t kMaxK = (int64_t{1} << 17) - 1;
+
+// Rows of A and B start at multiples of this many bytes: one cp.async or one ldmatrix row.
+constexpr int64_t kRowAlignment = 16;
+
+// ---- GEMM ---------------------------------------------------------------------------------------------------------
+
+// One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
+// benchmark row. Ids live in caches and engines and are never reused.
+struct GemmConfig {
+  int id;
+  const char* name;          // e.g. "sm80_128x256x128_s3"
+  int min_compute;           // lowest compute capability, e.g. 80
+  int block_m, block_n, block_k;
+  int warps_m, warps_n, warps_k;
+  int stages;
+  int shared_bytes;          // dynamic shared memory of one block
+  int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
+};
+
+// What the choice of a config depends on.
+struct Device {
+  int sm_count;
+  int compute;               // e.g. 90
+  int shared_bytes;          // the most dynamic shared memory that one block may ask for
+};
+
+struct Gemm {
+  const int8_t* a;           // [M, K], rows 16-byte aligned
+  const int8_t* b;           // [N, K], rows 16-byte aligned
+  const float* scale_m;      // [M], or null for 1
+  const float* scale_n;      // [N], or null for 1
+  const void* bias;          // [N] of bias_dtype, or null for none
+  void* d;                   // [M, N] of d_dtype
+  int64_t lda, ldb, ldd;     // elements
+  int64_t m, n, k;
+  DType bias_dtype;          // kFloat32, kFloat16 or kBFloat16
+  DType d_dtype;             // kFloat32, kFloat16, kBFloat16, or kInt32: the raw sum, without scales and bias
+};
+
+const GemmConfig* gemm_configs(int* count);
+const GemmConfig* gemm_config(int id);  // null for an unknown id
+
+// Whether the device can run the config at all (compute capability, shared memory).
+bool gemm_runs_on(const GemmConfig& config, const Device& device);
+
+// The id that the cost model predicts to be fastest among those that run on the device; -1 if none does.
+int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device);
+
+// Predicted time in microseconds of one config, without launch overhead. Comparable between configs of one device.
+double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device);
+
+constexpr int kChoose = -1;
+Status gemm(const Gemm& problem, int config_id, Stream stream);
+
+// ---- Quantize and dequantize --------------------------------------------------------------------------------------
+
+// q = clamp(rint(x · (1 / scale)), -127, 127), rint to nearest even, float32 arithmetic.
+// Per token: scale[m] = max(absmax_k |x[m, k]| / 127, FLT_MIN). A row that holds NaN or ±inf gets scale NaN and
+// q = 0, so that every output computed from it is NaN and no other row is touched. An all-zero row gives zeros.
+// Static scales: ±inf saturates to ±127, NaN becomes 0.
+struct Quantize {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous
+  int8_t* q;                 // [M, ldq]
+  float* scale;              // [M] written (dynamic), or read: [M], [K] or [1] (static)
+  int64_t ldx, ldq;          // elements; columns K … ldq-1 of q are written with zeros
+  int64_t m, k;
+  DType x_dtype;             // kFloat32, kFloat16 or kBFloat16
+};
+
+enum class ScaleAxis : int32_t { kTensor = 0, kRow = 1, kColumn = 2 };
+
+Status quantize_per_token(const Quantize& problem, Stream stream);
+Status quantize_static(const Quantize& problem, ScaleAxis axis, Stream stream);
+
+// y[m, k] = round(q[m, k] · scale)
+struct Dequantize {
+  const int8_t* q;           // [M, K], K contiguous
+  const float* scale;        // [1], [M] or [K]
+  void* y;                   // [M, K] of y_dtype
+  int64_t ldq, ldy;
+  int64_t m, k;
+  DType y_dtype;
+};
+
+Status dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
+
+// ---- Linear: quantize x per token, then GEMM ----------------------------------------------------------------------
+
+struct Linear {
+  const void* x;             // [M, K] of x_dtype
+  const int8_t* weight;      // [N, ldb], ldb = K rounded up to 16, padding zero
+  const float* weight_scale; // [N]
+  const void* bias;          // [N] of bias_dtype, or null
+  void* y;                   // [M, N] of y_dtype, dense rows of ldy elements
+  int64_t ldx, ldb, ldy;
+  int64_t m, n, k;
+  DType x_dtype, bias_dtype, y_dtype;
+};
+
+// Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.
+size_t linear_workspace_bytes(int64_t m, int64_t k);
+Status linear(const Linear& problem, int config_id, void* workspace, size_t workspace_bytes, Stream stream);
+
+}  // namespace hwkern

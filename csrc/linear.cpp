@@ -1,0 +1,28 @@
+// Linear: quantize the activations per token into the workspace, then the GEMM.
+#include "core/status.h"
+#include "hwkern.h"
+
+namespace hwkern {
+
+// The workspace holds q [M, K16] int8 and then scale [M] float32; K16 is a multiple of 16, so the scales are aligned.
+size_t linear_workspace_bytes(int64_t m, int64_t k) {
+  return static_cast<size_t>(m * round_up(k, kRowAlignment) + m * static_cast<int64_t>(sizeof(float)));
+}
+
+Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_bytes, Stream stream) {
+  if (p.m == 0) return kSuccess;
+  if (p.m < 0 || p.k < 1) return invalid("linear: M >= 0 and K >= 1 are needed");
+  if (!workspace || workspace_bytes < linear_workspace_bytes(p.m, p.k))
+    return invalid("linear: the workspace is smaller than linear_workspace_bytes(M, K)");
+  if (!is_aligned(workspace, kRowAlignment)) return invalid("linear: the workspace must be 16-byte aligned");
+  const int64_t k16 = round_up(p.k, kRowAlignment);
+  int8_t* q = static_cast<int8_t*>(workspace);
+  float* scale = reinterpret_cast<float*>(q + p.m * k16);
+  const Status status = quantize_per_token({p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype}, stream);
+  if (!status.ok()) return status;
+  return gemm(
+      {q, p.weight, scale, p.weight_scale, p.bias, p.y, k16, p.ldb, p.ldy, p.m, p.n, p.k, p.bias_dtype, p.y_dtype},
+      config_id, stream);
+}
+
+}  // namespace hwkern
