@@ -1,0 +1,42 @@
+"""hwkern: INT8 Transformer inference on NVIDIA GPUs and on CPUs. ``hwkern.patch(model)`` is the main door."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwkern import hardware, nn, ops
+    from hwkern.patch import patch, unpatch
+    from hwkern.report import Report
+
+try:
+    __version__ = version("hwkern")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["Report", "__version__", "hardware", "nn", "ops", "patch", "unpatch"]
+
+# Where each public name lives. Resolved on first use, so that `import hwkern` needs no torch.
+_NAMES = {"patch": "hwkern.patch", "unpatch": "hwkern.patch", "Report": "hwkern.report"}
+_MODULES = ("hardware", "nn", "ops")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"hwkern.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'hwkern' has no attribute {name!r}; it has {', '.join(__all__)}")
+    try:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(f"hwkern.{name} needs PyTorch >= 2.4: pip install torch") from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

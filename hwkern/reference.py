@@ -1,0 +1,78 @@
+"""The mathematics of hwkern in plain torch: the oracle of every test, on any device, with no regard for speed.
+
+Every float operation below is one IEEE float32 operation, so the kernels (CUDA and CPU) reproduce these results bit
+for bit. Shapes: ``x [..., K]``, ``weight [N, K]``, ``q`` like ``x``; scales are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMAX = 127
+#: Smallest scale: the smallest normal float32, so that ``1 / scale`` is finite and an all-zero row stays zero.
+SCALE_MIN = torch.finfo(torch.float32).tiny
+
+
+def token_scale(x: Tensor) -> Tensor:
+    """``[..., K] -> [...]``: ``max(absmax / 127, SCALE_MIN)`` per row; NaN for a row that holds NaN or ±inf."""
+    absmax = x.float().abs().amax(-1)
+    # A tensor divisor: torch may multiply by the reciprocal of a Python scalar, which is not the same rounding.
+    scale = (absmax / torch.full_like(absmax, QMAX)).clamp_min(SCALE_MIN)
+    return torch.where(absmax.isfinite(), scale, torch.nan)
+
+
+def expand_scale(scale: Tensor, x: Tensor, axis: int) -> Tensor:
+    """Broadcast a scale against ``x``: one element for the whole tensor, else ``axis`` 0 (rows) or -1 (columns)."""
+    if scale.numel() == 1 or axis == -1:
+        return scale
+    return scale.reshape(*x.shape[:-1], 1)
+
+
+def quantize(x: Tensor, scale: Tensor | None = None, axis: int = 0) -> tuple[Tensor, Tensor]:
+    """``q = clamp(rint(x * (1 / scale)), -127, 127)``, round half to even; dynamic per token without a scale.
+
+    With a NaN scale, and where ``x`` is NaN, ``q`` is 0.
+    """
+    if scale is None:
+        scale, axis = token_scale(x), 0
+    inverse = torch.ones_like(scale) / scale
+    scaled = x.float() * expand_scale(inverse, x, axis)
+    q = scaled.round().clamp(-QMAX, QMAX)
+    return torch.where(q.isnan(), 0.0, q).to(torch.int8), scale
+
+
+def dequantize(q: Tensor, scale: Tensor, axis: int = 0, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """``q * scale`` in float32, rounded once to ``out_dtype``."""
+    return (q.float() * expand_scale(scale, q, axis)).to(out_dtype)
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor | None = None,
+    scale_b: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``((sum * scale_a) * scale_b) + bias``, ``sum[m, n] = Σ_k a[m, k]·b[n, k]`` exact; int32 gives the raw sum."""
+    # float64 holds every integer up to 2⁵³, so this product is exact on every device.
+    total = a.double() @ b.double().t()
+    if out_dtype == torch.int32:
+        return total.to(torch.int32)
+    y = total.float()
+    if scale_a is not None:
+        y = y * scale_a.reshape(*a.shape[:-1], 1)
+    if scale_b is not None:
+        y = y * scale_b
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(out_dtype)
+
+
+def int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """Quantize ``x`` per token, multiply by the int8 ``weight [N, K]``, rescale, add the bias, round once."""
+    q, scale = quantize(x)
+    return int8_matmul(q, weight, scale, weight_scale, bias, out_dtype or x.dtype)

@@ -1,0 +1,86 @@
+"""Raw calls of the CUDA kernels on buffers with guard bytes: what `ops` never shows, a kernel must still respect."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from hwkern import _native
+from hwkern.ops import DTYPES
+
+#: Under compute-sanitizer a launch costs a thousand times more: tests marked ``sanitizer`` then use fewer shapes.
+REDUCED = os.environ.get("HWKERN_REDUCED") == "1"
+
+GUARD = 512  # bytes before and after every output
+POISON = 0xA5
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Guarded:
+    """An output ``[rows, columns]`` with row pitch ``pitch``, poisoned, between guard bytes."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, pitch: int | None = None, offset: int = 0) -> None:
+        self.rows, self.columns, self.pitch = rows, columns, pitch or columns
+        self.offset = GUARD + offset * dtype.itemsize
+        payload = rows * self.pitch * dtype.itemsize
+        self.buffer = torch.full((self.offset + payload + GUARD,), POISON, dtype=torch.uint8, device="cuda")
+        self.body = self.buffer[self.offset : self.offset + payload]
+        self.matrix = self.body.view(dtype).view(rows, self.pitch)
+
+    @property
+    def value(self) -> Tensor:
+        return self.matrix[:, : self.columns]
+
+    def pointer(self) -> int:
+        return self.body.data_ptr()
+
+    def assert_untouched_outside(self) -> None:
+        """Guards and the padding between rows still hold the poison."""
+        outside = self.buffer.clone()
+        inner = outside[self.offset : self.offset + self.body.numel()].view(self.matrix.dtype).view(self.matrix.shape)
+        inner[:, : self.columns].view(torch.uint8).fill_(POISON)
+        assert bool((outside == POISON).all()), "bytes outside the output were written"
+
+
+def random_int8(rows: int, columns: int, pitch: int | None = None) -> Tensor:
+    """``[rows, columns]`` with values over the whole int8 range; the padding of each row holds garbage, not zeros."""
+    pitch = pitch or -(-columns // 16) * 16
+    return torch.randint(-128, 128, (rows, pitch), dtype=torch.int8, device="cuda")[:, :columns]
+
+
+def gemm(
+    a: Tensor,
+    b: Tensor,
+    d: Guarded,
+    config: int,
+    scale_m: Tensor | None = None,
+    scale_n: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    def pointer(t: Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    _native.extension().gemm(
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), pointer(scale_m), pointer(scale_n),
+        pointer(bias), 0 if bias is None else DTYPES[bias.dtype], d.pointer(), d.pitch, DTYPES[d.matrix.dtype],
+        a.shape[0], b.shape[0], a.shape[1], config, torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Equal bit for bit, where every NaN counts as the same."""
+    x, y = torch.where(x.isnan(), torch.zeros_like(x), x), torch.where(y.isnan(), torch.zeros_like(y), y)
+    width = {1: torch.int8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
+    return x.dtype == y.dtype and torch.equal(x.contiguous().view(width), y.contiguous().view(width))
+
+
+def ulp_distance(value: Tensor, exact: Tensor) -> float:
+    """The largest ``|value - exact| / ulp``, where ulp is the output type's spacing at ``exact`` (float64)."""
+    info = torch.finfo(value.dtype)
+    exponent = exact.abs().clamp_min(info.tiny).log2().floor()
+    ulp = 2.0 ** (exponent + math.log2(info.eps))
+    return float(((value.double() - exact).abs() / ulp).max())
