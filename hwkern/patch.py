@@ -1,0 +1,460 @@
+"""``patch``: every linear layer that is worth it becomes an int8 layer, in place. ``unpatch``: back to the originals.
+
+Both look first and raise before anything is touched; then they go layer by layer, so that the extra memory stays below
+that of the largest layer; and when something fails half-way they put everything back.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import sys
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from hwkern import _native
+from hwkern._layers import Layer, Selection, Selector, find_layers, int8_class, is_foreign, judge, tied
+from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
+from hwkern.nn import Int8Linear
+from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows, quantize_weight
+from hwkern.report import LayerReport, Report
+
+Originals = Literal["auto", "host", "disk", "drop"]
+Progress = Callable[[int, int, str], None]
+
+# What a user can register on a module; torch keeps each kind in an instance attribute of this name.
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# The attributes of a linear layer without a user's additions; what goes beyond them travels with the layer.
+_OWN = {"nf", "nx", *Int8Linear(1, 1, device="meta").__dict__, *nn.Linear(1, 1, device="meta").__dict__}
+
+
+def patch(
+    model: nn.Module,
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    originals: Originals = "auto",
+    progress: Progress | None = None,
+) -> Report:
+    """Replace the linear layers of ``model`` by int8 layers, in place.
+
+    Swapped are ``nn.Linear`` and transformers' ``Conv1D`` with a float32, float16 or bfloat16 weight. Left alone by
+    default: the output head (``lm_head`` and whatever shares its weight with an embedding), layers too small to gain
+    (fewer than 2**17 weights, or than 64 inputs or outputs), and everything on a CPU without an exact int8 product.
+    Left alone always: layers whose owner reads the weight itself (``nn.MultiheadAttention``,
+    ``nn.TransformerEncoderLayer``), parametrized layers, subclasses with their own forward, weights with NaN or ±inf.
+    The report gives the reason for each.
+
+    Args:
+        model: any module; on the CPU, on CUDA, or on ``meta`` (to be loaded afterwards).
+        include: which layers to take: a pattern for their qualified names (``"encoder.*.dense"``, as in fnmatch), a
+            predicate ``(name, module) -> bool``, or a sequence of both. What it names is also taken when it would be
+            left as an output head, as too small, or for the CPU's sake. Default: all.
+        exclude: which layers to leave, in the same form. Stronger than ``include``.
+        originals: where the float weights stay for :func:`unpatch`: "host" (memory), "disk" (a temporary file that
+            vanishes by itself), "drop" (nowhere: unpatch becomes impossible), or "auto": host memory for a model on
+            CUDA while there is room, the disk for one on the CPU.
+        progress: called as ``progress(done, total, name)`` after each layer.
+
+    Returns:
+        A :class:`~hwkern.report.Report`; print it.
+
+    Raises:
+        TypeError, ValueError: the model, a pattern or an option cannot be used.
+        RuntimeError: the model is on a device where the int8 kernels cannot run.
+        OSError: the float weights find no room.
+
+    After an error, whenever it strikes, the model is as it was before.
+    """
+    _check_model(model, "patch")
+    if originals not in ("auto", "host", "disk", "drop"):
+        raise ValueError(f"originals = {originals!r}: it must be 'auto', 'host', 'disk' or 'drop'.")
+    layers = find_layers(model)
+    wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
+    for selection in (wanted, unwanted):
+        selection.check(layers, model)
+    judge(model, layers, wanted, unwanted)
+    _refuse_integer_model(layers)
+    chosen = [layer for layer in layers if layer.status == "int8"]
+    _refuse_device(chosen)
+    groups = tied(chosen)
+    spool = Spool(_place(originals, groups))
+    before = _model_bytes(model)
+    reports = _Reports(layers)
+    _transaction(groups, lambda group, journal: _swap(group, spool, journal), progress)
+    if originals == "drop":
+        for layer in chosen:
+            if layer.status == "int8":
+                layer.now._original.forget("it was dropped (originals='drop')")
+    return Report(
+        layers=reports.finish(),
+        model_bytes_before=before,
+        model_bytes_after=_model_bytes(model),
+        originals=(originals if originals == "drop" else spool.place) if spool.bytes else "",
+        originals_bytes=spool.bytes,
+        note=_note(layers),
+    )
+
+
+def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selector | None = None) -> Report:
+    """Put the original modules back, in place: the same objects, with bit-identical weights.
+
+    They come back on the device where their int8 layers are now, with the hooks and the ``training`` flag of now, and
+    with the bias of now. ``include`` and ``exclude`` choose int8 layers as in :func:`patch`.
+
+    Raises:
+        ValueError: a float weight is gone (``originals="drop"``, a model out of a pickle, other weights loaded since);
+            ``Int8Linear.to_float()`` still turns such a layer into a float one.
+        TypeError: ``model`` is not a module, or a pattern is none.
+    """
+    _check_model(model, "unpatch")
+    layers = [layer for layer in find_layers(model) if isinstance(layer.module, Int8Linear)]
+    wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
+    for selection in (wanted, unwanted):
+        selection.check(layers, model)
+    chosen = []
+    for layer in layers:
+        reason = unwanted.reason(layer) or wanted.reason(layer)
+        if reason:
+            layer.status, layer.reason = "left", reason
+        else:
+            layer.status = "restored"
+            chosen.append(layer)
+    _refuse_lost(chosen)
+    before = _model_bytes(model)
+    reports = _Reports(layers)
+    _transaction([[layer] for layer in chosen], _restore, None)
+    for layer in chosen:
+        cast(Int8Linear, layer.module)._original = None
+    return Report(
+        layers=reports.finish(),
+        model_bytes_before=before,
+        model_bytes_after=_model_bytes(model),
+        note="" if layers else "The model has no int8 layers: nothing to do.",
+    )
+
+
+# ---- errors before anything is touched ------------------------------------------------------------------------------
+
+
+def _check_model(model: object, verb: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hwkern.{verb} takes a torch.nn.Module, not {type(model).__name__}.")
+    if isinstance(model, Int8Linear):
+        raise ValueError(
+            f"The model itself is an {type(model).__name__}, which cannot be replaced in place: use its to_float()."
+        )
+    if (cls := int8_class(model)) is not None:
+        raise ValueError(
+            f"The model itself is a {type(model).__name__}, which cannot be replaced in place: use "
+            f"hwkern.nn.{cls.__name__}.from_float(layer), or put it into an nn.Sequential."
+        )
+    for name, module in model.named_modules():
+        where = f"'{name}'" if name else "The model"
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{where} was compiled (torch.compile): its code has the present layers built in. "
+                f"{verb.capitalize()} the plain model first, then compile it."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where} is a TorchScript module: {verb} the plain model, then script or trace it.")
+        if type(module).__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(
+                f"{where} is wrapped in {type(module).__name__}, which keeps its own record of the parameters: "
+                f"{verb} the model before wrapping it."
+            )
+
+
+def _refuse_integer_model(layers: Sequence[Layer]) -> None:
+    if not layers or any(layer.status in ("int8", "already") for layer in layers):
+        return
+    integer = [layer for layer in layers if _has_integer_weight(layer)]
+    if len(integer) == len(layers):
+        raise ValueError(
+            f"This is an integer model: all of its {len(layers)} linear layers are quantized already, for example "
+            f"{integer[0].names[0]!r} ({type(integer[0].module).__name__}). hwkern quantizes float weights: load the "
+            "float model."
+        )
+
+
+def _has_integer_weight(layer: Layer) -> bool:
+    weight = layer.weight
+    integer = weight is not None and not weight.is_floating_point() and not weight.is_complex()
+    return integer or is_foreign(layer.module)
+
+
+def _refuse_device(chosen: Sequence[Layer]) -> None:
+    for layer in chosen:
+        device = cast(Tensor, layer.weight).device
+        if device.type in ("cpu", "meta"):
+            continue
+        problem = _native.cuda_problem() if device.type == "cuda" else "hwkern has kernels for CUDA and for the CPU."
+        if problem is not None:
+            raise RuntimeError(
+                f"The model is on {device} (layer {layer.names[0]!r}), where hwkern cannot run: {problem} "
+                "On the CPU it runs: model.cpu()."
+            )
+
+
+def _refuse_lost(chosen: Sequence[Layer]) -> None:
+    lost = []
+    for layer in chosen:
+        module = cast(Int8Linear, layer.module)
+        original = module._original
+        if original is None:
+            lost.append((layer, "the layer was made without hwkern.patch"))
+        elif original.weight is None:
+            lost.append((layer, original.gone))
+        elif original.weight.is_meta and not module.weight.is_meta:
+            lost.append((layer, "the model was patched on the meta device, without values"))
+    if lost:
+        layer, why = lost[0]
+        count = f"{len(lost)} of {len(chosen)} int8 layers" if len(chosen) > 1 else "The int8 layer"
+        raise ValueError(
+            f"{count} cannot go back, because the float weight is gone: {why} (for example {layer.names[0]!r}). "
+            "The int8 weight as float is layer.to_float(); to keep the float weights, patch with originals='host' or "
+            "'disk'."
+        )
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def _place(originals: Originals, groups: Sequence[Sequence[Layer]]) -> Place:
+    """Host or disk, with room for all float weights. OSError before anything is touched when there is none."""
+    weights = [cast(Tensor, group[0].weight) for group in groups]
+    weights = [weight for weight in weights if not weight.is_meta]
+    need = sum(weight.numel() * weight.element_size() for weight in weights)
+    on_cpu = all(weight.device.type == "cpu" for weight in weights)
+    if not weights:
+        return "host"
+    if originals == "host":
+        return "host"
+    if originals != "disk" and not on_cpu and need < free_memory() * 3 // 4:
+        return "host"
+    free = free_disk()
+    if need < free:
+        return "disk"
+    if originals != "disk" and on_cpu:
+        return "host"  # takes no more memory than the model does now
+    raise OSError(
+        errno.ENOSPC,
+        f"The float weights need {need / 1e9:.2f} GB, but {spool_directory()} has only {free / 1e9:.2f} GB left: set "
+        "TMPDIR to a folder with more room, or pass originals='host' to keep them in memory",
+    )
+
+
+def _model_bytes(model: nn.Module) -> int:
+    tensors = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    return sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+# ---- the swap -------------------------------------------------------------------------------------------------------
+
+# What was done, as functions that undo it. An entry is written before its change and may run when that never happened.
+_Journal = list[Callable[[], None]]
+
+
+def _transaction(
+    groups: Sequence[Sequence[Layer]],
+    step: Callable[[Sequence[Layer], _Journal], None],
+    progress: Progress | None,
+) -> None:
+    """Run ``step`` on every group; when one fails (or the user interrupts), undo all and raise."""
+    journal: _Journal = []
+    total = sum(len(group) for group in groups)
+    done = 0
+    try:
+        # Outside inference mode, because tensors made inside it could never again take part in training.
+        with torch.inference_mode(False), torch.no_grad():
+            for group in groups:
+                step(group, journal)
+                done += len(group)
+                if progress is not None:
+                    progress(done, total, group[-1].names[0])
+    except BaseException:
+        with torch.inference_mode(False), torch.no_grad():
+            _undo(journal)
+        raise
+
+
+def _undo(journal: _Journal) -> None:
+    failure: Exception | None = None
+    while journal:
+        try:
+            journal.pop()()
+        except Exception as error:  # one lost layer must not cost the others
+            failure = error
+    if failure is not None:
+        raise RuntimeError("hwkern failed, and could not put every layer back as it was.") from failure
+
+
+def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal) -> None:
+    """Make the layers of one tied group int8. Frees the float weight, unless somebody else holds it."""
+    weight = cast(nn.Parameter, group[0].weight)
+    cls = cast(type[Int8Linear], int8_class(group[0].module))
+    rows = cls._rows(weight.detach())
+    packed, scale = quantize_weight(rows)
+    if not all_finite(scale):
+        for layer in group:
+            layer.status, layer.reason = "left", f"its weight has NaN or ±inf in {nonfinite_rows(scale)}"
+        return
+    stored = _store(weight, spool)
+    parameter = nn.Parameter(packed, requires_grad=False)
+    for layer in group:
+        module = layer.module
+        new = cls._from_packed(rows.shape[1], parameter, scale, module._parameters.get("bias"), weight.dtype)
+        _adopt(new, module)
+        new._original = Original(module, stored)
+        journal.append(functools.partial(_put_back, layer, module, new))
+        module._parameters["weight"] = None
+        _set(layer, new)
+
+
+def _store(weight: nn.Parameter, spool: Spool) -> FloatWeight:
+    try:
+        return FloatWeight(weight, spool)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The float weights could not be kept in {spool_directory()} ({error.strerror}): set TMPDIR to a folder "
+            "with more room, or pass originals='host' to keep them in memory",
+        ) from error
+
+
+def _restore(group: Sequence[Layer], journal: _Journal) -> None:
+    """Put the float module of one int8 layer back."""
+    (layer,) = group
+    int8 = cast(Int8Linear, layer.module)
+    module = cast(nn.Module, cast(Original, int8._original).module)
+
+    def undo() -> None:
+        module._parameters["weight"] = None
+        _set(layer, int8)
+
+    journal.append(undo)
+    _put_back(layer, module, int8)
+
+
+def _put_back(layer: Layer, module: nn.Module, int8: Int8Linear) -> None:
+    stored = cast(FloatWeight, cast(Original, int8._original).weight)
+    module._parameters["weight"] = stored.restore(int8.weight.device, int8.float_dtype)
+    module._parameters["bias"] = int8._parameters["bias"]
+    _adopt(module, int8)
+    _set(layer, module)
+
+
+def _set(layer: Layer, module: nn.Module) -> None:
+    # Not setattr: the registry's order must stay, and a parent's own __setattr__ has no say in this.
+    for parent, attribute in layer.slots:
+        parent._modules[attribute] = module
+
+
+def _adopt(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` the hooks, the mode and the user's attributes of ``old``.
+
+    The hook dicts are shared, not copied: the handles that users hold remove hooks from those very dicts.
+    """
+    for name in _HOOKS:
+        if name in old.__dict__:
+            new.__dict__[name] = old.__dict__[name]
+    new.training = old.training
+    for name, value in old.__dict__.items():
+        if name not in _OWN:
+            new.__dict__[name] = value
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+class _Reports:
+    """Remembers sizes and dtypes before the change, and writes the lines of the report after it."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
+        self._before = _facts(layers)
+
+    def finish(self) -> tuple[LayerReport, ...]:
+        return tuple(
+            LayerReport(
+                names=tuple(layer.names),
+                status=layer.status,
+                reason=layer.reason,
+                tied_to=layer.tied_to,
+                bytes_before=before.pop("bytes"),
+                bytes_after=after["bytes"],
+                **before,
+            )
+            for layer, before, after in zip(self._layers, self._before, _facts(self._layers), strict=True)
+        )
+
+
+def _facts(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """Kind, sizes, dtype, device and bytes of each layer as it is now; a tensor that several share is counted once."""
+    seen: set[int] = set()
+    facts = []
+    for layer in layers:
+        module = layer.now
+        weight = module._parameters.get("weight")
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        n, k = _sizes(module)
+        facts.append(
+            {
+                "kind": type(module).__name__,
+                "in_features": k,
+                "out_features": n,
+                "dtype": "" if weight is None else dtype_name(weight.dtype),
+                "device": "" if weight is None else str(weight.device),
+                "bytes": sum(_bytes(tensor) for tensor in tensors if id(tensor) not in seen),
+            }
+        )
+        seen.update(map(id, tensors))
+    return facts
+
+
+def _bytes(tensor: Tensor) -> int:
+    if nn.parameter.is_lazy(tensor):  # a lazy module's, without a shape yet
+        return 0
+    return tensor.numel() * tensor.element_size()
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """``(outputs, inputs)``."""
+    names = ("nf", "nx") if hasattr(module, "nf") else ("out_features", "in_features")
+    n, k = (cast(int, getattr(module, name, 0)) for name in names)
+    return n, k
+
+
+def _note(layers: Sequence[Layer]) -> str:
+    already = sum(layer.status == "already" for layer in layers)
+    if not already:
+        return ""
+    nothing = " Nothing was changed." if all(layer.status != "int8" for layer in layers) else ""
+    return f"Already patched: {already} layer{'' if already == 1 else 's'}.{nothing}"
+
+
+class _CallableModule(types.ModuleType):
+    """``hwkern.patch`` is the function, but importing this file binds that name to the module: let both be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        return patch(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
