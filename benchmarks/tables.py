@@ -1,0 +1,184 @@
+"""Write the measured tables into README.md and docs/ from benchmarks/results/*.json, or check that they are current.
+
+A table stands between two comment lines, the first of which names the file without `.json`:
+
+    <!-- results: gemm-h100 -->
+    ...
+    <!-- end results -->
+
+`--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
+one line that says so: nothing is ever shown that was not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+
+
+def shape(row: dict[str, Any]) -> str:
+    """ "M×N×K"."""
+    return f"{row['m']}×{row['n']}×{row['k']}"
+
+
+def ratio(row: dict[str, Any], peer: str) -> str:
+    """How many times faster hwkern is than ``peer``; – where the peer cannot run."""
+    us = row["peers_us"].get(peer)
+    return "–" if us is None else f"{us / row['us']:.2f}×"
+
+
+def gemm(document: dict[str, Any]) -> str:
+    """benchmarks/gemm.py."""
+    rows = [
+        [
+            shape(row),
+            f"{row['us']:.1f}",
+            f"{row['tops']:.0f}",
+            f"{row['floor_us'] / row['us'] * 100:.0f} % ({row['bound']})",
+            *(ratio(row, peer) for peer in ("bf16", "int_mm", "fp8")),
+        ]
+        for row in document["rows"]
+    ]
+    return markdown(["M×N×K", "µs", "TOPS", "of the speed of light", "vs bf16", "vs `_int_mm`", "vs fp8"], rows)
+
+
+def quantize(document: dict[str, Any]) -> str:
+    """benchmarks/quantize.py."""
+    rows = [
+        [
+            f"{row['operator']}, {row['dtype']}",
+            f"{row['m']}×{row['k']}",
+            f"{row['us']:.1f}",
+            f"{row['bandwidth']:.0f}",
+            f"{row['of_copy'] * 100:.0f} %",
+            f"{row['of_large_copy'] * 100:.0f} %",
+            f"{row['eager_us'] / row['us']:.1f}×",
+        ]
+        for row in document["rows"]
+    ]
+    return markdown(["", "M×K", "µs", "GB/s", "of a copy", "of a 1 GiB copy", "vs eager torch"], rows)
+
+
+def linear(document: dict[str, Any]) -> str:
+    """benchmarks/linear.py: the device table, then the host's."""
+    device = [
+        [shape(row), f"{row['us']:.1f}", f"{row['floor_us'] / row['us'] * 100:.0f} %"]
+        + [ratio(row, peer) for peer in ("bf16", "fp16", "fp32")]
+        for row in document["rows"]
+        if row["kind"] == "device"
+    ]
+    host = [
+        [row["mode"], f"{row['us']:.1f}", f"{row['linear_us']:.1f}", f"{row['us'] / row['linear_us']:.2f}"]
+        for row in document["rows"]
+        if row["kind"] == "host"
+    ]
+    parts = []
+    if device:
+        parts.append(markdown(["M×N×K", "µs", "of the speed of light", "vs bf16", "vs fp16", "vs fp32"], device))
+    if host:
+        parts.append(
+            markdown(["host, one eager call", "Int8Linear µs", "nn.Linear µs", "Int8Linear / nn.Linear"], host)
+        )
+    return "\n\n".join(parts)
+
+
+def cpu_linear(document: dict[str, Any]) -> str:
+    """benchmarks/cpu_linear.py."""
+    rows = [
+        [shape(row), f"{row['us']:.0f}", *(ratio(row, peer) for peer in ("fp32", "bf16", "fbgemm"))]
+        for row in document["rows"]
+    ]
+    return markdown(["M×N×K", "µs", "vs float32", "vs bfloat16", "vs fbgemm dynamic"], rows)
+
+
+def demo(document: dict[str, Any]) -> str:
+    """`hwkern demo --json`: laid out by the demo itself, from the JSON's numbers."""
+    from hwkern.demo import Result, quality_rows, speed_rows
+
+    result = Result.from_dict(document)
+    head = markdown(["", "original", "hwkern", "change"], speed_rows(result))
+    quality = [[label, value] for label, value, _ in quality_rows(result)]
+    return head + "\n\n" + markdown(["", "hwkern against original"], quality)
+
+
+RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gemm": gemm,
+    "quantize": quantize,
+    "linear": linear,
+    "cpu_linear": cpu_linear,
+    "demo": demo,
+}
+
+
+def caption(document: dict[str, Any]) -> str:
+    """One line under the table: where and when, and with which command."""
+    where = document["environment"]
+    device = where.get("gpu") or where.get("device_name") or where.get("cpu")
+    parts = [str(device)]
+    if where.get("nvidia_smi", {}).get("driver_version"):
+        parts.append(f"driver {where['nvidia_smi']['driver_version']}")
+    if where.get("wheel_cuda"):
+        parts.append(f"CUDA {where['wheel_cuda']}")
+    if "threads" in where and not str(where.get("device", "")).startswith("cuda"):
+        parts.append(f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}")
+    parts += [f"torch {where['torch']}", where["date"]]
+    if where.get("commit"):
+        parts.append(f"commit {where['commit'][:12]}")
+    return f"Measured on {', '.join(parts)}: `{where['command']}`"
+
+
+def render(name: str, results: Path) -> str:
+    """The text between the markers for benchmarks/results/``name``.json."""
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return f"*Not measured yet: there is no benchmarks/results/{name}.json.*"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document.get("schema") != 1 or document.get("benchmark") not in RENDER:
+        sys.exit(f"{path} has schema {document.get('schema')!r} and benchmark {document.get('benchmark')!r}: "
+                 f"known are schema 1 and {', '.join(RENDER)}.")  # fmt: skip
+    return f"{RENDER[document['benchmark']](document)}\n\n{caption(document)}"
+
+
+def rewrite(text: str, results: Path) -> str:
+    """``text`` with every table between markers made anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}{render(found[2], results)}\n{found[3]}", text)
+
+
+def main() -> int:
+    """Rewrite or check; 1 when ``--check`` finds a difference."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 when a table is not current")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder with README.md, docs/ and benchmarks/results/")
+    arguments = parser.parse_args()
+    stale = []
+    for path in [arguments.root / "README.md", *sorted((arguments.root / "docs").glob("*.md"))]:
+        before = path.read_text(encoding="utf-8")
+        after = rewrite(before, arguments.root / "benchmarks" / "results")
+        if after != before:
+            stale.append(path.relative_to(arguments.root))
+            if not arguments.check:
+                path.write_text(after, encoding="utf-8")
+    for path in stale:
+        print(f"{path}: {'its tables differ from benchmarks/results' if arguments.check else 'rewritten'}")
+    if stale and arguments.check:
+        print("Run `python benchmarks/tables.py`.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The command ``hwkern``: one function per subcommand, each in its own module and imported only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import hwkern
+
+#: Subcommand → (module, one-line help). A module has `add_arguments(parser)` and `run(arguments) -> exit code`.
+COMMANDS = {
+    "doctor": ("hwkern.doctor", "what runs where on this machine, and what to install or fix"),
+    "demo": ("hwkern.demo", "patch a real sentence-embedding model and compare it with the original"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole argument parser; importing the subcommands' modules needs no torch."""
+    top = argparse.ArgumentParser(prog="hwkern", description="INT8 Transformer inference on GPUs and CPUs.")
+    top.add_argument("--version", action="version", version=f"hwkern {hwkern.__version__}")
+    commands = top.add_subparsers(dest="command", metavar="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        command = importlib.import_module(module)
+        sub = commands.add_parser(name, help=text, description=command.__doc__)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code: 0 fine, 1 something is broken, 2 wrong usage."""
+    arguments = parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The benchmarks' own code: what they time and record, that they refuse wrong results, and the README's tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a script of benchmarks/ as Python does when it is started from there."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    yield importlib.import_module
+    for name in names & set(sys.modules):
+        del sys.modules[name]
+
+
+def start(name, *arguments):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160"})
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bytes_per_call", [1, 1000, 10**6, 10**8, 10**9])
+def test_rotating_buffers_keep_the_l2_cold(load, bytes_per_call):
+    timing = load("timing")
+    l2 = 50 << 20
+    sets = timing.rotations(bytes_per_call, l2)
+    assert sets * bytes_per_call >= 3 * l2
+
+
+def test_rotating_buffers_stay_within_the_memory_limit(load):
+    timing = load("timing")
+    assert timing.rotations(10**9, 10**10, limit=5 * 10**9) == 5
+    assert timing.rotations(10**10, 50 << 20, limit=5 * 10**9) == 1
+
+
+def test_cpu_timing_is_the_median_in_microseconds_and_restores_the_threads(load):
+    timing = load("timing")
+    threads = torch.get_num_threads()
+    slept = []
+
+    def nap():
+        slept.append(torch.get_num_threads())
+        time.sleep(2e-3)
+
+    us = timing.cpu_us({"nap": nap, "nothing": lambda: None}, seconds=0.02)
+    assert 2000 <= us["nap"] < 20_000  # a sleep is never short, and rarely long
+    assert us["nothing"] < 200
+    assert set(slept) == {1}
+    assert torch.get_num_threads() == threads
+
+
+def test_threads_are_restored_after_an_error(load):
+    timing = load("timing")
+    threads = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        timing.cpu_us({"broken": lambda: 1 / 0})
+    assert torch.get_num_threads() == threads
+
+
+def test_the_record_says_where_and_what(load):
+    found = load("timing").environment("cpu", commit="abc123")
+    assert found["commit"] == "abc123"
+    for key in ("date", "command", "hwkern", "torch", "cpu", "int8_units", "threads"):
+        assert key in found
+
+
+def test_saved_json_reads_back(load, tmp_path, capsys):
+    timing = load("timing")
+    document = timing.result("cpu_linear", "cpu", "abc", [{"m": 1, "peers_us": {"fp32": 2.5}}, {"m": 2}])
+    path = tmp_path / "new" / "result.json"
+    timing.save(path, document)
+    assert json.loads(path.read_text(encoding="utf-8")) == document
+    timing.save(tmp_path / "empty.json", {**document, "rows": []})
+    assert json.loads((tmp_path / "empty.json").read_text(encoding="utf-8"))["rows"] == []
+
+
+def test_shapes_and_integers_parse(load):
+    timing = load("timing")
+    assert timing.shapes("6144x4096,8x16") == [(6144, 4096), (8, 16)]
+    assert timing.integers("1,16") == [1, 16]
+
+
+# ---- the scripts -----------------------------------------------------------------------------------------------------
+
+
+def test_cpu_linear_measures_and_records(tmp_path):
+    path = tmp_path / "cpu.json"
+    done = start("cpu_linear", "--m", "1,3", "--shapes", "48x40", "--json", path, "--commit", "abc")
+    assert done.returncode == 0, done.stderr
+    assert "3×48×40" in done.stdout
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert (document["schema"], document["benchmark"]) == (1, "cpu_linear")
+    assert document["environment"]["commit"] == "abc"
+    assert [(row["m"], row["n"], row["k"]) for row in document["rows"]] == [(1, 48, 40), (3, 48, 40)]
+    for row in document["rows"]:
+        assert row["us"] > 0
+        assert {"fp32", "bf16"} <= set(row["peers_us"])
+
+
+def test_cpu_linear_refuses_a_wrong_result(load):
+    benchmark = load("cpu_linear")
+    linear = torch.nn.Linear(32, 32)
+    with torch.inference_mode(), pytest.raises(SystemExit, match="Wrong result"):
+        benchmark.check(linear, linear, torch.randn(2, 32))
+
+
+def test_linear_refuses_a_wrong_result(load):
+    benchmark = load("linear")
+    linear = torch.nn.Linear(64, 64)
+    x = torch.randn(8, 64)
+    with torch.inference_mode():
+        benchmark.check(linear, linear, x)
+        with pytest.raises(SystemExit, match="Wrong result"):
+            benchmark.check(linear, lambda v: linear(v) * 1.1, x)
+        with pytest.raises(SystemExit, match="Wrong result"):
+            benchmark.check(linear, lambda v: linear(v) * torch.nan, x)
+
+
+@pytest.mark.parametrize("changed", [0, 1 << 19, (1 << 20) - 1])
+def test_gemm_refuses_a_wrong_sum(load, monkeypatch, changed):
+    benchmark = load("gemm")
+    a, b = (load("timing").random_int8(1024, 1024, device="cpu") for _ in range(2))
+    benchmark.check(a, b, -1)
+    right = benchmark.ops.int8_matmul
+
+    def off_by_one(*arguments, **options):
+        total = right(*arguments, **options)
+        total.view(-1)[changed] += 1
+        return total
+
+    monkeypatch.setattr(benchmark.ops, "int8_matmul", off_by_one)
+    with pytest.raises(SystemExit, match="differs in 1 elements"):
+        benchmark.check(a, b, -1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU, and this machine has one")
+@pytest.mark.parametrize("name", ["gemm", "quantize", "linear"])
+def test_a_gpu_benchmark_without_a_gpu_says_why(name):
+    done = start(name, "--quick")
+    assert done.returncode == 1
+    assert "needs an NVIDIA GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("gemm", ["--m", "16", "--shapes", "256x512", "--configs", "all"]),
+        ("linear", ["--m", "16", "--shapes", "256x512"]),
+        ("quantize", ["--quick", "--dtypes", "bfloat16"]),
+    ],
+)
+def test_a_gpu_benchmark_measures_and_records(tmp_path, name, arguments):
+    path = tmp_path / "result.json"
+    done = start(name, *arguments, "--json", path)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["benchmark"] == name
+    assert document["environment"]["gpu"]
+    assert all(row["us"] > 0 for row in document["rows"])
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
+GEMM_ROW = {
+    "m": 16, "n": 4096, "k": 4096, "config": 2, "us": 10.0, "tops": 53.7, "floor_us": 5.0, "bound": "memory",
+    "peers_us": {"bf16": 15.0}, "configs_us": {}, "predicted_us": {},
+}  # fmt: skip
+ENVIRONMENT = {"gpu": "Some GPU", "torch": "2.0", "date": "2026-01-01", "commit": "abcdef0123456789", "command": "x"}
+DEMO = {
+    "environment": {
+        "device": "cpu", "device_choice": "", "device_name": "Some CPU", "threads": 2, "cores": 2, "load": 0.1,
+        "torch": "2.0", "hwkern": "0.1", "date": "2026-01-01", "command": "hwkern demo",
+    },
+    "sentences": 300, "tokens": 9000, "batch_size": 32, "dtype": "float32", "layers_swapped": 36, "originals": "host",
+    "originals_bytes": 1,
+    "quality": {"cosine_mean": 0.997, "cosine_min": 0.99, "top1_agreement": 0.95, "top5_overlap": 0.94},
+    "stock": {
+        "speed": {"latency_p50_ms": 8.0, "latency_p95_ms": 12.0, "sentences_per_s": 100.0},
+        "weight_bytes": 90_000_000, "peak_bytes": None,
+    },
+    "hwkern": {
+        "speed": {"latency_p50_ms": 4.0, "latency_p95_ms": 6.0, "sentences_per_s": 200.0},
+        "weight_bytes": 45_000_000, "peak_bytes": None,
+    },
+    "unpatched_identical": True, "failures": [],
+}  # fmt: skip
+DOCUMENTS = {
+    "gemm": ({"rows": [GEMM_ROW]}, "| 16×4096×4096 | 10.0 | 54 | 50 % (memory) | 1.50× | – | – |"),
+    "quantize": (
+        {
+            "rows": [
+                {
+                    "operator": "quantize per token", "m": 64, "k": 4096, "dtype": "bfloat16", "us": 2.0,
+                    "bandwidth": 393.2, "of_copy": 0.9, "of_large_copy": 0.13, "eager_us": 30.0,
+                }
+            ]
+        },
+        "| quantize per token, bfloat16 | 64×4096 | 2.0 | 393 | 90 % | 13 % | 15.0× |",
+    ),
+    "linear": (
+        {
+            "rows": [
+                {"kind": "host", "mode": "grad", "us": 20.0, "linear_us": 18.0},
+                {**GEMM_ROW, "kind": "device", "peers_us": {"bf16": 15.0, "fp16": 15.0, "fp32": 60.0}},
+            ]
+        },
+        "| grad | 20.0 | 18.0 | 1.11 |",
+    ),
+    "cpu_linear": ({"rows": [{**GEMM_ROW, "peers_us": {"fp32": 5.0}}]}, "| 16×4096×4096 | 10 | 0.50× | – | – |"),
+    "demo": (DEMO, "| batches | 100 sentences/s | 200 sentences/s | 2.00× faster |"),
+}  # fmt: skip
+PAGE = "before\n<!-- results: {} -->\nold\n<!-- end results -->\nafter\n"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A small repository: README.md, docs/, benchmarks/results/, and a way to run tables.py on it."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+
+    def put(name, document):
+        document = {"schema": 1, "benchmark": name, "environment": ENVIRONMENT, **document}
+        (results / f"{name}.json").write_text(json.dumps(document), encoding="utf-8")
+
+    return tmp_path, put
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_kind_of_result_becomes_a_table(site, name):
+    root, put = site
+    document, line = DOCUMENTS[name]
+    put(name, document)
+    (root / "README.md").write_text(PAGE.format(name), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert line in text.split("\n")
+    assert "old" not in text
+    assert "Measured on Some" in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert start("tables", "--root", root, "--check").returncode == 0
+
+
+def test_a_stale_table_fails_the_check_and_is_left_alone(site):
+    root, put = site
+    put("gemm", DOCUMENTS["gemm"][0])
+    page = root / "docs" / "page.md"
+    (root / "README.md").write_text("no tables\n", encoding="utf-8")
+    page.write_text(PAGE.format("gemm"), encoding="utf-8")
+    done = start("tables", "--root", root, "--check")
+    assert done.returncode == 1
+    assert "docs/page.md" in done.stdout
+    assert page.read_text(encoding="utf-8") == PAGE.format("gemm")
+
+
+def test_what_was_not_measured_is_said(site):
+    root, _ = site
+    (root / "README.md").write_text(PAGE.format("gemm-h100"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    assert "Not measured yet" in (root / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_result_of_an_unknown_kind_is_an_error(site):
+    root, put = site
+    put("coffee", {"rows": []})
+    (root / "README.md").write_text(PAGE.format("coffee"), encoding="utf-8")
+    done = start("tables", "--root", root)
+    assert done.returncode == 1
+    assert "'coffee'" in done.stderr
+
+
+def test_the_tables_of_this_repository_are_current():
+    done = start("tables", "--check")
+    assert done.returncode == 0, done.stdout
+
+
+def test_committed_results_say_where_they_come_from():
+    for path in BENCHMARKS.glob("results/*.json"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        assert document["schema"] == 1, path
+        for key in ("date", "command", "torch", "hwkern"):
+            assert document["environment"][key], (path, key)
