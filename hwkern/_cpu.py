@@ -1,15 +1,17 @@
-"""The operators on the CPU: the same bits as on CUDA, on top of torch's integer matmul."""
+"""The operators on the CPU: the same bits as on CUDA, with csrc/cpu/ around torch's integer matmul."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
 
+from hwkern import _native
 from hwkern._checks import (
     CHOOSE,
+    DTYPES,
     check_float,
     check_int8,
     check_k,
@@ -18,10 +20,15 @@ from hwkern._checks import (
     check_out_dtype,
     check_static_scale,
 )
-from hwkern.reference import QMAX, SCALE_MIN, expand_scale
+from hwkern.reference import QMAX, expand_scale
+
+_C = _native.extension()
 
 # Partial sums of this many products are exact in float32: 127² · 1040 < 2²⁴.
 _EXACT_K = 1040
+
+# What a thread must get for waking it to pay: 10 µs of work or more.
+_THREAD_ELEMENTS = 2**15
 
 
 @functools.cache
@@ -51,64 +58,74 @@ def float_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def integer_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """``a [M, K] @ b [N, K].T`` as an exact int32 ``[M, N]`` on the CPU."""
+def integer_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a [M, K] @ b [N, K].T`` as exact int32 sums into ``out [M, N]``."""
     # NOTE: torch._int_mm is wrong for K = 1 on every CPU (torch 2.13).
     if a.shape[1] > 1 and int8_is_fast():
-        return torch._int_mm(a, b.t())
-    return float_matmul(a, b)
+        torch._int_mm(a, b.t(), out=out)
+    else:
+        out.copy_(float_matmul(a, b))
 
 
-def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
-    """Row ranges of about 2¹⁶ elements a thread, so that several passes over one range stay in the L2 cache."""
-    step = max(1, (torch.get_num_threads() << 16) // columns)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` with rows of unit stride at one common distance, and that distance in elements (copied only if needed)."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x, x.stride(0)
+    x = x.contiguous()
+    return x, x.shape[-1]
 
 
-def _quantize_rows(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """``x [M, K]`` to ``q [M, columns]``, zeros from K on, and ``scale [M]``."""
-    m, k = x.shape
-    q = torch.empty(m, columns, dtype=torch.int8)
-    q[:, k:] = 0
-    scale = torch.empty(m)
-    for rows in _row_blocks(m, k):
-        block = x[rows].float()
-        # Two reductions: aminmax along a dimension is not vectorised (25 times slower, torch 2.13), and |x| is a pass.
-        absmax = torch.maximum(block.amax(-1), block.amin(-1).neg_())
-        torch.div(absmax, torch.full_like(absmax, QMAX), out=absmax)
-        torch.clamp_min(absmax, SCALE_MIN, out=scale[rows])
-        scaled = (block * scale[rows].reciprocal().unsqueeze(-1)).round_().clamp_(-QMAX, QMAX)
-        finite = absmax.isfinite()
-        if not finite.all():
-            scale[rows].masked_fill_(~finite, torch.nan)
-            scaled.masked_fill_(~finite.unsqueeze(-1), 0.0)
-        q[rows, :k] = scaled
-    return q, scale
+def _threads(elements: int) -> int:
+    """How many threads a pass over so many elements is worth, up to torch's number."""
+    return 1 if elements < 2 * _THREAD_ELEMENTS else min(torch.get_num_threads(), elements // _THREAD_ELEMENTS)
 
 
-def _rescale(
-    total: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The shared epilogue of hwkern.h on ``total [M, N]``: ``((sum * scale_m) * scale_n) + bias``, rounded once."""
-    out = torch.empty(total.shape, dtype=dtype)
-    bias = None if bias is None else bias.float()
-    for rows in _row_blocks(*total.shape):
-        y = total[rows].float()
-        if scale_a is not None:
-            y.mul_(scale_a[rows].unsqueeze(-1))
-        if scale_b is not None:
-            y.mul_(scale_b)
-        if bias is not None:
-            y.add_(bias)
-        out[rows] = y
-    return out
+def _quantize_rows(x: Tensor, q: Tensor, scale: Tensor) -> None:
+    """``x [..., K]`` of M rows into ``q [M, columns]``, zeros from K on, and ``scale [M]``; none of the sizes is 0."""
+    m, columns = q.shape
+    x, ldx = rows(x)
+    k = x.shape[-1]
+    _C.cpu_quantize_rows(
+        x.data_ptr(), DTYPES[x.dtype], ldx, m, k, q.data_ptr(), columns, scale.data_ptr(), _threads(m * k)
+    )
+
+
+def _scaled_matmul(
+    a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None, bias: Tensor | None, y: Tensor
+) -> None:
+    """``((sum * scale_a) * scale_b) + bias`` of ``a [M, K]`` and ``b [N, K]``, rounded once into ``y [..., N]``."""
+    m, n = a.shape[0], b.shape[0]
+    if y.dtype is torch.float32:  # the results replace the sums in place: half the memory to touch
+        total = y.view(torch.int32)
+        if total.dim() != 2:
+            total = total.view(m, n)
+    else:
+        total = torch.empty((m, n), dtype=torch.int32)
+    integer_matmul(a, b, total)
+    if scale_a is not None and not scale_a.is_contiguous():
+        scale_a = scale_a.contiguous()
+    if scale_b is not None and not scale_b.is_contiguous():
+        scale_b = scale_b.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    _C.cpu_rescale(
+        total.data_ptr(), 0 if scale_a is None else scale_a.data_ptr(), 0 if scale_b is None else scale_b.data_ptr(),
+        0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
+        y.data_ptr(), DTYPES[y.dtype], m, n, _threads(m * n),
+    )  # fmt: skip
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     check_float(x)
-    check_k(x.shape[-1])
-    q, scale = _quantize_rows(x.reshape(-1, x.shape[-1]), x.shape[-1])
-    return q.reshape(x.shape), scale.reshape(x.shape[:-1])
+    k = x.shape[-1]
+    check_k(k)
+    q = torch.empty(x.shape, dtype=torch.int8)
+    scale = torch.empty(x.shape[:-1], dtype=torch.float32)
+    if q.numel():
+        _quantize_rows(x, q.view(-1, k), scale)
+    return q, scale
 
 
 def quantize_static(x: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
@@ -136,14 +153,15 @@ def matmul(
     config: int = CHOOSE,
 ) -> Tensor:
     dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype)
-    shape = (*a.shape[:-1], b.shape[0])
-    if a.numel() == 0 or b.shape[0] == 0:
-        return torch.empty(shape, dtype=dtype)
-    total = integer_matmul(a.reshape(-1, a.shape[-1]), b)
-    if dtype != torch.int32:
-        scale_a = None if scale_a is None else scale_a.reshape(-1)
-        total = _rescale(total, scale_a, scale_b, bias, dtype)
-    return total.reshape(shape)
+    y = torch.empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+    if y.numel() == 0:
+        return y
+    a = a.reshape(-1, a.shape[-1])
+    if dtype == torch.int32:
+        integer_matmul(a, b, y.view(a.shape[0], b.shape[0]))
+    else:
+        _scaled_matmul(a, b, scale_a, scale_b, bias, y)
+    return y
 
 
 def linear(
@@ -155,9 +173,20 @@ def linear(
     config: int = CHOOSE,
 ) -> Tensor:
     dtype = check_linear(x, weight, weight_scale, bias, out_dtype)
-    shape = (*x.shape[:-1], weight.shape[0])
-    if x.numel() == 0 or weight.shape[0] == 0:
-        return torch.empty(shape, dtype=dtype)
-    k = x.shape[-1]
-    q, scale = _quantize_rows(x.reshape(-1, k), weight.shape[1])
-    return _rescale(integer_matmul(q, weight), scale, weight_scale, bias, dtype).reshape(shape)
+    return linear_unchecked(x, weight, weight_scale, bias, dtype)
+
+
+def linear_unchecked(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """:func:`linear` for arguments that ``check_linear`` would pass, in as few torch calls as possible."""
+    *leading, _ = x.shape
+    n, columns = weight.shape
+    # new_empty without a dtype: half the cost of torch.empty with one.
+    y = x.new_empty((*leading, n)) if dtype is x.dtype else x.new_empty((*leading, n), dtype=dtype)
+    if y.numel():
+        m = math.prod(leading)
+        q, scale = weight.new_empty((m, columns)), weight_scale.new_empty(m)
+        _quantize_rows(x, q, scale)
+        _scaled_matmul(q, weight, scale, weight_scale, bias, y)
+    return y
