@@ -52,10 +52,11 @@ constexpr int64_t kRowAlignment = 16;
 struct GemmConfig {
   int id;
   const char* name;          // e.g. "sm80_128x256x128_s3"
-  int min_compute;           // lowest compute capability, e.g. 80
+  int min_compute, max_compute;  // compute capabilities it runs on, e.g. 80 … 999; code for sm_90a runs on 90 alone
   int block_m, block_n, block_k;
   int warps_m, warps_n, warps_k;
   int stages;
+  int cluster;        // blocks along M that share the tile of B; 1 before Hopper
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
 };

@@ -12,8 +12,14 @@ int device_count(std::string* message) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   cudaGetLastError();  // a failed query must not show up in somebody else's check
-  // No device at all is an answer, not a failure.
-  *message = error == cudaSuccess || error == cudaErrorNoDevice ? "" : cudaGetErrorString(error);
+  // No device at all is an answer, not a failure. The runtime gives one code for "no driver" and "driver too old".
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (error == cudaErrorInsufficientDriver && driver == 0) {
+    *message = "no NVIDIA driver is loaded on this machine";
+  } else {
+    *message = error == cudaSuccess || error == cudaErrorNoDevice ? "" : cudaGetErrorString(error);
+  }
   return error == cudaSuccess ? count : 0;
 }
 

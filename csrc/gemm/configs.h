@@ -15,9 +15,35 @@
   X(6, 128, 256, 64, 2, 4, 1, 4, 1)  \
   X(7, 256, 128, 64, 4, 2, 1, 4, 1)
 
+// X(id, BLOCK_N, CLUSTER, STAGES): 128 rows and 128 bytes of K a block, two consumer warpgroups
+#define HWKERN_SM90_CONFIGS(X) \
+  X(100, 256, 2, 4)            \
+  X(101, 192, 2, 5)            \
+  X(102, 128, 2, 6)            \
+  X(103, 256, 1, 4)            \
+  X(104, 128, 1, 6)
+
 namespace hwkern {
+
+constexpr int kColumnTermBytes = 8;  // float2: scale_n and bias of one column
+
+// The ring of buffers, and the terms of BLOCK_N columns.
+constexpr int sm80_shared_bytes(int block_m, int block_n, int block_k, int stages) {
+  return stages * (block_m + block_n) * block_k + kColumnTermBytes * block_n;
+}
+
+constexpr int kFirstSm90Id = 100;
+constexpr int kSm90BlockM = 128, kSm90BlockK = 128;
+constexpr int kSm90PieceBytes = 16 * 64;  // one warp's epilogue staging: 16 rows of 64 bytes, twice
+
+// The ring, the staging of eight warps, the column terms of two warpgroups, two barriers a stage.
+constexpr int sm90_shared_bytes(int block_n, int stages) {
+  return stages * (kSm90BlockM + block_n) * kSm90BlockK + 8 * 2 * kSm90PieceBytes + 2 * kColumnTermBytes * block_n +
+         16 * stages;
+}
 
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
 Status launch_gemm_sm80(const Gemm& problem, int config_id, Stream stream);
+Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);
 
 }  // namespace hwkern

@@ -36,8 +36,10 @@ Status gemm(const Gemm& p, int config_id, Stream stream) {
   const GemmConfig* config = gemm_config(config_id);
   if (!config) return invalid("gemm: unknown config id; gemm_configs() lists them");
   if (!gemm_runs_on(*config, device))
-    return {StatusCode::kUnsupportedDevice, "gemm: this config needs a newer GPU or more shared memory a block"};
-  return launch_gemm_sm80(p, config_id, stream);
+    return {StatusCode::kUnsupportedDevice,
+            "gemm: this config is for another GPU: see its compute capabilities and shared memory"};
+  return config_id >= kFirstSm90Id ? launch_gemm_sm90(p, config_id, device.sm_count, stream)
+                                   : launch_gemm_sm80(p, config_id, stream);
 }
 
 }  // namespace hwkern

@@ -36,14 +36,15 @@ struct Config {
   static constexpr int ROWS_PER_PASS = THREADS / CHUNKS_PER_ROW;  // rows that all threads copy at once
   static constexpr int PASSES_A = BLOCK_M / ROWS_PER_PASS, PASSES_B = BLOCK_N / ROWS_PER_PASS;
   static constexpr int BYTES_A = BLOCK_M * BLOCK_K, BYTES_B = BLOCK_N * BLOCK_K, STAGE_BYTES = BYTES_A + BYTES_B;
-  static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
+  static constexpr int SHARED_BYTES = sm80_shared_bytes(BLOCK_M, BLOCK_N, BLOCK_K, STAGES);  // the ring, ColumnTerms
 
   static_assert(WARP_M % MMA_M == 0 && WARP_N % 16 == 0, "a warp loads B fragments for 16 columns at a time");
   static_assert(K_STEPS % WARPS_K == 0 && STAGES >= 2);
   static_assert(BLOCK_K == 64 || BLOCK_K % 128 == 0, "the swizzle is written for these");
   static_assert(THREADS % CHUNKS_PER_ROW == 0 && BLOCK_M % ROWS_PER_PASS == 0 && BLOCK_N % ROWS_PER_PASS == 0);
-  static_assert(WARPS_M * WARPS_N * kEpilogueBytes<WARP_N> <= SHARED_BYTES);
-  static_assert((WARPS_K - 1) * BLOCK_M * BLOCK_N * 4 <= SHARED_BYTES);
+  static_assert(WARPS_M * WARPS_N * kEpilogueBytes<WARP_N> <= RING_BYTES);
+  static_assert((WARPS_K - 1) * BLOCK_M * BLOCK_N * 4 <= RING_BYTES);
 };
 
 // Byte offset of a 16-byte chunk in a buffer of BLOCK_K-byte rows. The exclusive-or spreads the 8 rows that one
@@ -57,28 +58,27 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
 // One operand's share of a thread: rows row0, row0 + ROWS_PER_PASS, … of the tile, always the same 16-byte column.
 template <int PASSES, int ROWS_PER_PASS, int BLOCK_K>
 struct TileCopy {
-  const int8_t* global;    // this thread's chunk in the first row, at k = 0
-  int offset[PASSES];      // from there to each further row; rows outside the matrix repeat the last one
-  uint32_t inside;         // bit i: row i is inside the matrix; outside nothing is read and zeros are stored
-  int smem[PASSES];
+  static_assert(ROWS_PER_PASS % 8 == 0, "the swizzle repeats every 8 rows, so passes differ by a constant");
+  const int8_t* global;  // this thread's chunk in its first row, at k = 0
+  int64_t pass_stride;   // bytes from one of its rows to the next
+  uint32_t inside;       // bit i: row i is inside the matrix; outside nothing is read and zeros are stored
+  int smem;              // the chunk's place in a buffer
 
   __device__ TileCopy(const int8_t* matrix, int64_t ld, int64_t row0, int64_t rows, int thread_row, int chunk)
-      : global(matrix + min(row0 + thread_row, rows - 1) * ld + chunk * CHUNK), inside(0) {
-    const int64_t first = min(row0 + thread_row, rows - 1);
+      : global(matrix + (row0 + thread_row) * ld + chunk * CHUNK),
+        pass_stride(ROWS_PER_PASS * ld),
+        inside(0),
+        smem(swizzle<BLOCK_K>(thread_row, chunk)) {
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i) {
-      const int row = thread_row + i * ROWS_PER_PASS;
-      offset[i] = static_cast<int>((min(row0 + row, rows - 1) - first) * ld);
-      inside |= (row0 + row < rows ? 1u : 0u) << i;
-      smem[i] = swizzle<BLOCK_K>(row, chunk);
-    }
+    for (int i = 0; i < PASSES; ++i) inside |= (row0 + thread_row + i * ROWS_PER_PASS < rows ? 1u : 0u) << i;
   }
 
   // `bytes`: how many of this thread's 16 lie before K.
-  __device__ __forceinline__ void issue(uint32_t buffer, int64_t k0, int bytes) const {
+  __device__ __forceinline__ void issue(uint32_t buffer, int k0, int bytes) const {
+    const int8_t* from = global + k0;
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i)
-      ptx::cp_async_16(buffer + smem[i], global + k0 + offset[i], (inside >> i & 1) ? bytes : 0);
+    for (int i = 0; i < PASSES; ++i, from += pass_stride)
+      ptx::cp_async_16(buffer + smem + i * ROWS_PER_PASS * BLOCK_K, from, (inside >> i & 1) ? bytes : 0);
   }
 };
 
@@ -109,6 +109,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm80(const 
     copy_a.issue(buffer, k0, bytes);
     copy_b.issue(buffer + C::BYTES_A, k0, bytes);
   };
+
+  // Visible to all after the main loop's first barrier.
+  float2* columns = reinterpret_cast<float2*>(smem + C::RING_BYTES);
+  for (int n = thread; n < C::BLOCK_N; n += C::THREADS) columns[n] = column_terms(p, n0 + n);
 
   int32_t acc[C::MMAS_M][C::MMAS_N][4] = {};
 
@@ -177,12 +181,13 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm80(const 
   }
 
   const int64_t warp_m0 = m0 + warp_m * C::WARP_M, warp_n0 = n0 + warp_n * C::WARP_N;
+  const float2* warp_columns = columns + warp_n * C::WARP_N;
   void* slab = smem + (warp_n * C::WARPS_M + warp_m) * kEpilogueBytes<C::WARP_N>;
   switch (p.d_dtype) {
-    case DType::kFloat32: store_tile<float>(p, acc, warp_m0, warp_n0, slab); break;
-    case DType::kFloat16: store_tile<__half>(p, acc, warp_m0, warp_n0, slab); break;
-    case DType::kBFloat16: store_tile<__nv_bfloat16>(p, acc, warp_m0, warp_n0, slab); break;
-    default: store_tile<int32_t>(p, acc, warp_m0, warp_n0, slab); break;
+    case DType::kFloat32: store_tile<float>(p, acc, warp_m0, warp_n0, warp_columns, slab); break;
+    case DType::kFloat16: store_tile<__half>(p, acc, warp_m0, warp_n0, warp_columns, slab); break;
+    case DType::kBFloat16: store_tile<__nv_bfloat16>(p, acc, warp_m0, warp_n0, warp_columns, slab); break;
+    default: store_tile<int32_t>(p, acc, warp_m0, warp_n0, warp_columns, slab); break;
   }
 }
 
