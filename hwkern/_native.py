@@ -36,7 +36,7 @@ def cuda_problem() -> str | None:
         )
     count, message = native.cuda_status()
     if message:
-        return f"the CUDA runtime finds no usable GPU ({message}): install or update NVIDIA's driver."
+        return f"the CUDA runtime finds no usable GPU ({message}): for GPU kernels, install or update NVIDIA's driver."
     if count == 0:
         return "the CUDA driver is there but shows no GPU: check CUDA_VISIBLE_DEVICES."
     return None

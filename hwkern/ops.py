@@ -8,6 +8,7 @@ mathematics; the CUDA and the CPU implementation return the same bits.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,12 +34,14 @@ from hwkern._checks import (
     padded,
 )
 from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
+from hwkern._cpu import rows
 
 __all__ = [
     "CHOOSE",
     "DTYPES",
     "FLOATS",
     "K_MAX",
+    "LaunchCell",
     "cpu_int8_is_fast",
     "dequantize",
     "eager_linear",
@@ -216,16 +219,6 @@ def _cuda() -> Any:
     return _native.extension()
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` with rows of unit stride at one common distance, and that distance in elements (copied only if needed)."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
-        return x, x.stride(0)
-    x = x.contiguous()
-    return x, x.shape[-1]
-
-
 def _axis_code(scale: Tensor, axis: int) -> int:
     return 0 if scale.numel() == 1 else (1 if axis == 0 else 2)  # hwkern.h ScaleAxis
 
@@ -239,7 +232,7 @@ def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     if q.numel() == 0 and k > 0:
         return q, scale
     check_k(k)
-    x, ldx = _rows(x)
+    x, ldx = rows(x)
     stream = _current_stream(x.get_device())
     m = x.numel() // k
     _cuda().quantize_per_token(x.data_ptr(), DTYPES[x.dtype], ldx, m, k, q.data_ptr(), k, scale.data_ptr(), stream)
@@ -252,7 +245,7 @@ def _quantize_static_cuda(x: Tensor, scale: Tensor, axis: int = 0) -> Tensor:
     check_static_scale(x, scale, axis)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     if q.numel():
-        x, ldx = _rows(x)
+        x, ldx = rows(x)
         k = x.shape[-1]
         scale = scale.contiguous()
         _cuda().quantize_static(
@@ -270,7 +263,7 @@ def _dequantize_cuda(q: Tensor, scale: Tensor, axis: int = 0, out_dtype: torch.d
     check_out_dtype(dtype)
     y = torch.empty(q.shape, dtype=dtype, device=q.device)
     if y.numel():
-        q, ldq = _rows(q)
+        q, ldq = rows(q)
         k = q.shape[-1]
         scale = scale.contiguous()
         _cuda().dequantize(
@@ -282,7 +275,7 @@ def _dequantize_cuda(q: Tensor, scale: Tensor, axis: int = 0, out_dtype: torch.d
 
 def _aligned_rows(q: Tensor) -> tuple[Tensor, int]:
     """An int8 matrix with 16-byte aligned rows: itself, or a padded copy."""
-    q, ld = _rows(q)
+    q, ld = rows(q)
     if ld % ROW_ALIGNMENT == 0 and q.data_ptr() % ROW_ALIGNMENT == 0:
         return q, ld
     k = q.shape[-1]
@@ -334,30 +327,75 @@ def _linear_cuda(
     return _launch_linear(x, weight, weight_scale, bias, dtype, config)
 
 
+class LaunchCell:
+    """What a launch needs of one layer's weight, scale and bias, read once and good while their addresses stay."""
+
+    __slots__ = ("bias_dtype", "bias_pointer", "columns", "device", "n", "scale_pointer", "weight_pointer")
+
+    def __init__(self) -> None:
+        self.weight_pointer = self.scale_pointer = self.bias_pointer = -1
+
+    def __reduce__(self) -> tuple[type[LaunchCell], tuple[()]]:
+        return LaunchCell, ()  # a copy of the layer has other addresses
+
+    def read(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+        """False where the kernels cannot take the tensors as they are (or where ``check_linear`` would object)."""
+        n, columns = weight.shape
+        device = weight.get_device()
+        ready = (
+            weight.dtype is torch.int8
+            and columns % ROW_ALIGNMENT == 0
+            and weight.is_contiguous()
+            and weight.data_ptr() % ROW_ALIGNMENT == 0
+            and _is_vector(weight_scale, n, device)
+            and weight_scale.dtype is torch.float32
+            and (bias is None or (_is_vector(bias, n, device) and bias.dtype in FLOATS))
+        )
+        if ready:
+            self.n, self.columns, self.device = n, columns, device
+            self.weight_pointer, self.scale_pointer = weight.data_ptr(), weight_scale.data_ptr()
+            self.bias_pointer = 0 if bias is None else bias.data_ptr()
+            self.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+        return ready
+
+
+def _is_vector(t: Tensor, n: int, device: int) -> bool:
+    return t.get_device() == device and tuple(t.shape) == (n,) and t.is_contiguous()
+
+
 def _launch_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype, config: int
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    config: int = CHOOSE,
 ) -> Tensor:
-    """One allocation for the output, one for the scratch, one call. The arguments have been checked."""
-    n, columns = weight.shape
-    *leading, k = x.shape
-    x, ldx = _rows(x)
-    y = x.new_empty((*leading, n)) if dtype is x.dtype else x.new_empty((*leading, n), dtype=dtype)
-    m = x.numel() // k
-    if m == 0 or n == 0:
-        return y
+    """The arguments have been checked."""
     if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
         weight = weight.clone(memory_format=torch.contiguous_format)
-    if not weight_scale.is_contiguous():
-        weight_scale = weight_scale.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
+    weight_scale = weight_scale.contiguous()
+    bias = bias if bias is None else bias.contiguous()
+    cell = LaunchCell()
+    cell.read(weight, weight_scale, bias)
+    return _launch_cell(x, cell, weight, dtype, config)
+
+
+def _launch_cell(x: Tensor, cell: LaunchCell, weight: Tensor, dtype: torch.dtype, config: int = CHOOSE) -> Tensor:
+    """One allocation for the output, one for the scratch, one call. ``weight``: int8 on the device."""
+    *leading, k = x.shape
+    n, columns = cell.n, cell.columns
+    x, ldx = rows(x)
+    y = x.new_empty((*leading, n)) if dtype is x.dtype else x.new_empty((*leading, n), dtype=dtype)
+    m = leading[0] if len(leading) == 1 else math.prod(leading)
+    if m == 0 or n == 0:
+        return y
     workspace_bytes = m * (columns + 4)  # hwkern.h linear_workspace_bytes: K16 int8 and one float32 a row
     workspace = weight.new_empty(workspace_bytes)
     _cuda().linear(
-        x.data_ptr(), DTYPES[x.dtype], ldx, weight.data_ptr(), columns, weight_scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
-        y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
-        workspace.data_ptr(), workspace_bytes, _current_stream(x.get_device()),
+        x.data_ptr(), DTYPES[x.dtype], ldx, cell.weight_pointer, columns, cell.scale_pointer,
+        cell.bias_pointer, cell.bias_dtype, y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
+        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device),
     )  # fmt: skip
     return y
 
@@ -376,26 +414,39 @@ for _name, _on_cuda, _on_cpu in (
 # ---- autograd: straight-through on the dequantized weight ----------------------------------------------------------
 
 
-def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, weight_scale, bias = inputs[:4]
-    ctx.save_for_backward(weight, weight_scale)
+def _remember(ctx: Any, x: Tensor, bias: Tensor | None) -> None:
     ctx.x_dtype, ctx.k = x.dtype, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
+def _gradients(
+    ctx: Any, grad: Tensor, weight: Tensor, weight_scale: Tensor, for_x: bool, for_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    grad_x = grad_bias = None
+    if for_x:
+        w = torch.ops.hwkern.dequantize.default(weight, weight_scale, 0, grad.dtype)[:, : ctx.k]
+        grad_x = (grad @ w).to(ctx.x_dtype)
+    if for_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_bias
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, weight_scale, bias = inputs[:4]
+    ctx.save_for_backward(weight, weight_scale)
+    _remember(ctx, x, bias)
+
+
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
-    if ctx.needs_input_grad[2]:
+    # NOTE: trailing arguments left at their defaults are not listed (torch 2.13).
+    needs: tuple[bool, ...] = (*ctx.needs_input_grad, False)
+    if needs[2]:
         raise NotImplementedError(
             "weight_scale asks for a gradient: the int8 weight and its scale are frozen; train an adapter (LoRA) on "
             "top, or hwkern.unpatch(model) and train the float weight."
         )
     weight, weight_scale = ctx.saved_tensors
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        w = torch.ops.hwkern.dequantize.default(weight, weight_scale, 0, grad.dtype)[:, : ctx.k]
-        grad_x = (grad @ w).to(ctx.x_dtype)
-    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    grad_x, grad_bias = _gradients(ctx, grad, weight, weight_scale, for_x=needs[0], for_bias=needs[3])
     return grad_x, None, None, grad_bias, None, None
 
 
@@ -403,16 +454,27 @@ register_autograd("hwkern::int8_linear", _linear_backward, setup_context=_linear
 
 
 class _EagerLinear(torch.autograd.Function):
-    """The same gradient for :func:`eager_linear`: a Function costs the host a third of a registered operator's."""
+    """The same gradient for :func:`eager_linear`, at a third of a registered operator's host cost.
+
+    The weight and its scale come as a tuple, which autograd does not look into: neither takes part.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-        _linear_setup_context(ctx, (x, weight, weight_scale, bias), x)
-        return _IMPLEMENTATIONS[x.device.type](x, weight, weight_scale, bias)
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, frozen: tuple[Tensor, Tensor], cell: LaunchCell | None
+    ) -> Tensor:
+        ctx.frozen = frozen
+        _remember(ctx, x, bias)
+        if cell is None:
+            return _cpu.linear_unchecked(x, *frozen, bias, x.dtype)
+        return _launch_cell(x, cell, frozen[0], x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _linear_backward(ctx, grad)[:4]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        weight, weight_scale = ctx.frozen
+        needs: tuple[bool, ...] = ctx.needs_input_grad
+        grad_x, grad_bias = _gradients(ctx, grad, weight, weight_scale, for_x=needs[0], for_bias=needs[1])
+        return grad_x, grad_bias, None, None
 
 
 _apply: Callable[..., Tensor] = _EagerLinear.apply
@@ -445,20 +507,19 @@ _lib.impl("int8_linear", _autocast_linear("cpu", torch._C.DispatchKey.AutocastCP
 
 # ---- the module's call ---------------------------------------------------------------------------------------------
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cuda": _linear_cuda, "cpu": _cpu.linear}
-
 # What must see the operator go through the dispatcher: a dispatch mode, a functorch transform, a tracer, a profiler.
 # Bound once: these run on every call of every layer.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_level = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
+is_grad_enabled, is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 
 
-def eager_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`int8_linear` for ``Int8Linear.forward``.
+def eager_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, cell: LaunchCell) -> Tensor:
+    """:func:`int8_linear` for ``Int8Linear.forward``; ``cell`` is the layer's own.
 
-    Goes around the dispatcher (20 µs of host time with autograd, against 14 for the whole of nn.Linear) where nothing
+    Goes around the dispatcher (20 µs of host time with autograd, against 17 for the whole of nn.Linear) where nothing
     would come of it: plain tensors that fit, no autocast, and nobody compiling, tracing or profiling.
     """
     if (
@@ -468,36 +529,45 @@ def eager_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
         and _functorch_level() is None
         and _tracing_state() is None
         and not _profiling()
+        and not weight_scale.requires_grad
+        and x.dtype in FLOATS
     ):
-        records = torch.is_grad_enabled() and (
-            x.requires_grad or weight_scale.requires_grad or (bias is not None and bias.requires_grad)
-        )
         if x.is_cuda:
-            if not torch.is_autocast_enabled("cuda"):
-                if records:
-                    return _apply(x, weight, weight_scale, bias)
-                if _fits(x, weight, weight_scale, bias):
-                    return _launch_linear(x, weight, weight_scale, bias, x.dtype, CHOOSE)
-        elif x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return (_apply if records else _cpu.linear)(x, weight, weight_scale, bias)
+            if (
+                (
+                    (
+                        cell.weight_pointer == weight.data_ptr()
+                        and cell.scale_pointer == weight_scale.data_ptr()
+                        and cell.bias_pointer == (0 if bias is None else bias.data_ptr())
+                    )
+                    or cell.read(weight, weight_scale, bias)
+                )
+                and 0 < x.shape[-1] <= cell.columns < x.shape[-1] + ROW_ALIGNMENT
+                and x.get_device() == cell.device == _current_device()
+                and not is_autocast_enabled("cuda")
+            ):
+                if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+                    return _apply(x, bias, (weight, weight_scale), cell)
+                return _launch_cell(x, cell, weight, x.dtype)
+        elif x.is_cpu and not is_autocast_enabled("cpu") and _fits_cpu(x, weight, weight_scale, bias):
+            if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+                return _apply(x, bias, (weight, weight_scale), None)
+            return _cpu.linear_unchecked(x, weight, weight_scale, bias, x.dtype)
     return torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias)
 
 
-def _fits(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
-    """Whether ``check_linear`` would pass and x's GPU is the current one; cheap, so without a word on why not."""
+def _fits_cpu(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+    """Whether ``check_linear`` would pass; cheap, so without a word on why not."""
     n, columns = weight.shape
     k = x.shape[-1]
-    device = x.get_device()
     return (
-        x.dtype in FLOATS
-        and weight.dtype is torch.int8
+        weight.dtype is torch.int8
         and 0 < k <= columns < k + ROW_ALIGNMENT
         and k <= K_MAX
         and columns % ROW_ALIGNMENT == 0
-        and weight.get_device() == device
-        and weight_scale.get_device() == device
+        and weight.is_cpu
+        and weight_scale.is_cpu
         and weight_scale.numel() == n
         and weight_scale.dtype is torch.float32
-        and (bias is None or (bias.get_device() == device and bias.numel() == n and bias.dtype in FLOATS))
-        and _current_device() == device
+        and (bias is None or (bias.is_cpu and bias.numel() == n and bias.dtype in FLOATS))
     )

@@ -17,6 +17,10 @@ from hwkern import _cpu, ops, reference
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
 
+def eager_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return ops.eager_linear(x, weight, scale, bias, ops.LaunchCell())
+
+
 def linear_inputs(device: str, n: int = 48, k: int = 70, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """(q weight [N, K], packed weight [N, K16], scale [N])."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,9 +142,9 @@ def test_mixed_devices_are_a_sentence():
     with pytest.raises(ValueError, match=r"x on cpu, weight on cuda:0.*move them"):
         ops.int8_linear(torch.randn(4, 70), weight, scale)
     with pytest.raises(ValueError, match="one device"):
-        ops.eager_linear(torch.randn(4, 70), weight, scale, None)
+        eager_linear(torch.randn(4, 70), weight, scale, None)
     with pytest.raises(ValueError, match="one device"):
-        ops.eager_linear(torch.randn(4, 70, device="cuda"), weight.cpu(), scale.cpu(), None)
+        eager_linear(torch.randn(4, 70, device="cuda"), weight.cpu(), scale.cpu(), None)
 
 
 # ---- torch's own checks --------------------------------------------------------------------------------------------
@@ -170,9 +174,10 @@ class Layer(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
         self.bias = torch.nn.Parameter(torch.randn(48, device=device))
+        self.cell = ops.LaunchCell()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(ops.eager_linear(x * 2, self.weight, self.scale, self.bias))
+        return torch.relu(eager_linear(x * 2, self.weight, self.scale, self.bias))
 
 
 def test_compile_fullgraph_with_a_dynamic_batch(device: str):
@@ -206,7 +211,7 @@ def test_gradient_of_x_is_the_dequantized_weight_s(device: str):
     q, weight, scale = linear_inputs(device)
     x = torch.randn(2, 3, 70, device=device, requires_grad=True)
     bias = torch.randn(48, device=device, requires_grad=True)
-    for call in (lambda: ops.int8_linear(x, weight, scale, bias), lambda: ops.eager_linear(x, weight, scale, bias)):
+    for call in (lambda: ops.int8_linear(x, weight, scale, bias), lambda: eager_linear(x, weight, scale, bias)):
         grad = torch.randn(2, 3, 48, device=device)
         grad_x, grad_bias = torch.autograd.grad(call(), (x, bias), grad)
         torch.testing.assert_close(grad_x, grad @ reference.dequantize(q, scale))
@@ -215,7 +220,7 @@ def test_gradient_of_x_is_the_dequantized_weight_s(device: str):
 
 def test_gradient_of_the_scale_is_an_error_that_says_why(device: str):
     _, weight, scale = linear_inputs(device)
-    y = ops.eager_linear(torch.randn(2, 70, device=device), weight, scale.requires_grad_(), None)
+    y = eager_linear(torch.randn(2, 70, device=device), weight, scale.requires_grad_(), None)
     with pytest.raises(NotImplementedError, match="frozen; train an adapter"):
         y.sum().backward()
 
@@ -234,14 +239,14 @@ def test_inference_mode_and_no_grad(device: str):
     for mode in (torch.inference_mode, torch.no_grad):
         with mode():
             assert torch.equal(ops.int8_linear(x, weight, scale), want)
-            assert torch.equal(ops.eager_linear(x, weight, scale, None), want)
+            assert torch.equal(eager_linear(x, weight, scale, None), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_decides_the_output_dtype(device: str, dtype: torch.dtype):
     _, weight, scale = linear_inputs(device)
     x = torch.randn(4, 70, device=device)
-    for call in (ops.int8_linear, ops.eager_linear):
+    for call in (ops.int8_linear, eager_linear):
         with torch.autocast(device, dtype=dtype):
             y = call(x, weight, scale, None)
         assert same_bits(y, ops.int8_linear(x, weight, scale, out_dtype=dtype))
@@ -252,7 +257,7 @@ def test_autocast_decides_the_output_dtype(device: str, dtype: torch.dtype):
 def test_the_profiler_sees_the_operator(device: str):
     _, weight, scale = linear_inputs(device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ops.eager_linear(torch.randn(4, 70, device=device), weight, scale, None)
+        eager_linear(torch.randn(4, 70, device=device), weight, scale, None)
     assert any(event.key == "hwkern::int8_linear" for event in profile.key_averages())
 
 
@@ -260,7 +265,7 @@ def test_fake_tensors_take_the_dispatcher(device: str):
     _, weight, scale = linear_inputs(device)
     x = torch.randn(4, 70, device=device)
     with torch._subclasses.FakeTensorMode() as mode:
-        y = ops.eager_linear(*(mode.from_tensor(t) for t in (x, weight, scale)), None)
+        y = eager_linear(*(mode.from_tensor(t) for t in (x, weight, scale)), None)
     assert type(y) is torch._subclasses.FakeTensor
     assert y.shape == (4, 48)
 
@@ -268,7 +273,7 @@ def test_fake_tensors_take_the_dispatcher(device: str):
 def test_functional_transforms_are_refused_by_torch_not_computed_wrongly(device: str):
     _, weight, scale = linear_inputs(device)
     with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda v: ops.eager_linear(v, weight, scale, None).sum())(torch.randn(4, 70, device=device))
+        torch.func.grad(lambda v: eager_linear(v, weight, scale, None).sum())(torch.randn(4, 70, device=device))
 
 
 def test_layers_survive_copy_and_pickle(device: str):
@@ -298,10 +303,10 @@ def test_cuda_and_cpu_give_the_same_bits(dtype: torch.dtype):
 def test_cuda_graph_replays_with_changed_inputs():
     _, weight, scale = linear_inputs("cuda")
     x = torch.randn(33, 70, device="cuda")
-    ops.eager_linear(x, weight, scale, None)
+    eager_linear(x, weight, scale, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = ops.eager_linear(x, weight, scale, None)
+        y = eager_linear(x, weight, scale, None)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         graph.replay()
@@ -320,9 +325,27 @@ def test_work_is_queued_on_the_current_stream():
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
         x.copy_(target)
-        y = ops.eager_linear(x, weight, scale, None)
+        y = eager_linear(x, weight, scale, None)
     stream.synchronize()
     assert torch.equal(y, want)
+
+
+@pytest.mark.gpu
+def test_a_layer_s_new_addresses_are_seen():
+    """The cell remembers addresses; each of the three tensors may move, or be replaced, between two calls."""
+    layer = Layer("cuda")
+    x = torch.randn(5, 70, device="cuda")
+    layer(x)
+    for name in ("weight", "scale", "bias"):
+        tensor = getattr(layer, name)
+        keep_the_old_address_taken = tensor.data
+        tensor.data = torch.roll(tensor.data, 1, 0)
+        want = torch.relu(ops.int8_linear(x * 2, layer.weight, layer.scale, layer.bias))
+        assert torch.equal(layer(x), want), name
+        del keep_the_old_address_taken
+    layer.cell = ops.LaunchCell()
+    layer.bias = None
+    assert torch.equal(layer(x), torch.relu(ops.int8_linear(x * 2, layer.weight, layer.scale)))
 
 
 @pytest.mark.gpu
@@ -333,7 +356,7 @@ def test_a_second_gpu_that_is_not_the_current_one():
     x = torch.randn(64, 70)
     want = ops.int8_linear(x, weight, scale)
     assert torch.cuda.current_device() == 0
-    y = ops.eager_linear(x.to("cuda:1"), weight.to("cuda:1"), scale.to("cuda:1"), None)
+    y = eager_linear(x.to("cuda:1"), weight.to("cuda:1"), scale.to("cuda:1"), None)
     assert y.device == torch.device("cuda:1")
     assert same_bits(y.cpu(), want)
     q, s = ops.quantize(x.to("cuda:1"))
@@ -343,12 +366,12 @@ def test_a_second_gpu_that_is_not_the_current_one():
 
 @pytest.mark.gpu
 def test_every_config_id_through_the_operator():
-    from hwkern import _native
+    import test_gemm
 
     q, weight, scale = linear_inputs("cuda", n=200, k=300)
     x = torch.randn(150, 300, device="cuda")
     want = reference.int8_linear(x.cpu(), q.cpu(), scale.cpu())
-    for config in _native.extension().gemm_configs():
+    for config in test_gemm.RUNNABLE:
         assert same_bits(ops.int8_linear(x, weight, scale, config=config["id"]).cpu(), want)
     with pytest.raises(ValueError, match="unknown config id"):
         ops.int8_linear(x, weight, scale, config=999)

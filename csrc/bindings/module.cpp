@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "core/device.h"
+#include "cpu/cpu.h"
 #include "hwkern.h"
 
 namespace py = pybind11;
@@ -22,7 +23,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Launches release the GIL: a full launch queue blocks, and must not block other Python threads.
+// Launches release the GIL: a full launch queue blocks, and must not block other Python threads. So does CPU work.
 template <typename F>
 void run(F&& enqueue) {
   Status status;
@@ -53,25 +54,48 @@ void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale
   run([&] { return gemm(problem, config, pointer<CUstream_st>(stream)); });
 }
 
-void py_linear(uintptr_t x, int x_dtype, int64_t ldx, uintptr_t weight, int64_t ldb, uintptr_t weight_scale,
-               uintptr_t bias, int bias_dtype, uintptr_t y, int64_t ldy, int y_dtype, int64_t m, int64_t n, int64_t k,
-               int config, uintptr_t workspace, size_t workspace_bytes, uintptr_t stream) {
-  const Linear problem{pointer<void>(x),
-                       pointer<int8_t>(weight),
-                       pointer<float>(weight_scale),
-                       pointer<void>(bias),
-                       pointer<void>(y),
-                       ldx,
-                       ldb,
-                       ldy,
-                       m,
-                       n,
-                       k,
-                       static_cast<DType>(x_dtype),
-                       static_cast<DType>(bias_dtype),
-                       static_cast<DType>(y_dtype)};
-  run([&] { return linear(problem, config, pointer<void>(workspace), workspace_bytes, pointer<CUstream_st>(stream)); });
+// The one function on every layer's path, so without pybind11's dispatcher (1 µs for 18 arguments): a plain CPython
+// function of 18 integers, in the order of `problem` below.
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kCount = 18;
+  if (count != kCount) return PyErr_Format(PyExc_TypeError, "linear takes %zd integers, not %zd", kCount, count);
+  int64_t v[kCount];
+  for (Py_ssize_t i = 0; i < kCount; ++i) {
+    v[i] = PyLong_AsLongLong(args[i]);
+    if (v[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  const auto dtype = [&](int i) { return static_cast<DType>(v[i]); };
+  const Linear problem{/*x*/ pointer<void>(v[0]),
+                       /*weight*/ pointer<int8_t>(v[3]),
+                       /*weight_scale*/ pointer<float>(v[5]),
+                       /*bias*/ pointer<void>(v[6]),
+                       /*y*/ pointer<void>(v[8]),
+                       /*ldx*/ v[2],
+                       /*ldb*/ v[4],
+                       /*ldy*/ v[9],
+                       /*m*/ v[11],
+                       /*n*/ v[12],
+                       /*k*/ v[13],
+                       /*x_dtype*/ dtype(1),
+                       /*bias_dtype*/ dtype(7),
+                       /*y_dtype*/ dtype(10)};
+  try {
+    run([&] {
+      return linear(problem, static_cast<int>(v[14]), pointer<void>(v[15]), static_cast<size_t>(v[16]),
+                    pointer<CUstream_st>(v[17]));
+    });
+  } catch (const py::value_error& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
 }
+
+PyMethodDef kLinearMethod = {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_linear)),
+                             METH_FASTCALL, nullptr};
 
 Quantize quantize_problem(uintptr_t x, int x_dtype, int64_t ldx, int64_t m, int64_t k, uintptr_t q, int64_t ldq,
                           uintptr_t scale) {
@@ -97,12 +121,32 @@ void py_dequantize(uintptr_t q, int64_t ldq, uintptr_t scale, uintptr_t y, int y
   run([&] { return dequantize(problem, static_cast<ScaleAxis>(axis), pointer<CUstream_st>(stream)); });
 }
 
+void py_cpu_quantize_rows(uintptr_t x, int x_dtype, int64_t ldx, int64_t m, int64_t k, uintptr_t q, int64_t ldq,
+                          uintptr_t scale, int threads) {
+  const Quantize problem = quantize_problem(x, x_dtype, ldx, m, k, q, ldq, scale);
+  run([&] { return cpu::quantize_rows(problem, threads); });
+}
+
+void py_cpu_rescale(uintptr_t sum, uintptr_t scale_m, uintptr_t scale_n, uintptr_t bias, int bias_dtype, uintptr_t y,
+                    int y_dtype, int64_t m, int64_t n, int threads) {
+  const cpu::Rescale problem{pointer<int32_t>(sum),
+                             pointer<float>(scale_m),
+                             pointer<float>(scale_n),
+                             pointer<void>(bias),
+                             pointer<void>(y),
+                             m,
+                             n,
+                             static_cast<DType>(bias_dtype),
+                             static_cast<DType>(y_dtype)};
+  run([&] { return cpu::rescale(problem, threads); });
+}
+
 py::dict as_dict(const GemmConfig& c) {
   using py::operator""_a;
-  return py::dict("id"_a = c.id, "name"_a = c.name, "min_compute"_a = c.min_compute, "block_m"_a = c.block_m,
-                  "block_n"_a = c.block_n, "block_k"_a = c.block_k, "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n,
-                  "warps_k"_a = c.warps_k, "stages"_a = c.stages, "shared_bytes"_a = c.shared_bytes,
-                  "blocks_per_sm"_a = c.blocks_per_sm);
+  return py::dict("id"_a = c.id, "name"_a = c.name, "min_compute"_a = c.min_compute, "max_compute"_a = c.max_compute,
+                  "cluster"_a = c.cluster, "block_m"_a = c.block_m, "block_n"_a = c.block_n, "block_k"_a = c.block_k,
+                  "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k, "stages"_a = c.stages,
+                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm);
 }
 
 py::list configs() {
@@ -165,9 +209,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
 
   m.def("gemm", &py_gemm);
-  m.def("linear", &py_linear);
+  m.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&kLinearMethod, nullptr));
   m.def("linear_workspace_bytes", &linear_workspace_bytes, "m"_a, "k"_a);
   m.def("quantize_per_token", &py_quantize_per_token);
   m.def("quantize_static", &py_quantize_static);
   m.def("dequantize", &py_dequantize);
+
+  m.def("cpu_quantize_rows", &py_cpu_quantize_rows);
+  m.def("cpu_rescale", &py_cpu_rescale);
 }

@@ -67,6 +67,7 @@ class Int8Linear(nn.Module):
         self.out_features = weight.shape[0]
         self.float_dtype = dtype
         self._original = None
+        self._cell = ops.LaunchCell()
         self.weight = weight
         self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", bias)
@@ -146,7 +147,7 @@ class Int8Linear(nn.Module):
             )
         # Straight from the dicts: nn.Module.__getattr__ costs 0.5 µs each time.
         parameters = self._parameters
-        return ops.eager_linear(x, parameters["weight"], self._buffers["weight_scale"], parameters["bias"])  # type: ignore[arg-type]
+        return ops.eager_linear(x, parameters["weight"], self._buffers["weight_scale"], parameters["bias"], self._cell)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """As nn.Linear's, plus the weight's dtype."""
