@@ -140,14 +140,10 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K]`` -> ``[..., N]`` in x's dtype."""
-        if x.size(-1) != self.in_features:  # the packed weight alone cannot tell K = 17 from K = 32
-            raise ValueError(
-                f"x has {x.size(-1)} features in its last dimension (shape {tuple(x.shape)}), but this layer has "
-                f"in_features = {self.in_features}."
-            )
         # Straight from the dicts: nn.Module.__getattr__ costs 0.5 µs each time.
         parameters = self._parameters
-        return ops.eager_linear(x, parameters["weight"], self._buffers["weight_scale"], parameters["bias"], self._cell)  # type: ignore[arg-type]
+        scale, bias = self._buffers["weight_scale"], parameters["bias"]
+        return ops.eager_linear(x, parameters["weight"], scale, bias, self.in_features, self._cell)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """As nn.Linear's, plus the weight's dtype."""
