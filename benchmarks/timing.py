@@ -169,7 +169,8 @@ def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """What a reader needs to judge a number: hardware, driver, clocks, versions, commit, command line, date."""
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        # Without the folders of this machine.
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
         "commit": commit or git_commit(),
         "hwkern": hwkern.__version__,
         "torch": torch.__version__,

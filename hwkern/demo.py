@@ -387,7 +387,8 @@ def demo(
         before = embed(model, batches)
         stock_weights, stock_peak = tensor_bytes(model), peak_bytes(model, batches, device)
         step()
-        report = hwkern.patch(model)
+        # Where patch would leave every layer alone, the demo still shows what int8 does to accuracy and memory.
+        report = hwkern.patch(model, include=None if where["int8_is_fast"] else "*")
         step()
         after = embed(model, batches)
         our_weights, our_peak = tensor_bytes(model), peak_bytes(model, batches, device)
@@ -431,6 +432,7 @@ def environment(device: str, why: str) -> dict[str, Any]:
         "device_choice": why,
         "device_name": hardware.gpu(_device_index(device)).name if on_gpu else cpu.name,
         "int8_units": list(cpu.int8_units),
+        "int8_is_fast": on_gpu or hwkern.ops.cpu_int8_is_fast(),
         "threads": torch.get_num_threads(),
         "cores": cpu.cores,
         "load": round(os.getloadavg()[0], 2),  # before the demo: what else the machine is doing
@@ -454,6 +456,11 @@ def print_result(result: Result) -> None:
         f"{result.sentences} sentences ({result.tokens} tokens) from Python's help texts, batches of "
         f"{result.batch_size} sorted by length; {result.layers_swapped} layers swapped.\n"
     )
+    if not where.get("int8_is_fast", True):
+        print(
+            "This CPU has no exact int8 product, so hwkern.patch would leave all layers in float here, and rightly so"
+        )
+        print("for speed. The demo names them all (include='*') to show accuracy and memory.\n")
     print_table("Speed and memory", ["", "original", "hwkern", "change"], speed_rows(result))
     print("Times are forward and pooling, both models in turn; tokenizing is left out.")
     if where["device"] == "cpu" and where["load"] > 0.5 * where["cores"]:

