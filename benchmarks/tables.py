@@ -6,6 +6,8 @@ A table stands between two comment lines, the first of which names the file with
     ...
     <!-- end results -->
 
+`<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only.
+
 `--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
 one line that says so: nothing is ever shown that was not measured.
 """
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- results: ([\w.-]+) -->\n).*?(<!-- end results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?: (\d+)x(\d+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -141,8 +143,8 @@ def caption(document: dict[str, Any]) -> str:
     return f"Measured on {', '.join(parts)}: `{where['command']}`"
 
 
-def render(name: str, results: Path) -> str:
-    """The text between the markers for benchmarks/results/``name``.json."""
+def render(name: str, results: Path, layer: tuple[int, int] | None = None) -> str:
+    """The text between the markers for benchmarks/results/``name``.json; of one layer (N, K) or of all."""
     path = results / f"{name}.json"
     if not path.is_file():
         return f"*Not measured yet: there is no benchmarks/results/{name}.json.*"
@@ -150,12 +152,21 @@ def render(name: str, results: Path) -> str:
     if document.get("schema") != 1 or document.get("benchmark") not in RENDER:
         sys.exit(f"{path} has schema {document.get('schema')!r} and benchmark {document.get('benchmark')!r}: "
                  f"known are schema 1 and {', '.join(RENDER)}.")  # fmt: skip
+    if layer is not None:
+        document["rows"] = [
+            row for row in document["rows"] if (row.get("n", layer[0]), row.get("k", layer[1])) == layer
+        ]
     return f"{RENDER[document['benchmark']](document)}\n\n{caption(document)}"
 
 
 def rewrite(text: str, results: Path) -> str:
     """``text`` with every table between markers made anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}{render(found[2], results)}\n{found[3]}", text)
+
+    def table(found: re.Match[str]) -> str:
+        layer = (int(found[3]), int(found[4])) if found[3] else None
+        return f"{found[1]}{render(found[2], results, layer)}\n{found[5]}"
+
+    return BLOCK.sub(table, text)
 
 
 def main() -> int:

@@ -260,6 +260,17 @@ def test_every_kind_of_result_becomes_a_table(site, name):
     assert start("tables", "--root", root, "--check").returncode == 0
 
 
+def test_a_table_of_one_layer_leaves_the_others_out(site):
+    root, put = site
+    other = {**GEMM_ROW, "n": 1024, "k": 512}
+    put("gemm", {"rows": [GEMM_ROW, other]})
+    (root / "README.md").write_text(PAGE.format("gemm 1024x512"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert f"| {other['m']}×1024×512 |" in text
+    assert f"| {GEMM_ROW['m']}×{GEMM_ROW['n']}×{GEMM_ROW['k']} |" not in text
+
+
 def test_a_stale_table_fails_the_check_and_is_left_alone(site):
     root, put = site
     put("gemm", DOCUMENTS["gemm"][0])
@@ -297,5 +308,9 @@ def test_committed_results_say_where_they_come_from():
     for path in BENCHMARKS.glob("results/*.json"):
         document = json.loads(path.read_text(encoding="utf-8"))
         assert document["schema"] == 1, path
-        for key in ("date", "command", "torch", "hwkern"):
-            assert document["environment"][key], (path, key)
+        where = document["environment"]
+        for key in ("date", "command", "torch", "hwkern", "commit"):
+            assert where[key], (path, key)
+        assert not where["commit"].endswith("+"), f"{path} was measured on a changed tree"
+        if "gpu" in where:
+            assert where["nvidia_smi"]["driver_version"], path
