@@ -18,22 +18,29 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 __all__ = ["Report", "__version__", "hardware", "nn", "ops", "patch", "unpatch"]
 
-# Where each public name lives. Resolved on first use, so that `import hwkern` needs no torch.
-_NAMES = {"patch": "hwkern.patch", "unpatch": "hwkern.patch", "Report": "hwkern.report"}
-_MODULES = ("hardware", "nn", "ops")
+# Where each public name lives: a module, and the attribute in it or "" for the module itself. Resolved on first use, so
+# that `import hwkern` needs no torch.
+_NAMES = {
+    "Report": ("hwkern.report", "Report"),
+    "hardware": ("hwkern.hardware", ""),
+    "nn": ("hwkern.nn", ""),
+    "ops": ("hwkern.ops", ""),
+    "patch": ("hwkern.patch", "patch"),
+    "unpatch": ("hwkern.patch", "unpatch"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"hwkern.{name}")
     if name not in _NAMES:
         raise AttributeError(f"module 'hwkern' has no attribute {name!r}; it has {', '.join(__all__)}")
+    module, attribute = _NAMES[name]
     try:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise ImportError(f"hwkern.{name} needs PyTorch >= 2.4: pip install torch") from error
+    value = getattr(found, attribute) if attribute else found
     globals()[name] = value
     return value
 

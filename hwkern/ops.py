@@ -128,7 +128,8 @@ def int8_linear(
         x: ``[..., K]`` float. weight: ``[N, K16]`` from :func:`pad_weight`. weight_scale: ``[N]`` float32.
         bias: ``[N]`` of any float dtype. out_dtype: x's dtype by default, autocast's under autocast.
 
-    Gradients reach ``x`` (straight-through, on the dequantized weight) and ``bias``; an int8 weight has none.
+    Gradients reach ``x`` (straight-through, on the dequantized weight) and ``bias``; an int8 weight has none. Whether
+    ``weight_scale`` is finite is not checked here, which would wait for the GPU; ``Int8Linear`` checks it once.
     """
     return torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias, out_dtype, config)
 
