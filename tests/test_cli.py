@@ -8,22 +8,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from fake_gpu import H100
 
 import hwkern
 from hwkern import _native, cli, doctor
 
-GPU = {
-    "name": "Test GPU",
-    "compute": 90,
-    "sm_count": 132,
-    "clock_khz": 1_980_000,
-    "memory_clock_khz": 2_619_000,
-    "memory_bus_bits": 5120,
-    "l2_bytes": 50 << 20,
-    "memory_bytes": 80 << 30,
-    "shared_bytes_per_sm": 233_472,
-    "shared_bytes": 232_448,
-}
+GPU = H100 | {"name": "Test GPU"}
 
 
 @pytest.fixture

@@ -7,21 +7,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from fake_gpu import H100
 
 from hwkern import _native, hardware
-
-H100 = {
-    "name": "NVIDIA H100 80GB HBM3",
-    "compute": 90,
-    "sm_count": 132,
-    "clock_khz": 1_980_000,
-    "memory_clock_khz": 2_619_000,
-    "memory_bus_bits": 5120,
-    "l2_bytes": 50 << 20,
-    "memory_bytes": 80 << 30,
-    "shared_bytes_per_sm": 233_472,
-    "shared_bytes": 232_448,
-}
 
 
 def h100() -> hardware.Gpu:
