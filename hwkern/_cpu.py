@@ -20,6 +20,7 @@ from hwkern._checks import (
     check_out_dtype,
     check_static_scale,
 )
+from hwkern._tensors import contiguous, dtype_code, pointer, rows
 from hwkern.reference import QMAX, expand_scale
 
 _C = _native.extension()
@@ -67,16 +68,6 @@ def integer_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.copy_(float_matmul(a, b))
 
 
-def rows(x: Tensor) -> tuple[Tensor, int]:
-    """``x`` with rows of unit stride at one common distance, and that distance in elements (copied only if needed)."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
-        return x, x.stride(0)
-    x = x.contiguous()
-    return x, x.shape[-1]
-
-
 def _threads(elements: int) -> int:
     """How many threads a pass over so many elements is worth, up to torch's number."""
     return 1 if elements < 2 * _THREAD_ELEMENTS else min(torch.get_num_threads(), elements // _THREAD_ELEMENTS)
@@ -104,15 +95,9 @@ def _scaled_matmul(
     else:
         total = torch.empty((m, n), dtype=torch.int32)
     integer_matmul(a, b, total)
-    if scale_a is not None and not scale_a.is_contiguous():
-        scale_a = scale_a.contiguous()
-    if scale_b is not None and not scale_b.is_contiguous():
-        scale_b = scale_b.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
+    scale_a, scale_b, bias = contiguous(scale_a), contiguous(scale_b), contiguous(bias)
     _C.cpu_rescale(
-        total.data_ptr(), 0 if scale_a is None else scale_a.data_ptr(), 0 if scale_b is None else scale_b.data_ptr(),
-        0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
+        total.data_ptr(), pointer(scale_a), pointer(scale_b), pointer(bias), dtype_code(bias),
         y.data_ptr(), DTYPES[y.dtype], m, n, _threads(m * n),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ from hwkern._checks import (
     padded,
 )
 from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
-from hwkern._cpu import rows
+from hwkern._tensors import contiguous, dtype_code, pointer, rows
 
 __all__ = [
     "CHOOSE",
@@ -228,15 +228,14 @@ def _axis_code(scale: Tensor, axis: int) -> int:
 def _quantize_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     check_float(x)
     k = x.shape[-1]
+    check_k(k)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if q.numel() == 0 and k > 0:
-        return q, scale
-    check_k(k)
-    x, ldx = rows(x)
-    stream = _current_stream(x.get_device())
-    m = x.numel() // k
-    _cuda().quantize_per_token(x.data_ptr(), DTYPES[x.dtype], ldx, m, k, q.data_ptr(), k, scale.data_ptr(), stream)
+    if q.numel():
+        x, ldx = rows(x)
+        stream = _current_stream(x.get_device())
+        m = x.numel() // k
+        _cuda().quantize_per_token(x.data_ptr(), DTYPES[x.dtype], ldx, m, k, q.data_ptr(), k, scale.data_ptr(), stream)
     return q, scale
 
 
@@ -302,17 +301,12 @@ def _matmul_cuda(
         m = d.numel() // n
         a, lda = _aligned_rows(a)
         b, ldb = _aligned_rows(b)
-        scale_a, scale_b, bias = (t if t is None else t.contiguous() for t in (scale_a, scale_b, bias))
+        scale_a, scale_b, bias = contiguous(scale_a), contiguous(scale_b), contiguous(bias)
         _cuda().gemm(
-            a.data_ptr(), lda, b.data_ptr(), ldb, _pointer(scale_a), _pointer(scale_b),
-            _pointer(bias), 0 if bias is None else DTYPES[bias.dtype],
+            a.data_ptr(), lda, b.data_ptr(), ldb, pointer(scale_a), pointer(scale_b), pointer(bias), dtype_code(bias),
             d.data_ptr(), n, DTYPES[dtype], m, n, k, config, _current_stream(d.get_device()),
         )  # fmt: skip
     return d
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 @_on_device
@@ -325,20 +319,43 @@ def _linear_cuda(
     config: int = CHOOSE,
 ) -> Tensor:
     dtype = check_linear(x, weight, weight_scale, bias, out_dtype)
-    return _launch_linear(x, weight, weight_scale, bias, dtype, config)
+    if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
+        weight = weight.clone(memory_format=torch.contiguous_format)
+    # `cell` holds addresses only: these names keep the copies alive until the launch.
+    weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
+    cell = LaunchCell()
+    cell.read(weight, weight_scale, bias)
+    return _launch_cell(x, cell, weight, dtype, config)
 
 
 class LaunchCell:
-    """What a launch needs of one layer's weight, scale and bias, read once and good while their addresses stay."""
+    """What a launch needs of one layer's weight, scale and bias, read once and good while they stay where they are."""
 
     __slots__ = ("bias_dtype", "bias_pointer", "columns", "device", "linear", "n", "scale_pointer", "weight_pointer")
 
     def __init__(self) -> None:
         self.weight_pointer = self.scale_pointer = self.bias_pointer = -1
         self.columns = self.device = -1
+        self.bias_dtype: torch.dtype | None = None
 
     def __reduce__(self) -> tuple[type[LaunchCell], tuple[()]]:
         return LaunchCell, ()  # a copy of the layer has other addresses
+
+    def holds(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+        """Whether these are the tensors that were read.
+
+        The bias's dtype counts beside its address: two casts in a row (``.half().bfloat16()``) may bring it back to the
+        address of the first. The layer keeps the dtypes and shapes of the other two.
+        """
+        return (
+            self.weight_pointer == weight.data_ptr()
+            and self.scale_pointer == weight_scale.data_ptr()
+            and (
+                self.bias_pointer == 0
+                if bias is None
+                else self.bias_pointer == bias.data_ptr() and self.bias_dtype is bias.dtype
+            )
+        )
 
     def read(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
         """False where the kernels cannot take the tensors as they are (or where ``check_linear`` would object)."""
@@ -356,31 +373,12 @@ class LaunchCell:
         if ready:
             self.n, self.columns, self.device, self.linear = n, columns, device, _cuda().linear
             self.weight_pointer, self.scale_pointer = weight.data_ptr(), weight_scale.data_ptr()
-            self.bias_pointer = 0 if bias is None else bias.data_ptr()
-            self.bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
+            self.bias_pointer, self.bias_dtype = pointer(bias), None if bias is None else bias.dtype
         return ready
 
 
 def _is_vector(t: Tensor, n: int, device: int) -> bool:
     return t.get_device() == device and tuple(t.shape) == (n,) and t.is_contiguous()
-
-
-def _launch_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    config: int = CHOOSE,
-) -> Tensor:
-    """The arguments have been checked."""
-    if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
-        weight = weight.clone(memory_format=torch.contiguous_format)
-    weight_scale = weight_scale.contiguous()
-    bias = bias if bias is None else bias.contiguous()
-    cell = LaunchCell()
-    cell.read(weight, weight_scale, bias)
-    return _launch_cell(x, cell, weight, dtype, config)
 
 
 def _launch_cell(x: Tensor, cell: LaunchCell, weight: Tensor, dtype: torch.dtype, config: int = CHOOSE) -> Tensor:
@@ -405,7 +403,8 @@ def _launch_cell(x: Tensor, cell: LaunchCell, weight: Tensor, dtype: torch.dtype
     workspace = weight.new_empty(workspace_bytes)
     cell.linear(
         x.data_ptr(), DTYPES[x_dtype], ldx, cell.weight_pointer, columns, cell.scale_pointer,
-        cell.bias_pointer, cell.bias_dtype, y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
+        cell.bias_pointer, 0 if cell.bias_dtype is None else DTYPES[cell.bias_dtype],
+        y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
         workspace.data_ptr(), workspace_bytes, _current_stream(cell.device),
     )  # fmt: skip
     return y
@@ -547,26 +546,20 @@ def eager_linear(
         and x.dtype in FLOATS
         and x.shape[-1:] == (k,)
     ):
+        records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
             if (
-                (
-                    (
-                        cell.weight_pointer == weight.data_ptr()
-                        and cell.scale_pointer == weight_scale.data_ptr()
-                        and cell.bias_pointer == (0 if bias is None else bias.data_ptr())
-                    )
-                    or cell.read(weight, weight_scale, bias)
-                )
+                (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
                 and 0 < k <= cell.columns < k + ROW_ALIGNMENT
                 and x.get_device() == cell.device
                 and (_is_only_gpu() or cell.device == _current_device())
                 and not is_autocast_enabled("cuda")
             ):
-                if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+                if records:
                     return _apply(x, bias, (weight, weight_scale), cell)
                 return _launch_cell(x, cell, weight, x.dtype)
         elif x.is_cpu and not is_autocast_enabled("cpu") and _fits_cpu(weight, weight_scale, bias, k):
-            if is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            if records:
                 return _apply(x, bias, (weight, weight_scale), None)
             return _cpu.linear_unchecked(x, weight, weight_scale, bias, x.dtype)
     # The packed weight alone cannot tell K = 17 from K = 32. (Under torch.jit.trace sizes are tensors: not checked.)

@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,6 +329,26 @@ def test_work_is_queued_on_the_current_stream():
         y = eager_linear(x, weight, scale, None)
     stream.synchronize()
     assert torch.equal(y, want)
+
+
+def test_a_bias_cast_twice_back_to_its_first_address_is_read_again(monkeypatch: pytest.MonkeyPatch):
+    """Only addresses and dtypes are compared, so tensors of the CPU can stand for CUDA's."""
+    monkeypatch.setattr(ops, "_cuda", lambda: SimpleNamespace(linear=None))
+    _, weight, scale = linear_inputs("cpu")
+    memory = torch.zeros(48)
+    cell = ops.LaunchCell()
+    assert not cell.holds(weight, scale, memory)
+    assert cell.read(weight, scale, memory)
+    assert cell.holds(weight, scale, memory)
+    half = memory.view(torch.bfloat16)[:48]
+    assert half.data_ptr() == memory.data_ptr()
+    assert not cell.holds(weight, scale, half)
+    assert not cell.holds(weight, scale, None)
+    assert not cell.holds(weight, scale.clone(), memory)
+    assert not cell.holds(weight.clone(), scale, memory)
+    assert cell.read(weight, scale, None)
+    assert cell.holds(weight, scale, None)
+    assert not cell.holds(weight, scale, memory)
 
 
 @pytest.mark.gpu

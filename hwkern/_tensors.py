@@ -1,0 +1,32 @@
+"""What a native call needs of a tensor: addresses, dtype codes, rows of unit stride."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hwkern._checks import DTYPES
+
+
+def pointer(t: Tensor | None) -> int:
+    """The address of the first element; 0 for None, as hwkern.h has it."""
+    return 0 if t is None else t.data_ptr()
+
+
+def dtype_code(t: Tensor | None) -> int:
+    """hwkern.h's DType; 0 for None, which nobody reads then."""
+    return 0 if t is None else DTYPES[t.dtype]
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """``t`` itself, or a contiguous copy."""
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` with rows of unit stride at one common distance, and that distance in elements (copied only if needed)."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x, x.stride(0)
+    x = x.contiguous()
+    return x, x.shape[-1]
