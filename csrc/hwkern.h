@@ -10,7 +10,13 @@
 //   D [M, N]  output, row-major, leading dimension ldd
 //   D[m, n] = round(((float)sum * scale_m[m]) * scale_n[n] + bias[n]),   sum = Σ_k A[m, k]·B[n, k], an exact int32
 // Each float operation is one IEEE float32 operation in the order written (no fused multiply-add), and `round` is
-// one rounding to the output type, so the result is the same bits on every GPU and on the CPU path.
+// one rounding to the output type, so the result is the same bits on every GPU and on the CPU path. An activation and
+// a residual may follow, before `round`: activation(…) + residual[m, n]; see Activation.
+//
+// Overlap (programmatic dependent launch, compute capability 9.0 and newer): kernels of this library that follow each
+// other on a stream may start while their predecessor still runs. Each waits for it before it touches anything but
+// constant weights, and lets its own successor start only after that wait, so everything that was enqueued before the
+// predecessor has completed by then.
 #pragma once
 
 #include <cstddef>
@@ -45,6 +51,16 @@ constexpr int64_t kMaxK = (int64_t{1} << 17) - 1;
 // Rows of A and B start at multiples of this many bytes: one cp.async or one ldmatrix row.
 constexpr int64_t kRowAlignment = 16;
 
+// What an epilogue may apply to y = sum · scales + bias. Computed in float32 with the GPU's exp, erf and tanh (2 ulp at
+// most), so with one of these the CPU path agrees to 4 float32 ulp before the rounding and not in every bit.
+enum class Activation : int32_t {
+  kNone = 0,
+  kRelu = 1,      // max(y, 0); NaN stays NaN
+  kGelu = 2,      // y · Φ(y) = 0.5·y·(1 + erf(y / √2))
+  kGeluTanh = 3,  // 0.5·y·(1 + tanh(√(2/π)·(y + 0.044715·y³)))
+  kSilu = 4,      // y / (1 + exp(-y))
+};
+
 // ---- GEMM ---------------------------------------------------------------------------------------------------------
 
 // One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
@@ -78,7 +94,15 @@ struct Gemm {
   int64_t lda, ldb, ldd;     // elements
   int64_t m, n, k;
   DType bias_dtype;          // kFloat32, kFloat16 or kBFloat16
-  DType d_dtype;             // kFloat32, kFloat16, kBFloat16, or kInt32: the raw sum, without scales and bias
+  DType d_dtype;             // kFloat32, kFloat16, kBFloat16; kInt32: the raw sum, without scales and bias; kInt8
+  Activation activation = Activation::kNone;
+  const void* residual = nullptr;  // [M, N] of residual_dtype, added after the activation; null for none
+  int64_t ldr = 0;
+  DType residual_dtype = DType::kFloat32;
+  const float* d_scale = nullptr;  // [1], with an int8 D and only then: D = clamp(rint(y · (1 / d_scale)), -127, 127)
+  // B was not written by the kernel that precedes this call on the stream, so its loads may start before that kernel
+  // ends (see Overlap). True of weights; false is always safe.
+  bool b_is_constant = false;
 };
 
 const GemmConfig* gemm_configs(int* count);
@@ -139,6 +163,10 @@ struct Linear {
   int64_t ldx, ldb, ldy;
   int64_t m, n, k;
   DType x_dtype, bias_dtype, y_dtype;
+  Activation activation = Activation::kNone;
+  const void* residual = nullptr;  // [M, N] of residual_dtype, added after the activation; null for none
+  int64_t ldr = 0;
+  DType residual_dtype = DType::kFloat32;
 };
 
 // Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.

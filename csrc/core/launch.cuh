@@ -32,27 +32,35 @@ Status allow_shared_memory(int shared_bytes) {
   return kSuccess;
 }
 
-template <auto kernel, typename... Args>
-Status launch(dim3 grid, dim3 block, int shared_bytes, Stream stream, const Args&... args) {
-  if (const Status status = allow_shared_memory<kernel>(shared_bytes); !status.ok()) return status;
-  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(args...);
-  return status_of(cudaPeekAtLastError());
-}
+struct Launch {
+  dim3 grid, block;
+  int shared_bytes = 0;
+  int cluster = 1;       // blocks along x that form a cluster (sm_90 and newer)
+  // The kernel may start while its predecessor on the stream still runs: it calls ptx::grid_wait() before it touches
+  // anything that the predecessor could write or read. Only for compute capability 9.0 and newer.
+  bool overlap = false;
+};
 
-// The same in clusters of `cluster` blocks along x (sm_90 and newer).
 template <auto kernel, typename... Args>
-Status launch_clusters(int cluster, dim3 grid, dim3 block, int shared_bytes, Stream stream, const Args&... args) {
-  if (const Status status = allow_shared_memory<kernel>(shared_bytes); !status.ok()) return status;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+Status launch(const Launch& shape, Stream stream, const Args&... args) {
+  if (const Status status = allow_shared_memory<kernel>(shape.shared_bytes); !status.ok()) return status;
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  }
+  if (shape.overlap) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   return status_of(cudaLaunchKernelEx(&config, kernel, args...));
 }
 

@@ -195,7 +195,7 @@ template <typename C>
 Status launch_config(const Gemm& p, Stream stream) {
   const int64_t tiles = ceil_div(p.m, C::BLOCK_M) * ceil_div(p.n, C::BLOCK_N);
   if (tiles > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
-  return launch<gemm_sm80<C>>(dim3(static_cast<unsigned>(tiles)), dim3(C::THREADS), C::SHARED_BYTES, stream, p);
+  return launch<gemm_sm80<C>>({dim3(static_cast<unsigned>(tiles)), dim3(C::THREADS), C::SHARED_BYTES}, stream, p);
 }
 
 }  // namespace

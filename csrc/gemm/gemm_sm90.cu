@@ -292,7 +292,7 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   const int64_t tiles = ceil_div(p.m, C::BLOCK_M * C::CLUSTER) * ceil_div(p.n, C::BLOCK_N);
   const int64_t clusters = sm_count / C::CLUSTER;
   const unsigned blocks = static_cast<unsigned>((tiles < clusters ? tiles : clusters) * C::CLUSTER);
-  return launch_clusters<gemm_sm90<C>>(C::CLUSTER, dim3(blocks), dim3(C::THREADS), C::SHARED_BYTES, stream, params);
+  return launch<gemm_sm90<C>>({dim3(blocks), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER}, stream, params);
 }
 
 }  // namespace

@@ -158,8 +158,8 @@ bool rows_aligned(const Quantize& p) {
 template <typename T, int VECTORS>
 Status launch_rows(const Quantize& p, dim3 block, Stream stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(p.m, block.y)));
-  return rows_aligned<T>(p) ? launch<quantize_per_token_kernel<T, VECTORS, true>>(grid, block, 0, stream, p)
-                            : launch<quantize_per_token_kernel<T, VECTORS, false>>(grid, block, 0, stream, p);
+  return rows_aligned<T>(p) ? launch<quantize_per_token_kernel<T, VECTORS, true>>({grid, block}, stream, p)
+                            : launch<quantize_per_token_kernel<T, VECTORS, false>>({grid, block}, stream, p);
 }
 
 // The block of a kernel with one vector a thread, and the grid that covers `m` rows of `vectors` vectors.
@@ -216,8 +216,8 @@ Status launch_quantize_static(const Quantize& p, ScaleAxis axis, Stream stream) 
     using T = decltype(zero);
     const VectorGrid g(ceil_div(p.m, STATIC_ROWS), ceil_div(p.ldq, RowVector<T>::COUNT));
     if (!g.fits()) return invalid("quantize: a row is too long for one launch");
-    return rows_aligned<T>(p) ? launch<quantize_static_kernel<T, true>>(g.grid, g.block, 0, stream, p, axis)
-                              : launch<quantize_static_kernel<T, false>>(g.grid, g.block, 0, stream, p, axis);
+    return rows_aligned<T>(p) ? launch<quantize_static_kernel<T, true>>({g.grid, g.block}, stream, p, axis)
+                              : launch<quantize_static_kernel<T, false>>({g.grid, g.block}, stream, p, axis);
   });
 }
 
@@ -228,8 +228,8 @@ Status launch_dequantize(const Dequantize& p, ScaleAxis axis, Stream stream) {
     const VectorGrid g(p.m, ceil_div(p.k, COUNT));
     if (!g.fits()) return invalid("dequantize: a row is too long for one launch");
     const bool aligned = is_aligned(p.q, COUNT) && p.ldq % COUNT == 0 && is_aligned(p.y, 16) && p.ldy % COUNT == 0;
-    return aligned ? launch<dequantize_kernel<T, true>>(g.grid, g.block, 0, stream, p, axis)
-                   : launch<dequantize_kernel<T, false>>(g.grid, g.block, 0, stream, p, axis);
+    return aligned ? launch<dequantize_kernel<T, true>>({g.grid, g.block}, stream, p, axis)
+                   : launch<dequantize_kernel<T, false>>({g.grid, g.block}, stream, p, axis);
   });
 }
 
