@@ -1,0 +1,129 @@
+// NVIDIA's types to ours; the same text compiles against the headers of TensorRT 8.6 and of 10 and newer.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <cstring>
+
+#include "tensorrt/op.h"
+
+namespace hwkern::trt {
+
+inline DType to_dtype(nvinfer1::DataType type) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT: return DType::kFloat32;
+    case nvinfer1::DataType::kHALF: return DType::kFloat16;
+    case nvinfer1::DataType::kINT8: return DType::kInt8;
+    case nvinfer1::DataType::kINT32: return DType::kInt32;
+#if NV_TENSORRT_MAJOR >= 10
+    case nvinfer1::DataType::kBF16: return DType::kBFloat16;
+#endif
+    default: return kOtherType;
+  }
+}
+
+inline nvinfer1::DataType from_dtype(DType type) {
+  switch (type) {
+    case DType::kFloat16: return nvinfer1::DataType::kHALF;
+    case DType::kInt8: return nvinfer1::DataType::kINT8;
+    case DType::kInt32: return nvinfer1::DataType::kINT32;
+#if NV_TENSORRT_MAJOR >= 10
+    case DType::kBFloat16: return nvinfer1::DataType::kBF16;
+#endif
+    default: return nvinfer1::DataType::kFLOAT;
+  }
+}
+
+inline Tensor to_tensor(const nvinfer1::Dims& dims, nvinfer1::DataType type) {
+  Tensor tensor{to_dtype(type), dims.nbDims < 0 ? 0 : dims.nbDims, {}};
+  for (int i = 0; i < tensor.rank && i < kMaxRank; ++i) tensor.dims[i] = dims.d[i];
+  return tensor;
+}
+
+inline Tensor to_tensor(const nvinfer1::PluginTensorDesc& t) { return to_tensor(t.dims, t.type); }
+inline Tensor to_tensor(const nvinfer1::DynamicPluginTensorDesc& t) { return to_tensor(t.desc.dims, t.desc.type); }
+
+// check() and enqueue() on the arrays that TensorRT passes. At most kMaxInputs are looked at: check() has compared the
+// count before enqueue() comes.
+template <class Desc>
+bool check(const Op& op, const Desc* inputs, int count) {
+  Tensor tensors[kMaxInputs] = {};
+  for (int i = 0; i < count && i < kMaxInputs; ++i) tensors[i] = to_tensor(inputs[i]);
+  return check(op, tensors, count);
+}
+
+inline bool enqueue(const Op& op, int32_t tactic, const nvinfer1::PluginTensorDesc* descs, const void* const* inputs,
+                    void* const* outputs, void* workspace, cudaStream_t stream) {
+  Tensor tensors[kMaxInputs] = {};
+  for (int i = 0; i < input_count(op); ++i) tensors[i] = to_tensor(descs[i]);
+  return enqueue(op, tactic, tensors, inputs, outputs, workspace, stream);
+}
+
+// Whether TensorRT may hand over tensor `index` as described; `desc(i)` gives the i-th description.
+template <class GetDesc>
+bool supports(const Op& op, int index, int inputs, const GetDesc& desc) {
+  if (inputs != input_count(op) || index < 0 || index >= kMaxInputs + 2) return false;
+  if (desc(index).format != nvinfer1::TensorFormat::kLINEAR) return false;
+  DType types[kMaxInputs + 2];
+  for (int i = 0; i <= index; ++i) types[i] = to_dtype(desc(i).type);
+  return supports(op, index, types);
+}
+
+// The output has x's dimensions (the expressions themselves: nothing of TensorRT is called); LinearInt8 replaces the
+// last by N, the scale of Quantize has none of it.
+inline bool output_shape(const Op& op, int output, const nvinfer1::DimsExprs* inputs, int count,
+                         nvinfer1::DimsExprs* shape) {
+  if (count != input_count(op)) {
+    const Tensor none[kMaxInputs] = {};
+    return check(op, none, count);  // says so
+  }
+  const nvinfer1::DimsExprs& x = inputs[0];
+  const Tensor rank_only{DType::kFloat32, x.nbDims, {}};
+  if (rank_only.rank < 1) return check(op, &rank_only, count);
+  *shape = x;
+  if (op.kind == Kind::kLinearInt8) {
+    shape->d[x.nbDims - 1] = inputs[position(op, Input::kWeight)].d[0];
+  } else if (output == 1) {
+    --shape->nbDims;
+  }
+  return true;
+}
+
+inline FieldType to_field_type(nvinfer1::PluginFieldType type) {
+  switch (type) {
+    case nvinfer1::PluginFieldType::kINT32: return FieldType::kInt32;
+    case nvinfer1::PluginFieldType::kCHAR: return FieldType::kText;
+#if NV_TENSORRT_MAJOR >= 10
+    case nvinfer1::PluginFieldType::kINT64: return FieldType::kInt64;
+#endif
+    default: return FieldType::kOther;
+  }
+}
+
+constexpr int kMaxFields = 16;
+
+inline bool parse(Kind kind, const nvinfer1::PluginFieldCollection* collection, Op* op) {
+  Field fields[kMaxFields];
+  const int count = collection ? collection->nbFields : 0;
+  if (count < 0 || count > kMaxFields || (count > 0 && !collection->fields)) return parse(kind, nullptr, -1, op);
+  for (int i = 0; i < count; ++i) {
+    const nvinfer1::PluginField& f = collection->fields[i];
+    fields[i] = {f.name, f.data, to_field_type(f.type), f.length};
+  }
+  return parse(kind, fields, count, op);
+}
+
+// What a creator tells of its fields; one object per kind, alive as long as the library.
+struct FieldNames {
+  nvinfer1::PluginField fields[kMaxFields];
+  nvinfer1::PluginFieldCollection collection{0, fields};
+  explicit FieldNames(Kind kind) {
+    for (const FieldName* f = field_names(kind); f->name; ++f)
+      fields[collection.nbFields++] = {
+          f->name, nullptr, f->is_text ? nvinfer1::PluginFieldType::kCHAR : nvinfer1::PluginFieldType::kINT32, 1};
+  }
+  FieldNames(const FieldNames&) = delete;
+  FieldNames& operator=(const FieldNames&) = delete;
+};
+
+}  // namespace hwkern::trt

@@ -1,0 +1,116 @@
+// What hwkern's TensorRT ops are, without TensorRT: fields, inputs, types, shapes, workspace, tactics, state, enqueue.
+// plugin_v3.cpp and plugin_v2.cpp translate these to NVIDIA's two generations of plugin interfaces.
+//
+// LinearInt8: y = activation(x · Wᵀ + bias) + residual
+//   inputs    x            [..., K]  float32, float16 or bfloat16
+//             weight       [N, K16]  int8, K16 = K rounded up to 16, zeros in the padding; or the same bytes as int32
+//                                    [N, K16 / 4], which TensorRT passes on untouched in every version
+//             weight_scale [N]       float32
+//             bias         [N]       float32, float16 or bfloat16  if has_bias
+//             input_scale  [1], [K]  float32                  if has_input_scale (scheme w8a8_static, and only then)
+//             residual     [..., N]  x's type                 if has_residual
+//   output    y            [..., N]  x's type
+//   w8a8_dynamic: one scale per row of x, computed on the fly.
+//   w8a8_static:  q = clamp(rint(x · (1 / input_scale)), -127, 127) and y = sum · weight_scale + …: weight_scale holds
+//                 float32(scale of the input · scale of the weight), the product made once when the model is written.
+//                 An input_scale of [K] folds a smoothing vector into the same pass.
+//   w8a16:        x stays as it is.
+// Quantize: x [..., K] → q [..., K] int8, scale [...] float32, one scale per row, the dynamic scheme of hwkern.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hwkern.h"
+
+namespace hwkern::trt {
+
+constexpr char kNamespace[] = "hwkern";
+constexpr char kPluginVersion[] = "1";
+
+enum class Kind : int32_t { kLinearInt8 = 1, kQuantize = 2 };
+enum class Scheme : int32_t { kW8A8Dynamic = 0, kW8A8Static = 1, kW8A16 = 2 };
+
+struct Op {
+  Kind kind = Kind::kLinearInt8;
+  Scheme scheme = Scheme::kW8A8Dynamic;
+  Activation activation = Activation::kNone;
+  int32_t in_features = 0;      // K: the packed weight does not tell it
+  int32_t out_features = 0;     // N, or 0: taken from the weight
+  int32_t config = kChoose;     // a config id for every call, or kChoose
+  int32_t has_bias = 0, has_input_scale = 0, has_residual = 0;
+};
+
+const char* name(Kind kind);
+bool same(const Op& a, const Op& b);
+
+// ---- Creation: named fields in, a valid Op or a refusal out --------------------------------------------------------
+
+enum class FieldType { kInt32, kInt64, kText, kOther };
+struct Field {
+  const char* name;
+  const void* data;
+  FieldType type;
+  int32_t length;               // elements; a text's may or may not count a final NUL
+};
+
+// The names of a kind's fields, ended by null. `is_text` tells for each whether it is a string.
+struct FieldName {
+  const char* name;
+  bool is_text;
+};
+const FieldName* field_names(Kind kind);
+
+bool parse(Kind kind, const Field* fields, int32_t count, Op* op);
+
+// ---- State in an engine --------------------------------------------------------------------------------------------
+
+constexpr size_t kStateBytes = 48;
+constexpr char kStateField[] = "hwkern_state";
+void save(const Op& op, unsigned char (&state)[kStateBytes]);
+bool load(Kind kind, const void* state, size_t bytes, Op* op);
+
+// One line that says everything about the op and the kernels: the timing cache's key and the inspector's text.
+void describe(const Op& op, char* text, size_t bytes);
+
+// ---- Types and shapes ----------------------------------------------------------------------------------------------
+
+constexpr int kMaxRank = 8;
+constexpr DType kOtherType = static_cast<DType>(-1);
+struct Tensor {
+  DType type;
+  int32_t rank;
+  int64_t dims[kMaxRank];       // -1 where not known yet
+};
+
+constexpr int kMaxInputs = 6;
+enum class Input { kX, kWeight, kWeightScale, kBias, kInputScale, kResidual };
+int position(const Op& op, Input input);  // -1 when this op has no such input
+int input_count(const Op& op);
+int output_count(const Op& op);
+
+// Whether input or output `index` (outputs follow the inputs) may have types[index], given those before it. No
+// refusal: TensorRT asks about every type.
+bool supports(const Op& op, int index, const DType* types);
+DType output_type(const Op& op, int output, DType x);
+
+// Checks number, types, ranks and every dimension that is known; says what is wrong.
+bool check(const Op& op, const Tensor* inputs, int count);
+
+int64_t row_count(const Tensor& x);       // the product of all but the last dimension; -1 when not known
+
+// ---- Running -------------------------------------------------------------------------------------------------------
+
+size_t workspace_bytes(const Op& op, int64_t m);
+
+// A tactic is 0 or 1 for "the cost model chooses for every M", or a config id with the M that TensorRT timed it at: it
+// holds for rows of about that number, and the cost model decides for others, which nobody timed.
+constexpr int kMaxTactics = 8;
+int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n, int32_t (&out)[kMaxTactics]);
+int config_for(const Op& op, int32_t tactic, int64_t m);
+
+// Capture-safe: no allocation, no synchronisation, nothing that outlives the call. `inputs` have passed check().
+bool enqueue(const Op& op, int32_t tactic, const Tensor* tensors, const void* const* inputs, void* const* outputs,
+             void* workspace, Stream stream);
+
+}  // namespace hwkern::trt
