@@ -96,7 +96,7 @@ IPluginCreatorV3One* creator(const void* library, int index) {
   // As TensorRT does: the kind of interface is read, then the cast.
   const InterfaceInfo info = c->getInterfaceInfo();
   return std::strcmp(info.kind, "PLUGIN CREATOR_V3ONE") == 0 && info.major == 1 ? static_cast<IPluginCreatorV3One*>(c)
-                                                                             : nullptr;
+                                                                                : nullptr;
 }
 
 std::vector<DynamicPluginTensorDesc> dynamic(const HTensor* descs, const HTensor* min, const HTensor* opt,

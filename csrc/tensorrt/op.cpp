@@ -17,9 +17,9 @@ constexpr const char* kActivations[] = {"none", "relu", "gelu", "gelu_tanh", "si
 constexpr int kSchemeCount = sizeof(kSchemes) / sizeof(kSchemes[0]);
 constexpr int kActivationCount = sizeof(kActivations) / sizeof(kActivations[0]);
 
-constexpr FieldName kLinearFields[] = {{"in_features", false}, {"out_features", false}, {"scheme", true},
-                                       {"activation", true},   {"has_bias", false},     {"has_input_scale", false},
-                                       {"has_residual", false}, {"config", false},      {nullptr, false}};
+constexpr FieldName kLinearFields[] = {{"in_features", false},  {"out_features", false}, {"scheme", true},
+                                       {"activation", true},    {"has_bias", false},     {"has_input_scale", false},
+                                       {"has_residual", false}, {"config", false},       {nullptr, false}};
 constexpr FieldName kQuantizeFields[] = {{nullptr, false}};
 
 // The names as one sentence part: "none, relu, …".
@@ -42,8 +42,7 @@ bool read_int(const Field& field, int32_t* value) {
   } else {
     return refuse("field %s must be an integer (INT32)", field.name);
   }
-  if (wide < INT32_MIN || wide > INT32_MAX)
-    return refuse("field %s is %" PRId64 ", which is absurd", field.name, wide);
+  if (wide < INT32_MIN || wide > INT32_MAX) return refuse("field %s is %" PRId64 ", which is absurd", field.name, wide);
   *value = static_cast<int32_t>(wide);
   return true;
 }
@@ -78,9 +77,10 @@ bool validate(const Op& op) {
   if (!is_flag(op.has_bias) || !is_flag(op.has_input_scale) || !is_flag(op.has_residual))
     return refuse("has_bias, has_input_scale and has_residual must be 0 or 1");
   if ((op.scheme == Scheme::kW8A8Static) != (op.has_input_scale == 1))
-    return refuse("the input_scale goes with the scheme w8a8_static and with no other; here the scheme is %s and "
-                  "has_input_scale is %d",
-                  kSchemes[static_cast<int>(op.scheme)], op.has_input_scale);
+    return refuse(
+        "the input_scale goes with the scheme w8a8_static and with no other; here the scheme is %s and "
+        "has_input_scale is %d",
+        kSchemes[static_cast<int>(op.scheme)], op.has_input_scale);
   if (op.scheme == Scheme::kW8A16)
     return refuse("this build of the plugin has no kernels for the scheme w8a16; use w8a8_dynamic");
   if (op.config != kChoose && !gemm_config(op.config))
@@ -179,9 +179,10 @@ bool load(Kind kind, const void* data, size_t bytes, Op* out) {
   uint32_t version;
   std::memcpy(&version, state + sizeof kMagic, sizeof version);
   if (version != kStateVersion)
-    return refuse("%s: the engine holds format %u of this op and this hwkern reads format %u; rebuild the engine, or "
-                  "load the hwkern that built it",
-                  name(kind), version, kStateVersion);
+    return refuse(
+        "%s: the engine holds format %u of this op and this hwkern reads format %u; rebuild the engine, or "
+        "load the hwkern that built it",
+        name(kind), version, kStateVersion);
   uint32_t sum;
   if (bytes != kStateBytes || (std::memcpy(&sum, state + kSumOffset, sizeof sum), sum != fnv1a(state, kSumOffset)))
     return refuse("%s: the engine's data for this op is damaged (%zu bytes, %zu are expected); rebuild the engine",
@@ -191,9 +192,10 @@ bool load(Kind kind, const void* data, size_t bytes, Op* out) {
   if (op.kind != kind)
     return refuse("%s: the engine's data is that of another op (%d)", name(kind), static_cast<int>(op.kind));
   if (static_cast<uint32_t>(op.scheme) >= kSchemeCount || static_cast<uint32_t>(op.activation) >= kActivationCount)
-    return refuse("%s: the engine asks for scheme %d and activation %d, which this hwkern does not know; load the "
-                  "hwkern that built it",
-                  name(kind), static_cast<int>(op.scheme), static_cast<int>(op.activation));
+    return refuse(
+        "%s: the engine asks for scheme %d and activation %d, which this hwkern does not know; load the "
+        "hwkern that built it",
+        name(kind), static_cast<int>(op.scheme), static_cast<int>(op.activation));
   if (!validate(op)) return false;
   *out = op;
   return true;

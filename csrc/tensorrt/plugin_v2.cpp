@@ -131,9 +131,10 @@ bool register_creators() {
   // The registry's virtual functions are called below, and they are those of 8.6 only.
   const int32_t version = version_of();
   if (version / 100 != 86)
-    return refuse("the loaded TensorRT says version %d; libhwkern_trt8.so is for 8.6 (8600 to 8699), "
-                  "libhwkern_trt.so for 10.1 and newer",
-                  version);
+    return refuse(
+        "the loaded TensorRT says version %d; libhwkern_trt8.so is for 8.6 (8600 to 8699), "
+        "libhwkern_trt.so for 10.1 and newer",
+        version);
   IPluginRegistry* registry = registry_of();
   if (!registry) return refuse("TensorRT gives no plugin registry");
   int32_t count;

@@ -48,7 +48,8 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count_, const DataType* inputs,
                              int32_t input_count_) const noexcept override {
-    if (output_count_ != output_count(op_) || input_count_ != input_count(op_)) return code(refuse_counts(input_count_));
+    if (output_count_ != output_count(op_) || input_count_ != input_count(op_))
+      return code(refuse_counts(input_count_));
     for (int i = 0; i < output_count_; ++i) outputs[i] = from_dtype(output_type(op_, i, to_dtype(inputs[0])));
     return kSuccessCode;
   }
@@ -126,7 +127,8 @@ class Creator final : public IPluginCreatorV3One {
  public:
   explicit Creator(Kind kind) : kind_(kind), names_(kind) {}
 
-  IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fields, TensorRTPhase phase) noexcept override {
+  IPluginV3* createPlugin(AsciiChar const*, PluginFieldCollection const* fields,
+                          TensorRTPhase phase) noexcept override {
     Op op;
     const bool ok = phase == TensorRTPhase::kRUNTIME ? load(fields, &op) : parse(kind_, fields, &op);
     return ok ? new (std::nothrow) Plugin(op) : nullptr;

@@ -78,9 +78,9 @@ namespace {
 
 Status run_quantize(const Tensor& x, const void* const* inputs, void* const* outputs, Stream stream) {
   const int64_t k = x.dims[x.rank - 1];
-  return quantize_per_token({inputs[0], static_cast<int8_t*>(outputs[0]), static_cast<float*>(outputs[1]), k, k,
-                             row_count(x), k, x.type},
-                            stream);
+  return quantize_per_token(
+      {inputs[0], static_cast<int8_t*>(outputs[0]), static_cast<float*>(outputs[1]), k, k, row_count(x), k, x.type},
+      stream);
 }
 
 Status run_linear(const Op& op, int32_t tactic, const Tensor* tensors, const void* const* inputs, void* y,
