@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "tensorrt/log.h"
 #include "tensorrt/op.h"
 
 namespace hwkern::trt {
@@ -73,13 +74,9 @@ bool supports(const Op& op, int index, int inputs, const GetDesc& desc) {
 // last by N, the scale of Quantize has none of it.
 inline bool output_shape(const Op& op, int output, const nvinfer1::DimsExprs* inputs, int count,
                          nvinfer1::DimsExprs* shape) {
-  if (count != input_count(op)) {
-    const Tensor none[kMaxInputs] = {};
-    return check(op, none, count);  // says so
-  }
+  if (!check_count(op, count)) return false;
   const nvinfer1::DimsExprs& x = inputs[0];
-  const Tensor rank_only{DType::kFloat32, x.nbDims, {}};
-  if (rank_only.rank < 1) return check(op, &rank_only, count);
+  if (x.nbDims < 1) return refuse("%s: x needs at least one dimension, [..., K]", name(op.kind));
   *shape = x;
   if (op.kind == Kind::kLinearInt8) {
     shape->d[x.nbDims - 1] = inputs[position(op, Input::kWeight)].d[0];

@@ -272,11 +272,15 @@ bool check_vector(const char* what, const Tensor& t, int64_t n) {
 
 }  // namespace
 
+bool check_count(const Op& op, int count) {
+  return count == input_count(op) ||
+         refuse("%s has %d inputs, but its fields speak of %d (has_bias %d, has_input_scale %d, has_residual %d)",
+                name(op.kind), count, input_count(op), op.has_bias, op.has_input_scale, op.has_residual);
+}
+
 bool check(const Op& op, const Tensor* inputs, int count) {
   constexpr const char* kNames[] = {"x", "weight", "weight_scale", "bias", "input_scale", "residual"};
-  if (count != input_count(op))
-    return refuse("%s has %d inputs, but its fields speak of %d (has_bias %d, has_input_scale %d, has_residual %d)",
-                  name(op.kind), count, input_count(op), op.has_bias, op.has_input_scale, op.has_residual);
+  if (!check_count(op, count)) return false;
   DType types[kMaxInputs];
   for (int i = 0; i < count; ++i) types[i] = inputs[i].type;
   for (int role = 0; role < kMaxInputs; ++role) {
@@ -285,6 +289,11 @@ bool check(const Op& op, const Tensor* inputs, int count) {
       return refuse("%s: input %s cannot be %s here (x is %s)", name(op.kind), kNames[role], dtype_name(types[i]),
                     dtype_name(types[0]));
   }
+  return check_shapes(op, inputs, count);
+}
+
+bool check_shapes(const Op& op, const Tensor* inputs, int count) {
+  if (!check_count(op, count)) return false;
   const Tensor& x = inputs[0];
   if (x.rank < 1) return refuse("%s: x needs at least one dimension, [..., K]", name(op.kind));
   const int64_t k = x.dims[x.rank - 1];
@@ -296,7 +305,8 @@ bool check(const Op& op, const Tensor* inputs, int count) {
   const Tensor& weight = inputs[position(op, Input::kWeight)];
   if (weight.rank != 2) return refuse("LinearInt8: weight must have two dimensions, [N, K16], not %d", weight.rank);
   const int64_t k16 = round_up(op.in_features, kRowAlignment);
-  const int64_t pitch = weight.type == DType::kInt32 ? k16 / 4 : k16;
+  const bool may_be_int32 = weight.type == DType::kInt32 || (weight.type == kOtherType && weight.dims[1] == k16 / 4);
+  const int64_t pitch = may_be_int32 ? k16 / 4 : k16;
   if (differ(weight.dims[1], pitch))
     return refuse("LinearInt8: weight has %" PRId64 " columns of %s; in_features %d needs %" PRId64
                   " (K rounded up to 16%s)",

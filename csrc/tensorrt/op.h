@@ -94,8 +94,10 @@ int output_count(const Op& op);
 bool supports(const Op& op, int index, const DType* types);
 DType output_type(const Op& op, int output, DType x);
 
-// Checks number, types, ranks and every dimension that is known; says what is wrong.
+// Checks number, types, ranks and every dimension that is known; says what is wrong. check_shapes() leaves the types out.
+bool check_count(const Op& op, int count);
 bool check(const Op& op, const Tensor* inputs, int count);
+bool check_shapes(const Op& op, const Tensor* inputs, int count);
 
 int64_t row_count(const Tensor& x);       // the product of all but the last dimension; -1 when not known
 

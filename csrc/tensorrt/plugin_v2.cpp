@@ -35,8 +35,15 @@ class Plugin final : public IPluginV2DynamicExt {
   }
   DimsExprs getOutputDimensions(int32_t output, DimsExprs const* inputs, int32_t count,
                                 IExprBuilder&) noexcept override {
+    // The only method that can refuse shapes before an engine runs, so the constants among them are looked at here.
+    Tensor tensors[kMaxInputs] = {};
+    for (int i = 0; i < count && i < kMaxInputs; ++i) {
+      tensors[i] = {kOtherType, inputs[i].nbDims, {}};
+      for (int j = 0; j < inputs[i].nbDims && j < kMaxRank; ++j)
+        tensors[i].dims[j] = inputs[i].d[j]->isConstant() ? inputs[i].d[j]->getConstantValue() : -1;
+    }
     DimsExprs shape{};
-    if (!output_shape(op_, output, inputs, count, &shape)) shape.nbDims = -1;  // the only way to say no here
+    if (!check_shapes(op_, tensors, count) || !output_shape(op_, output, inputs, count, &shape)) shape.nbDims = -1;
     return shape;
   }
   bool supportsFormatCombination(int32_t index, PluginTensorDesc const* tensors, int32_t inputs,

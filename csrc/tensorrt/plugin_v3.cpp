@@ -48,8 +48,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count_, const DataType* inputs,
                              int32_t input_count_) const noexcept override {
-    if (output_count_ != output_count(op_) || input_count_ != input_count(op_))
-      return code(refuse_counts(input_count_));
+    if (output_count_ != output_count(op_) || !check_count(op_, input_count_)) return kFailureCode;
     for (int i = 0; i < output_count_; ++i) outputs[i] = from_dtype(output_type(op_, i, to_dtype(inputs[0])));
     return kSuccessCode;
   }
@@ -108,12 +107,6 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &fields_; }
 
  private:
-  bool refuse_counts(int inputs) const {
-    const Tensor none[kMaxInputs] = {};
-    return inputs == input_count(op_) ? refuse("%s has %d output(s)", name(op_.kind), output_count(op_))
-                                      : trt::check(op_, none, inputs);
-  }
-
   const Op op_;
   int32_t tactic_ = 0, tactic_count_ = 0;
   int32_t tactics_[kMaxTactics] = {};
