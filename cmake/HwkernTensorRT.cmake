@@ -60,15 +60,23 @@ function(hwkern_tensorrt_plugin name include_dir source)
     csrc/tensorrt/run.cpp
     ${source})
   target_include_directories(${name} SYSTEM PRIVATE "${include_dir}")
-  target_compile_definitions(${name} PRIVATE HWKERN_VERSION="${SKBUILD_PROJECT_VERSION_FULL}")
+  target_compile_definitions(${name} PRIVATE
+    HWKERN_VERSION="${SKBUILD_PROJECT_VERSION_FULL}" HWKERN_WEIGHT_ONLY=${HWKERN_WEIGHT_ONLY})
   target_compile_options(${name} PRIVATE ${HWKERN_WARNINGS} -Wno-deprecated-declarations)
   target_link_libraries(${name} PRIVATE hwkern_host)
-  # The entry points and nothing else. libstdc++ inside: TensorRT's host may bring another one.
+  # The entry points and nothing else.
   target_link_options(${name} PRIVATE
     "-Wl,--version-script=${PROJECT_SOURCE_DIR}/csrc/tensorrt/exports.map" -Wl,--no-undefined)
   set_target_properties(${name} PROPERTIES LINK_DEPENDS "${PROJECT_SOURCE_DIR}/csrc/tensorrt/exports.map")
   install(TARGETS ${name} LIBRARY DESTINATION hwkern)
 endfunction()
+
+# The scheme w8a16 needs weight_only_linear(), which not every hwkern.h has.
+file(STRINGS csrc/hwkern.h weight_only REGEX "^Status weight_only_linear")
+set(HWKERN_WEIGHT_ONLY 0)
+if(weight_only)
+  set(HWKERN_WEIGHT_ONLY 1)
+endif()
 
 if(NOT HWKERN_CUDA)
   message(STATUS "hwkern: no TensorRT plugins in a build without GPU kernels")

@@ -76,15 +76,16 @@ bool validate(const Op& op) {
   if (op.out_features < 0) return refuse("out_features is %d; it must be positive", op.out_features);
   if (!is_flag(op.has_bias) || !is_flag(op.has_input_scale) || !is_flag(op.has_residual))
     return refuse("has_bias, has_input_scale and has_residual must be 0 or 1");
-  if ((op.scheme == Scheme::kW8A8Static) != (op.has_input_scale == 1))
+  if ((op.scheme == LinearScheme::kW8A8Static) != (op.has_input_scale == 1))
     return refuse(
         "the input_scale goes with the scheme w8a8_static and with no other; here the scheme is %s and "
         "has_input_scale is %d",
         kSchemes[static_cast<int>(op.scheme)], op.has_input_scale);
-  if (op.scheme == Scheme::kW8A16)
-    return refuse("this build of the plugin has no kernels for the scheme w8a16; use w8a8_dynamic");
-  if (op.config != kChoose && !gemm_config(op.config))
-    return refuse("config %d is no config id of this hwkern; -1 lets the cost model choose", op.config);
+  const char* scheme = kSchemes[static_cast<int>(op.scheme)];
+  if (!scheme_is_built(op.scheme)) return refuse("this build of hwkern has no kernels for the scheme %s", scheme);
+  if (op.config != kChoose && !config_fits(op.scheme, op.config))
+    return refuse("config %d is no config id of this hwkern for the scheme %s; -1 lets the cost model choose",
+                  op.config, scheme);
   return true;
 }
 
@@ -139,7 +140,7 @@ bool parse(Kind kind, const Field* fields, int32_t count, Op* out) {
     }
     if (!ok) return false;
   }
-  op.scheme = static_cast<Scheme>(scheme);
+  op.scheme = static_cast<LinearScheme>(scheme);
   op.activation = static_cast<Activation>(activation);
   if (!validate(op)) return false;
   *out = op;
@@ -243,7 +244,8 @@ bool supports(const Op& op, int index, const DType* types) {
   if (index < 0 || index >= inputs + output_count(op)) return false;
   const DType type = types[index];
   if (index >= inputs) return type == output_type(op, index - inputs, types[0]);
-  if (index == position(op, Input::kX)) return is_float(type);
+  const bool is_16_bit = op.kind == Kind::kLinearInt8 && op.scheme == LinearScheme::kW8A16;
+  if (index == position(op, Input::kX)) return is_float(type) && !(is_16_bit && type == DType::kFloat32);
   if (index == position(op, Input::kWeight)) return type == DType::kInt8 || type == DType::kInt32;
   if (index == position(op, Input::kBias)) return is_float(type);
   if (index == position(op, Input::kResidual)) return type == types[0];

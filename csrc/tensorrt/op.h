@@ -14,7 +14,8 @@
 //   w8a8_static:  q = clamp(rint(x · (1 / input_scale)), -127, 127) and y = sum · weight_scale + …: weight_scale holds
 //                 float32(scale of the input · scale of the weight), the product made once when the model is written.
 //                 An input_scale of [K] folds a smoothing vector into the same pass.
-//   w8a16:        x stays as it is.
+//   w8a16:        x stays as it is and is float16 or bfloat16; float32 sums, whose bits depend on the config, so that
+//                 TensorRT is offered no tactics and every engine computes what torch does.
 // Quantize: x [..., K] → q [..., K] int8, scale [...] float32, one scale per row, the dynamic scheme of hwkern.h.
 #pragma once
 
@@ -29,11 +30,11 @@ constexpr char kNamespace[] = "hwkern";
 constexpr char kPluginVersion[] = "1";
 
 enum class Kind : int32_t { kLinearInt8 = 1, kQuantize = 2 };
-enum class Scheme : int32_t { kW8A8Dynamic = 0, kW8A8Static = 1, kW8A16 = 2 };
+enum class LinearScheme : int32_t { kW8A8Dynamic = 0, kW8A8Static = 1, kW8A16 = 2 };
 
 struct Op {
   Kind kind = Kind::kLinearInt8;
-  Scheme scheme = Scheme::kW8A8Dynamic;
+  LinearScheme scheme = LinearScheme::kW8A8Dynamic;
   Activation activation = Activation::kNone;
   int32_t in_features = 0;      // K: the packed weight does not tell it
   int32_t out_features = 0;     // N, or 0: taken from the weight
@@ -103,6 +104,8 @@ int64_t row_count(const Tensor& x);       // the product of all but the last dim
 
 // ---- Running -------------------------------------------------------------------------------------------------------
 
+bool scheme_is_built(LinearScheme scheme);
+bool config_fits(LinearScheme scheme, int config_id);  // the id exists and computes this scheme
 size_t workspace_bytes(const Op& op, int64_t m);
 
 // A tactic is 0 or 1 for "the cost model chooses for every M", or a config id with the M that TensorRT timed it at: it

@@ -10,9 +10,20 @@
 
 namespace hwkern::trt {
 
+bool scheme_is_built(LinearScheme scheme) { return scheme != LinearScheme::kW8A16 || HWKERN_WEIGHT_ONLY; }
+
+bool config_fits(LinearScheme scheme, int config_id) {
+  const GemmConfig* config = gemm_config(config_id);
+#if HWKERN_WEIGHT_ONLY
+  return config && (config->scheme == Scheme::kW8A16) == (scheme == LinearScheme::kW8A16);
+#else
+  return config && scheme != LinearScheme::kW8A16;
+#endif
+}
+
 size_t workspace_bytes(const Op& op, int64_t m) {
-  if (op.kind == Kind::kQuantize || m <= 0) return 0;
-  if (op.scheme == Scheme::kW8A8Static) return static_cast<size_t>(m * round_up(op.in_features, kRowAlignment));
+  if (op.kind == Kind::kQuantize || op.scheme == LinearScheme::kW8A16 || m <= 0) return 0;
+  if (op.scheme == LinearScheme::kW8A8Static) return static_cast<size_t>(m * round_up(op.in_features, kRowAlignment));
   return linear_workspace_bytes(m, op.in_features);
 }
 
@@ -37,7 +48,8 @@ int32_t bucket_of(int64_t m) {
 int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n, int32_t (&out)[kMaxTactics]) {
   // Without a choice, or where engines are built on a machine without this GPU: the model, which needs no timing.
   Device device;
-  if (op.kind != Kind::kLinearInt8 || op.config != kChoose || m_opt < 1 || n < 1 || !current_device(&device).ok())
+  if (op.kind != Kind::kLinearInt8 || op.scheme == LinearScheme::kW8A16 || op.config != kChoose || m_opt < 1 || n < 1 ||
+      !current_device(&device).ok())
     return 0;
   const int favourite = gemm_choose(m_opt, n, op.in_features, device);
   if (favourite < 0) return 0;
@@ -50,7 +62,8 @@ int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n
   int rows, found = 0;
   const GemmConfig* configs = gemm_configs(&rows);
   for (int i = 0; i < rows && found < kMaxTimed; ++i) {
-    if (configs[i].id == favourite || !gemm_runs_on(configs[i], device)) continue;
+    if (configs[i].id == favourite || !config_fits(op.scheme, configs[i].id) || !gemm_runs_on(configs[i], device))
+      continue;
     const double us = gemm_predict_us(configs[i], m_opt, n, op.in_features, device);
     if (us <= kWorthTiming * best) timed[found++] = {us, configs[i].id};
   }
@@ -68,8 +81,10 @@ int config_for(const Op& op, int32_t tactic, int64_t m) {
   if (bucket != 0 && bucket != bucket_of(m)) return kChoose;
   // An engine may come to another GPU or another hwkern: a config that is not for here is no reason to fail.
   Device device;
-  const GemmConfig* config = gemm_config(tactic % kBucketStep - kFirstConfig);
-  return config && current_device(&device).ok() && gemm_runs_on(*config, device) ? config->id : kChoose;
+  const int id = tactic % kBucketStep - kFirstConfig;
+  const bool runs =
+      config_fits(op.scheme, id) && current_device(&device).ok() && gemm_runs_on(*gemm_config(id), device);
+  return runs ? id : kChoose;
 }
 
 // ---- Enqueue -------------------------------------------------------------------------------------------------------
@@ -98,7 +113,7 @@ Status run_linear(const Op& op, int32_t tactic, const Tensor* tensors, const voi
   const auto* weight = static_cast<const int8_t*>(input(Input::kWeight));
   const auto* weight_scale = static_cast<const float*>(input(Input::kWeightScale));
 
-  if (op.scheme == Scheme::kW8A8Static) {
+  if (op.scheme == LinearScheme::kW8A8Static) {
     auto* q = static_cast<int8_t*>(workspace);
     // The static scale is read, not written: Quantize has one pointer for both.
     auto* scale = const_cast<float*>(static_cast<const float*>(input(Input::kInputScale)));
@@ -115,6 +130,17 @@ Status run_linear(const Op& op, int32_t tactic, const Tensor* tensors, const voi
     return gemm(p, config, stream);
   }
 
+#if HWKERN_WEIGHT_ONLY
+  if (op.scheme == LinearScheme::kW8A16) {
+    WeightOnlyLinear p{inputs[0], weight, weight_scale, input(Input::kBias), y,   k, k16, n, m,
+                       n,         k,      type,         bias_type,           type};
+    p.activation = op.activation;
+    p.residual = input(Input::kResidual);
+    p.ldr = n;
+    p.residual_dtype = type;
+    return weight_only_linear(p, config, stream);  // weight_is_constant stays false: a model may compute its weight
+  }
+#endif
   Linear p{inputs[0], weight, weight_scale, input(Input::kBias), y, k, k16, n, m, n, k, type, bias_type, type};
   p.activation = op.activation;
   p.residual = input(Input::kResidual);
