@@ -18,7 +18,7 @@ import trt_harness as ht
 from trt_harness import BF16, BOOL, CHW4, FLOAT, HALF, INT8, INT32, INT64, Field, Harness, Plugin, T, integer, text
 
 import hwkern
-from hwkern import _native
+from hwkern import _native, doctor
 
 HEADERS = ht.header_folders()
 CUDA = ht.cuda_include()
@@ -96,6 +96,15 @@ def test_plugins_are_listed_only_when_they_are_there(tmp_path: Path, monkeypatch
     assert _native.tensorrt_plugins() == {}
     (tmp_path / "libhwkern_trt.so").write_bytes(b"")
     assert _native.tensorrt_plugins() == {"libhwkern_trt.so": tmp_path / "libhwkern_trt.so"}
+
+
+@pytest.mark.parametrize("there", [["libhwkern_trt.so"], []])
+def test_doctor_says_which_plugins_are_there(there: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "tensorrt_plugins", lambda: {name: Path("lib") / name for name in there})
+    lines = [f for f in doctor.diagnose(check=False).findings if f.subject == "TensorRT plugin"]
+    assert len(lines) == 1
+    assert lines[0].level == (doctor.OK if there else doctor.NOTE)
+    assert ("TensorRT 10.1" if there else "HWKERN_TENSORRT_INCLUDE_DIR") in lines[0].text
 
 
 SOURCES = {"8.6": "plugin_v2.cpp"} | dict.fromkeys(PLUGIN_HEADERS, "plugin_v3.cpp")
