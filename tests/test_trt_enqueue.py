@@ -219,6 +219,30 @@ def test_activation_and_residual(harness: Harness, dtype: torch.dtype, activatio
     plugin.destroy()
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [None, torch.float32])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_weight_only_linear(harness: Harness, dtype: torch.dtype, bias: torch.dtype, m: int, n: int, k: int) -> None:
+    if not hasattr(_native.extension(), "weight_only_linear"):
+        pytest.skip("this build of hwkern has no weight-only kernels")
+    layer = Layer(m, n, k, dtype, bias)
+    plugin = created(harness, "LinearInt8", *layer.fields(), text("scheme", "w8a16"))
+    y, again = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
+    for out in (y, again):
+        run(plugin, layer.inputs(), [out])
+    assert plugin.tactics() == [], "the order of the sums, and so the bits, would depend on TensorRT's timing"
+    assert same_bits(y, again)
+    x, w = layer.x.double(), layer.weight[:, :k].double()
+    want = (x @ w.T) * layer.scale.double() + (0 if layer.bias is None else layer.bias.double())
+    # The products are exact; a float32 sum of K of them errs by K · 2⁻²⁴ of Σ|x·w| at most. Then the scale and the bias,
+    # 2⁻²⁴ each of what they make, and half an ulp of the output type.
+    size = (x.abs() @ w.abs().T) * layer.scale.double()
+    tolerance = (k + 2) * 2.0**-24 * size + 2.0**-23 * want.abs() + torch.finfo(dtype).eps * 0.5 * want.abs()
+    assert bool(((y.double() - want).abs() <= tolerance + torch.finfo(dtype).smallest_normal).all())
+    plugin.destroy()
+
+
 # ---- Many rows, contexts, streams, graphs ----------------------------------------------------------------------------
 
 

@@ -264,6 +264,19 @@ def test_output_keeps_all_leading_dimensions(create: Create, x: tuple[int, ...])
     assert plugin.output_shapes(tensors[:-1]) == [(*x[:-1], 64)]
 
 
+def test_weight_only_takes_16_bit_types_or_is_refused_with_a_sentence(harness: Harness, create: Create) -> None:
+    if not hasattr(_native.extension(), "weight_only_linear"):
+        assert harness.create("LinearInt8", integer("in_features", 100), text("scheme", "w8a16")) is None
+        assert "no kernels for the scheme w8a16" in harness.sentences[0]
+        return
+    plugin = create(text("scheme", "w8a16"))
+    for dtype, fine in ((HALF, True), (BF16, True), (FLOAT, False)):
+        tensors = linear_tensors(T(dtype, (4, 100)), 64, 100)
+        assert plugin.supports(0, tensors) == fine
+        assert plugin.on_shape_change(tensors) == fine
+    assert plugin.workspace(linear_tensors(T(HALF, (512, 100)), 64, 100)) == 0
+
+
 def test_quantize_gives_int8_and_a_scale_per_row(create: Create) -> None:
     plugin = create(op="Quantize")
     assert plugin.output_types([BF16]) == [INT8, FLOAT]
