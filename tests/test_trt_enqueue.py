@@ -235,8 +235,8 @@ def test_weight_only_linear(harness: Harness, dtype: torch.dtype, bias: torch.dt
     assert same_bits(y, again)
     x, w = layer.x.double(), layer.weight[:, :k].double()
     want = (x @ w.T) * layer.scale.double() + (0 if layer.bias is None else layer.bias.double())
-    # The products are exact; a float32 sum of K of them errs by K · 2⁻²⁴ of Σ|x·w| at most. Then the scale and the bias,
-    # 2⁻²⁴ each of what they make, and half an ulp of the output type.
+    # The products are exact; a float32 sum of K of them errs by K · 2⁻²⁴ of Σ|x·w| at most. Then the scale and the
+    # bias, 2⁻²⁴ each of what they make, and half an ulp of the output type.
     size = (x.abs() @ w.abs().T) * layer.scale.double()
     tolerance = (k + 2) * 2.0**-24 * size + 2.0**-23 * want.abs() + torch.finfo(dtype).eps * 0.5 * want.abs()
     assert bool(((y.double() - want).abs() <= tolerance + torch.finfo(dtype).smallest_normal).all())
