@@ -61,7 +61,8 @@ function(hwkern_tensorrt_plugin name include_dir source)
     ${source})
   target_include_directories(${name} SYSTEM PRIVATE "${include_dir}")
   target_compile_definitions(${name} PRIVATE
-    HWKERN_VERSION="${SKBUILD_PROJECT_VERSION_FULL}" HWKERN_WEIGHT_ONLY=${HWKERN_WEIGHT_ONLY})
+    HWKERN_VERSION="${SKBUILD_PROJECT_VERSION_FULL}"
+    HWKERN_WEIGHT_ONLY=${HWKERN_WEIGHT_ONLY} HWKERN_NORM_QUANTIZE=${HWKERN_NORM_QUANTIZE})
   target_compile_options(${name} PRIVATE ${HWKERN_WARNINGS} -Wno-deprecated-declarations)
   target_link_libraries(${name} PRIVATE hwkern_host)
   # The entry points and nothing else.
@@ -71,12 +72,17 @@ function(hwkern_tensorrt_plugin name include_dir source)
   install(TARGETS ${name} LIBRARY DESTINATION hwkern)
 endfunction()
 
-# The scheme w8a16 needs weight_only_linear(), which not every hwkern.h has.
-file(STRINGS csrc/hwkern.h weight_only REGEX "^Status weight_only_linear")
-set(HWKERN_WEIGHT_ONLY 0)
-if(weight_only)
-  set(HWKERN_WEIGHT_ONLY 1)
-endif()
+# What a plugin offers depends on what hwkern.h has: w8a16 needs weight_only_linear(), NormLinearInt8 norm_quantize().
+function(hwkern_has entry_point variable)
+  file(STRINGS csrc/hwkern.h found REGEX "^Status ${entry_point}\\(")
+  if(found)
+    set(${variable} 1 PARENT_SCOPE)
+  else()
+    set(${variable} 0 PARENT_SCOPE)
+  endif()
+endfunction()
+hwkern_has(weight_only_linear HWKERN_WEIGHT_ONLY)
+hwkern_has(norm_quantize HWKERN_NORM_QUANTIZE)
 
 if(NOT HWKERN_CUDA)
   message(STATUS "hwkern: no TensorRT plugins in a build without GPU kernels")

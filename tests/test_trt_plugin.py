@@ -5,6 +5,7 @@ What needs one of TensorRT's own libraries is in test_trt_runtimes.py, what need
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,9 @@ HEADERS = ht.header_folders()
 CUDA = ht.cuda_include()
 PLUGIN_HEADERS = {v: f for v, f in HEADERS.items() if int(v.split(".")[0]) >= 10}
 LIBRARIES = sorted(_native.tensorrt_plugins().items())
+
+HAS_NORM = hasattr(_native.extension(), "norm_quantize")
+needs_norm = pytest.mark.skipif(not HAS_NORM, reason="this build of hwkern has no fused norm")
 
 no_headers = "no NvInferRuntime.h of TensorRT 10 or newer here: name a folder in HWKERN_TENSORRT_HEADERS"
 
@@ -127,7 +131,7 @@ def test_adaptor_compiles_with_headers_of_this_version(version: str) -> None:
 
 
 def test_creators(harness: Harness) -> None:
-    assert set(harness.creators()) == {"LinearInt8", "Quantize"}
+    assert set(harness.creators()) == {"LinearInt8", "Quantize"} | ({"NormLinearInt8"} if HAS_NORM else set())
     for i in harness.creators().values():
         assert harness.lib.h_creator_version(harness.library, i) == b"1"
         assert harness.lib.h_creator_namespace(harness.library, i) == b"hwkern"
@@ -154,7 +158,7 @@ def test_fields_may_come_as_int64_and_strings_without_a_final_nul(harness: Harne
         text("activation", "gelu", final_nul=True),
     )
     assert plugin is not None, harness.sentences
-    assert "K=64" in plugin.cache_id
+    assert "in_features=64 " in plugin.cache_id
     assert "activation=gelu " in plugin.cache_id
     assert hwkern.__version__ in plugin.cache_id or hwkern.__version__ == "0+unknown"
     plugin.destroy()
@@ -299,7 +303,7 @@ BAD_TENSORS: list[tuple[str, Callable[[list[T]], list[T]], str]] = [
     ("weight of three dimensions", replaced(1, T(INT8, (1, 64, 112))), "two dimensions"),
     ("weight without rows", replaced(1, T(INT8, (0, 112))), "no rows"),
     ("weight in half", replaced(1, T(HALF, (64, 112))), "weight cannot be float16"),
-    ("scale per tensor", replaced(2, T(FLOAT, (1,))), "weight_scale has 1 elements, but the weight has 64 rows"),
+    ("scale per tensor", replaced(2, T(FLOAT, (1,))), "weight_scale has 1 elements, but the rows of weight are 64"),
     ("scale with two dimensions", replaced(2, T(FLOAT, (64, 1))), "weight_scale must have one dimension"),
     ("bias of another N", replaced(3, T(HALF, (65,))), "bias has 65 elements"),
 ]
@@ -355,12 +359,66 @@ def test_static_scheme_needs_no_room_for_scales(create: Create) -> None:
     assert plugin.workspace(linear_tensors(T(HALF, (512, 100)), 64, 100, scale=(1,))) == 512 * 112
 
 
+# ---- NormLinearInt8 --------------------------------------------------------------------------------------------------
+
+
+def real(name: str, value: float) -> Field:
+    return Field(name, struct.pack("<f", value), ht.FIELD_FLOAT32, 1)
+
+
+@needs_norm
+def test_norm_linear_takes_its_inputs_in_order_and_gives_three_outputs(create: Create) -> None:
+    flags = [integer(f"has_{name}", 1) for name in ("skip", "norm_bias", "bias", "norm_output", "sum_output")]
+    plugin = create(integer("in_features", 100), real("epsilon", 1e-5), *flags, op="NormLinearInt8")
+    x, vector = T(HALF, (2, -5, 100)), T(HALF, (100,))
+    inputs = [x, x, vector, T(FLOAT, (100,)), T(INT8, (64, 112)), T(FLOAT, (64,)), T(HALF, (64,))]
+    assert plugin.output_types([t.type for t in inputs]) == [HALF] * 3
+    assert plugin.output_shapes(inputs) == [(2, -5, 64), (2, -5, 100), (2, -5, 100)]
+    tensors = [*inputs, T(HALF, (2, -5, 64)), x, x]
+    assert all(plugin.supports(i, tensors) for i in range(len(tensors)))
+    for i, wrong in ((1, FLOAT), (2, INT8), (3, INT32), (4, HALF), (5, HALF), (8, FLOAT)):
+        assert not plugin.supports(i, replaced(i, T(wrong, tensors[i].dims))(tensors)), i
+
+
+@needs_norm
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ([real("epsilon", -1e-5)], "epsilon -1e-05"),
+        ([real("epsilon", math.nan)], "must be finite"),
+        ([real("norm_offset", math.inf)], "must be finite"),
+        ([integer("epsilon", 1)], "one float"),
+        ([text("norm", "group")], "known are: layer, rms, rms_rounded"),
+        ([text("norm", "rms"), integer("has_norm_bias", 1)], 'only the norm "layer" takes a bias'),
+        ([integer("has_sum_output", 1)], "without a skip the sum is x"),
+        ([integer("has_skip", 3)], "must be 0 or 1"),
+    ],
+)
+def test_bad_norms_are_refused_with_a_sentence(harness: Harness, fields: list[Field], sentence: str) -> None:
+    assert harness.create("NormLinearInt8", integer("in_features", 64), *fields) is None
+    assert sentence in harness.sentences[0]
+
+
+@needs_norm
+def test_norm_linear_checks_the_shapes_of_skip_and_norm(harness: Harness, create: Create) -> None:
+    plugin = create(integer("in_features", 100), integer("has_skip", 1), op="NormLinearInt8")
+    x = T(HALF, (4, 100))
+    good = [x, x, T(HALF, (100,)), T(INT8, (64, 112)), T(FLOAT, (64,)), T(HALF, (4, 64))]
+    assert plugin.on_shape_change(good), harness.sentences
+    assert plugin.workspace(good) == 4 * 112 + 4 * 4
+    for i, dims, sentence in ((1, (3, 100), "skip must have"), (2, (64,), "norm_weight has 64 elements")):
+        assert not plugin.on_shape_change(replaced(i, T(HALF, dims))(good))
+        assert sentence in harness.sentences[-1]
+
+
 # ---- State -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["LinearInt8", "Quantize"])
+@pytest.mark.parametrize("op", ["LinearInt8", "Quantize", pytest.param("NormLinearInt8", marks=needs_norm)])
 def test_state_makes_the_same_plugin_again(harness: Harness, create: Create, op: str) -> None:
-    fields = [integer("has_bias", 1), text("activation", "silu"), integer("config", 3)] if op == "LinearInt8" else []
+    linear = [integer("has_bias", 1), text("activation", "silu"), integer("config", 3)]
+    normed = [integer("in_features", 100), real("epsilon", 1e-6), text("norm", "rms"), *linear]
+    fields = {"LinearInt8": linear, "NormLinearInt8": normed}.get(op, [])
     plugin = create(*fields, op=op)
     name, state = plugin.serialize()
     for copy in (harness.restore(op, state, name), plugin.clone(), plugin.attach()):
@@ -417,6 +475,7 @@ def test_state_with_a_good_checksum_is_still_judged(harness: Harness, create: Cr
         (24, -1),
         (28, 5555),
         (32, 3),
+        (44, 9),
     ):
         bad = checksummed(state[:offset] + struct.pack("<i", value) + state[offset + 4 :])
         assert harness.restore("LinearInt8", bad) is None, (offset, value)

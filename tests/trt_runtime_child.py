@@ -37,7 +37,7 @@ def load_v3(trt: Any, library: str) -> Any:
     names = {
         (c.name, c.plugin_namespace, c.plugin_version) for c in registry.all_creators if c.plugin_namespace == "hwkern"
     }
-    assert names == {("LinearInt8", "hwkern", "1"), ("Quantize", "hwkern", "1")}, names
+    assert {("LinearInt8", "hwkern", "1"), ("Quantize", "hwkern", "1")} <= names, names
     return registry
 
 
@@ -62,7 +62,7 @@ def create_v2(trt: Any, library: str) -> None:
     assert plugin.hwkern_trt8_register() == 1
     assert plugin.hwkern_trt8_register() == 1, "again is fine"
     listed = [(c.name, c.plugin_namespace) for c in registry.plugin_creator_list if c.plugin_namespace == "hwkern"]
-    assert sorted(listed) == [("LinearInt8", "hwkern"), ("Quantize", "hwkern")]
+    assert {("LinearInt8", "hwkern"), ("Quantize", "hwkern")} <= set(listed), listed
     creator = registry.get_plugin_creator("LinearInt8", "1", "hwkern")
     made = creator.create_plugin("node", fields(trt, in_features=100, scheme=b"w8a8_dynamic", has_bias=1))
     assert made.plugin_type == "LinearInt8"
@@ -84,7 +84,7 @@ def load_v2(trt: Any, library: str) -> None:
     registry = trt.get_plugin_registry()
     assert registry.load_library(library) is not None
     listed = [(c.name, c.plugin_namespace) for c in registry.plugin_creator_list if c.plugin_namespace == "hwkern"]
-    assert sorted(listed) == [("LinearInt8", "hwkern"), ("Quantize", "hwkern")]
+    assert {("LinearInt8", "hwkern"), ("Quantize", "hwkern")} <= set(listed), listed
     print("loaded in", trt.__version__)
 
 

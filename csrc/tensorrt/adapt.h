@@ -63,32 +63,30 @@ inline bool enqueue(const Op& op, int32_t tactic, const nvinfer1::PluginTensorDe
 // Whether TensorRT may hand over tensor `index` as described; `desc(i)` gives the i-th description.
 template <class GetDesc>
 bool supports(const Op& op, int index, int inputs, const GetDesc& desc) {
-  if (inputs != input_count(op) || index < 0 || index >= kMaxInputs + 2) return false;
+  if (inputs != input_count(op) || index < 0 || index >= kMaxInputs + kMaxOutputs) return false;
   if (desc(index).format != nvinfer1::TensorFormat::kLINEAR) return false;
-  DType types[kMaxInputs + 2];
+  DType types[kMaxInputs + kMaxOutputs];
   for (int i = 0; i <= index; ++i) types[i] = to_dtype(desc(i).type);
   return supports(op, index, types);
 }
 
-// The output has x's dimensions (the expressions themselves: nothing of TensorRT is called); LinearInt8 replaces the
-// last by N, the scale of Quantize has none of it.
+// The expressions of x's dimensions themselves: nothing of TensorRT is called.
 inline bool output_shape(const Op& op, int output, const nvinfer1::DimsExprs* inputs, int count,
                          nvinfer1::DimsExprs* shape) {
   if (!check_count(op, count)) return false;
   const nvinfer1::DimsExprs& x = inputs[0];
   if (x.nbDims < 1) return refuse("%s: x needs at least one dimension, [..., K]", name(op.kind));
   *shape = x;
-  if (op.kind == Kind::kLinearInt8) {
-    shape->d[x.nbDims - 1] = inputs[position(op, Input::kWeight)].d[0];
-  } else if (output == 1) {
-    --shape->nbDims;
-  }
+  const LastDimension last = last_dimension(op, output);
+  if (last == LastDimension::kN) shape->d[x.nbDims - 1] = inputs[position(op, Input::kWeight)].d[0];
+  if (last == LastDimension::kNone) --shape->nbDims;
   return true;
 }
 
 inline FieldType to_field_type(nvinfer1::PluginFieldType type) {
   switch (type) {
     case nvinfer1::PluginFieldType::kINT32: return FieldType::kInt32;
+    case nvinfer1::PluginFieldType::kFLOAT32: return FieldType::kFloat32;
     case nvinfer1::PluginFieldType::kCHAR: return FieldType::kText;
 #if NV_TENSORRT_MAJOR >= 10
     case nvinfer1::PluginFieldType::kINT64: return FieldType::kInt64;
@@ -97,7 +95,7 @@ inline FieldType to_field_type(nvinfer1::PluginFieldType type) {
   }
 }
 
-constexpr int kMaxFields = 16;
+constexpr int kMaxFields = 32;
 
 inline bool parse(Kind kind, const nvinfer1::PluginFieldCollection* collection, Op* op) {
   Field fields[kMaxFields];
@@ -115,9 +113,12 @@ struct FieldNames {
   nvinfer1::PluginField fields[kMaxFields];
   nvinfer1::PluginFieldCollection collection{0, fields};
   explicit FieldNames(Kind kind) {
-    for (const FieldName* f = field_names(kind); f->name; ++f)
-      fields[collection.nbFields++] = {
-          f->name, nullptr, f->is_text ? nvinfer1::PluginFieldType::kCHAR : nvinfer1::PluginFieldType::kINT32, 1};
+    for (FieldName f = field_name(kind, 0); f.name; f = field_name(kind, collection.nbFields))
+      fields[collection.nbFields++] = {f.name, nullptr,
+                                       f.type == FieldType::kText      ? nvinfer1::PluginFieldType::kCHAR
+                                       : f.type == FieldType::kFloat32 ? nvinfer1::PluginFieldType::kFLOAT32
+                                                                       : nvinfer1::PluginFieldType::kINT32,
+                                       1};
   }
   FieldNames(const FieldNames&) = delete;
   FieldNames& operator=(const FieldNames&) = delete;

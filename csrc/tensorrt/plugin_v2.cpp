@@ -48,8 +48,9 @@ class Plugin final : public IPluginV2DynamicExt {
   }
   bool supportsFormatCombination(int32_t index, PluginTensorDesc const* tensors, int32_t inputs,
                                  int32_t) noexcept override {
-    // 8.6 chooses types by speed. A bias stays as the model has it, in float32, and so does the result.
-    if (index == position(op_, Input::kBias) && tensors[index].type != DataType::kFLOAT) return false;
+    // 8.6 chooses types by speed. Biases and norm weights stay as the model has them, in float32, and so do results.
+    for (const Input input : {Input::kBias, Input::kNormWeight, Input::kNormBias})
+      if (index == position(op_, input) && tensors[index].type != DataType::kFLOAT) return false;
     return supports(op_, index, inputs, [&](int i) -> const PluginTensorDesc& { return tensors[i]; });
   }
   // Nothing can be refused here; what is wrong is said now, and enqueue() fails for the same reason.
@@ -111,9 +112,9 @@ class Creator final : public IPluginCreator {
 };
 
 IPluginCreator* const* creators(int32_t* count) {
-  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize);
-  static IPluginCreator* const all[] = {&linear, &quantize};
-  *count = sizeof all / sizeof all[0];
+  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), norm_linear(Kind::kNormLinearInt8);
+  static IPluginCreator* const all[] = {&linear, &quantize, &norm_linear};  // as in kinds()
+  kinds(count);
   return all;
 }
 

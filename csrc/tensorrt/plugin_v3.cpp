@@ -21,7 +21,7 @@ int32_t code(bool ok) { return ok ? kSuccessCode : kFailureCode; }
 class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
  public:
   explicit Plugin(const Op& op) : op_(op) {
-    describe(op_, description_, sizeof description_);
+    describe(op_, description_);
     save(op_, state_);
   }
   Plugin(const Plugin& other) : Plugin(other.op_) { tactic_ = other.tactic_; }
@@ -110,7 +110,7 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   const Op op_;
   int32_t tactic_ = 0, tactic_count_ = 0;
   int32_t tactics_[kMaxTactics] = {};
-  char description_[160];
+  char description_[kDescriptionBytes];
   unsigned char state_[kStateBytes];
   PluginField field_{kStateField, state_, PluginFieldType::kUNKNOWN, static_cast<int32_t>(kStateBytes)};
   PluginFieldCollection fields_{1, &field_};
@@ -154,9 +154,9 @@ class Creator final : public IPluginCreatorV3One {
 extern "C" HWKERN_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   using hwkern::trt::Creator;
   using hwkern::trt::Kind;
-  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize};
-  count = sizeof creators / sizeof creators[0];
+  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), norm_linear(Kind::kNormLinearInt8);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &norm_linear};  // as in kinds()
+  hwkern::trt::kinds(&count);
   return creators;
 }
 

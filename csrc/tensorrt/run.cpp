@@ -10,20 +10,23 @@
 
 namespace hwkern::trt {
 
-bool scheme_is_built(LinearScheme scheme) { return scheme != LinearScheme::kW8A16 || HWKERN_WEIGHT_ONLY; }
+bool is_built(Kind kind) { return kind != Kind::kNormLinearInt8 || HWKERN_NORM_QUANTIZE; }
 
-bool config_fits(LinearScheme scheme, int config_id) {
+bool scheme_is_built(int32_t scheme) { return scheme != kW8A16 || HWKERN_WEIGHT_ONLY; }
+
+bool config_fits(int32_t scheme, int config_id) {
   const GemmConfig* config = gemm_config(config_id);
 #if HWKERN_WEIGHT_ONLY
-  return config && (config->scheme == Scheme::kW8A16) == (scheme == LinearScheme::kW8A16);
+  return config && (config->scheme == Scheme::kW8A16) == (scheme == kW8A16);
 #else
-  return config && scheme != LinearScheme::kW8A16;
+  return config && scheme != kW8A16;
 #endif
 }
 
+// q [M, K16] int8, then, if they are not given, scales [M] float32: K16 is a multiple of 16, so they are aligned.
 size_t workspace_bytes(const Op& op, int64_t m) {
-  if (op.kind == Kind::kQuantize || op.scheme == LinearScheme::kW8A16 || m <= 0) return 0;
-  if (op.scheme == LinearScheme::kW8A8Static) return static_cast<size_t>(m * round_up(op.in_features, kRowAlignment));
+  if (op.kind == Kind::kQuantize || op.scheme == kW8A16 || m <= 0) return 0;
+  if (op.scheme == kW8A8Static) return static_cast<size_t>(m * round_up(op.in_features, kRowAlignment));
   return linear_workspace_bytes(m, op.in_features);
 }
 
@@ -48,7 +51,7 @@ int32_t bucket_of(int64_t m) {
 int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n, int32_t (&out)[kMaxTactics]) {
   // Without a choice, or where engines are built on a machine without this GPU: the model, which needs no timing.
   Device device;
-  if (op.kind != Kind::kLinearInt8 || op.scheme == LinearScheme::kW8A16 || op.config != kChoose || m_opt < 1 || n < 1 ||
+  if (op.kind == Kind::kQuantize || op.scheme == kW8A16 || op.config != kChoose || m_opt < 1 || n < 1 ||
       !current_device(&device).ok())
     return 0;
   const int favourite = gemm_choose(m_opt, n, op.in_features, device);
@@ -98,55 +101,102 @@ Status run_quantize(const Tensor& x, const void* const* inputs, void* const* out
       stream);
 }
 
-Status run_linear(const Op& op, int32_t tactic, const Tensor* tensors, const void* const* inputs, void* y,
-                  void* workspace, Stream stream) {
-  const auto input = [&](Input role) -> const void* {
+// The inputs and outputs of one call by their roles.
+struct Call {
+  const Op& op;
+  const Tensor* tensors;
+  const void* const* inputs;
+  void* const* outputs;
+  void* workspace;
+
+  const void* input(Input role) const {
     const int i = position(op, role);
     return i < 0 ? nullptr : inputs[i];
-  };
-  const int64_t m = row_count(tensors[0]), n = tensors[position(op, Input::kWeight)].dims[0], k = op.in_features;
-  const int64_t k16 = round_up(k, kRowAlignment);
-  const int config = config_for(op, tactic, m);
-  const DType type = tensors[0].type;
-  const int bias = position(op, Input::kBias);
-  const DType bias_type = bias < 0 ? DType::kFloat32 : tensors[bias].type;
-  const auto* weight = static_cast<const int8_t*>(input(Input::kWeight));
-  const auto* weight_scale = static_cast<const float*>(input(Input::kWeightScale));
-
-  if (op.scheme == LinearScheme::kW8A8Static) {
-    auto* q = static_cast<int8_t*>(workspace);
-    // The static scale is read, not written: Quantize has one pointer for both.
-    auto* scale = const_cast<float*>(static_cast<const float*>(input(Input::kInputScale)));
-    const Tensor& shape = tensors[position(op, Input::kInputScale)];
-    const ScaleAxis axis = shape.rank == 1 && shape.dims[0] > 1 ? ScaleAxis::kColumn : ScaleAxis::kTensor;
-    const Status status = quantize_static({inputs[0], q, scale, k, k16, m, k, type}, axis, stream);
-    if (!status.ok()) return status;
-    Gemm p{q, weight, nullptr, weight_scale, input(Input::kBias), y, k16, k16, n, m, n, k, bias_type, type};
-    p.activation = op.activation;
-    p.residual = input(Input::kResidual);
-    p.ldr = n;
-    p.residual_dtype = type;
-    p.b_is_constant = true;  // or written before the quantize kernel above, whose successor starts only after its wait
-    return gemm(p, config, stream);
   }
-
-#if HWKERN_WEIGHT_ONLY
-  if (op.scheme == LinearScheme::kW8A16) {
-    WeightOnlyLinear p{inputs[0], weight, weight_scale, input(Input::kBias), y,   k, k16, n, m,
-                       n,         k,      type,         bias_type,           type};
-    p.activation = op.activation;
-    p.residual = input(Input::kResidual);
-    p.ldr = n;
-    p.residual_dtype = type;
-    return weight_only_linear(p, config, stream);  // weight_is_constant stays false: a model may compute its weight
+  DType type(Input role) const {
+    const int i = position(op, role);
+    return i < 0 ? DType::kFloat32 : tensors[i].type;
   }
+  DType x_type() const { return tensors[0].type; }
+  int64_t m() const { return row_count(tensors[0]); }
+  int64_t n() const { return tensors[position(op, Input::kWeight)].dims[0]; }
+  int64_t k() const { return op.in_features; }
+  int64_t k16() const { return round_up(op.in_features, kRowAlignment); }
+  int8_t* q() const { return static_cast<int8_t*>(workspace); }
+  // The scale of x: given, then it is read only (the structs have one pointer for both), or behind q.
+  float* x_scale() const {
+    return op.scheme == kW8A8Static ? const_cast<float*>(static_cast<const float*>(input(Input::kInputScale)))
+                                    : reinterpret_cast<float*>(q() + m() * k16());
+  }
+};
+
+// The second half of an op that has quantized x into the workspace itself.
+Status multiply(const Call& c, int config, Stream stream) {
+  Gemm p{};
+  p.a = c.q(), p.lda = c.k16();
+  p.b = static_cast<const int8_t*>(c.input(Input::kWeight)), p.ldb = c.k16();
+  p.scale_m = c.op.scheme == kW8A8Static ? nullptr : c.x_scale();
+  p.scale_n = static_cast<const float*>(c.input(Input::kWeightScale));
+  p.bias = c.input(Input::kBias), p.bias_dtype = c.type(Input::kBias);
+  p.d = c.outputs[0], p.d_dtype = c.x_type(), p.ldd = c.n();
+  p.m = c.m(), p.n = c.n(), p.k = c.k();
+  p.activation = static_cast<Activation>(c.op.activation);
+  p.residual = c.input(Input::kResidual), p.residual_dtype = c.x_type(), p.ldr = c.n();
+  p.b_is_constant = true;  // the kernel before is the one that quantized x
+  return gemm(p, config, stream);
+}
+
+Status run_static(const Call& c, int config, Stream stream) {
+  const Tensor& scale = c.tensors[position(c.op, Input::kInputScale)];
+  const ScaleAxis axis = scale.rank == 1 && scale.dims[0] > 1 ? ScaleAxis::kColumn : ScaleAxis::kTensor;
+  const Status status =
+      quantize_static({c.inputs[0], c.q(), c.x_scale(), c.k(), c.k16(), c.m(), c.k(), c.x_type()}, axis, stream);
+  return status.ok() ? multiply(c, config, stream) : status;
+}
+
+#if HWKERN_NORM_QUANTIZE
+Status run_norm(const Call& c, int config, Stream stream) {
+  NormQuantize p{};
+  p.x = c.inputs[0], p.residual = c.input(Input::kSkip);
+  p.weight = c.input(Input::kNormWeight), p.weight_dtype = c.type(Input::kNormWeight);
+  p.bias = c.input(Input::kNormBias), p.bias_dtype = c.type(Input::kNormBias);
+  p.y = c.op.has_norm_output ? c.outputs[1] : nullptr;
+  p.h = c.op.has_sum_output ? c.outputs[1 + c.op.has_norm_output] : nullptr;
+  p.q = c.q(), p.scale = c.x_scale(), p.is_static = c.op.scheme == kW8A8Static;
+  p.ldx = p.ldr = p.ldh = p.ldy = c.k(), p.ldq = c.k16();
+  p.m = c.m(), p.k = c.k(), p.x_dtype = c.x_type();
+  p.eps = c.op.epsilon, p.offset = c.op.norm_offset, p.norm = static_cast<Norm>(c.op.norm);
+  const Status status = norm_quantize(p, stream);
+  return status.ok() ? multiply(c, config, stream) : status;
+}
+#else
+Status run_norm(const Call&, int, Stream) { return invalid("this build of hwkern has no fused norm"); }
 #endif
-  Linear p{inputs[0], weight, weight_scale, input(Input::kBias), y, k, k16, n, m, n, k, type, bias_type, type};
-  p.activation = op.activation;
-  p.residual = input(Input::kResidual);
-  p.ldr = n;
-  p.residual_dtype = type;
-  return linear(p, config, workspace, workspace_bytes(op, m), stream);
+
+// Linear and WeightOnlyLinear have the same members.
+template <class Problem>
+Problem linear_problem(const Call& c) {
+  Problem p{};
+  p.x = c.inputs[0], p.x_dtype = c.x_type(), p.ldx = c.k();
+  p.weight = static_cast<const int8_t*>(c.input(Input::kWeight)), p.ldb = c.k16();
+  p.weight_scale = static_cast<const float*>(c.input(Input::kWeightScale));
+  p.bias = c.input(Input::kBias), p.bias_dtype = c.type(Input::kBias);
+  p.y = c.outputs[0], p.y_dtype = c.x_type(), p.ldy = c.n();
+  p.m = c.m(), p.n = c.n(), p.k = c.k();
+  p.activation = static_cast<Activation>(c.op.activation);
+  p.residual = c.input(Input::kResidual), p.residual_dtype = c.x_type(), p.ldr = c.n();
+  return p;
+}
+
+Status run_linear(const Call& c, int32_t tactic, Stream stream) {
+  const int config = config_for(c.op, tactic, c.m());
+  if (c.op.kind == Kind::kNormLinearInt8) return run_norm(c, config, stream);
+  if (c.op.scheme == kW8A8Static) return run_static(c, config, stream);
+#if HWKERN_WEIGHT_ONLY
+  // weight_is_constant stays false: nothing stops a model from computing the weight in the kernel before.
+  if (c.op.scheme == kW8A16) return weight_only_linear(linear_problem<WeightOnlyLinear>(c), config, stream);
+#endif
+  return linear(linear_problem<Linear>(c), config, c.workspace, workspace_bytes(c.op, c.m()), stream);
 }
 
 }  // namespace
@@ -156,7 +206,7 @@ bool enqueue(const Op& op, int32_t tactic, const Tensor* tensors, const void* co
   if (row_count(tensors[0]) == 0) return true;
   const Status status = op.kind == Kind::kQuantize
                             ? run_quantize(tensors[0], inputs, outputs, stream)
-                            : run_linear(op, tactic, tensors, inputs, outputs[0], workspace, stream);
+                            : run_linear({op, tensors, inputs, outputs, workspace}, tactic, stream);
   return status.ok() || refuse("%s: %s", name(op.kind), status.what);
 }
 
