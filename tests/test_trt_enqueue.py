@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -240,6 +241,49 @@ def test_weight_only_linear(harness: Harness, dtype: torch.dtype, bias: torch.dt
     size = (x.abs() @ w.abs().T) * layer.scale.double()
     tolerance = (k + 2) * 2.0**-24 * size + 2.0**-23 * want.abs() + torch.finfo(dtype).eps * 0.5 * want.abs()
     assert bool(((y.double() - want).abs() <= tolerance + torch.finfo(dtype).smallest_normal).all())
+    plugin.destroy()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("norm", ["layer", "rms", "rms_rounded"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES[:3])
+def test_norm_linear(
+    harness: Harness, dtype: torch.dtype, norm: str, static: bool, skip: bool, m: int, n: int, k: int
+) -> None:
+    fused = pytest.importorskip("hwkern._fused", reason="this build of hwkern has no fused norm")
+    layer = Layer(m, n, k, dtype, torch.float32)
+    has_bias = norm == "layer"
+    fields = {"has_skip": skip, "has_norm_bias": has_bias, "has_norm_output": 1, "has_sum_output": skip}
+    fields |= {"has_input_scale": static}
+    plugin = created(
+        harness,
+        "NormLinearInt8",
+        *layer.fields(),
+        *(integer(name, int(value)) for name, value in fields.items()),
+        text("norm", norm),
+        text("scheme", "w8a8_static" if static else "w8a8_dynamic"),
+        Field("epsilon", struct.pack("<f", 1e-5), ht.FIELD_FLOAT32, 1),
+        Field("norm_offset", struct.pack("<f", 1.0), ht.FIELD_FLOAT32, 1),
+    )
+    r = torch.randn(m, k, device="cuda").to(dtype) if skip else None
+    weight = torch.randn(k, device="cuda").to(dtype)
+    bias = torch.randn(k, device="cuda") if has_bias else None
+    scale = torch.full((1,), 0.03, device="cuda") if static else None
+    before = [layer.x, r, weight, bias, layer.weight, layer.scale, layer.bias, scale]
+    inputs = [t for t in before if t is not None]
+    after = [poisoned(m, n, dtype=dtype), poisoned(m, k, dtype=dtype), *([poisoned(m, k, dtype=dtype)] if skip else [])]
+    run(plugin, inputs, after)
+
+    want = fused.norm_quantize(layer.x, weight, bias, r, scale, norm, 1e-5, 1.0, return_y=True)
+    q = ops.pad_weight(want.q)
+    y = ops.int8_matmul(q, layer.weight, None if static else want.scale, layer.scale, layer.bias, dtype)
+    assert same_bits(after[0], y)
+    assert same_bits(after[1], want.y)
+    if skip:
+        assert same_bits(after[2], want.h)
     plugin.destroy()
 
 
