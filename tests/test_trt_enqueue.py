@@ -225,10 +225,11 @@ def test_activation_and_residual(harness: Harness, dtype: torch.dtype, activatio
 @pytest.mark.parametrize("bias", [None, torch.float32])
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
 def test_weight_only_linear(harness: Harness, dtype: torch.dtype, bias: torch.dtype, m: int, n: int, k: int) -> None:
-    if not hasattr(_native.extension(), "weight_only_linear"):
-        pytest.skip("this build of hwkern has no weight-only kernels")
     layer = Layer(m, n, k, dtype, bias)
-    plugin = created(harness, "LinearInt8", *layer.fields(), text("scheme", "w8a16"))
+    plugin = harness.create("LinearInt8", *layer.fields(), text("scheme", "w8a16"))
+    if plugin is None:
+        assert not hasattr(_native.extension(), "weight_only_linear"), "the plugin was built without what hwkern has"
+        pytest.skip("this build of hwkern has no weight-only kernels")
     y, again = poisoned(m, n, dtype=dtype), poisoned(m, n, dtype=dtype)
     for out in (y, again):
         run(plugin, layer.inputs(), [out])
@@ -253,7 +254,9 @@ def test_weight_only_linear(harness: Harness, dtype: torch.dtype, bias: torch.dt
 def test_norm_linear(
     harness: Harness, dtype: torch.dtype, norm: str, static: bool, skip: bool, m: int, n: int, k: int
 ) -> None:
-    fused = pytest.importorskip("hwkern._fused", reason="this build of hwkern has no fused norm")
+    if "NormLinearInt8" not in harness.creators():
+        assert not hasattr(_native.extension(), "norm_quantize"), "the plugin was built without what hwkern has"
+        pytest.skip("this build of hwkern has no fused norm")
     layer = Layer(m, n, k, dtype, torch.float32)
     has_bias = norm == "layer"
     fields = {"has_skip": skip, "has_norm_bias": has_bias, "has_norm_output": 1, "has_sum_output": skip}
@@ -277,13 +280,25 @@ def test_norm_linear(
     after = [poisoned(m, n, dtype=dtype), poisoned(m, k, dtype=dtype), *([poisoned(m, k, dtype=dtype)] if skip else [])]
     run(plugin, inputs, after)
 
-    want = fused.norm_quantize(layer.x, weight, bias, r, scale, norm, 1e-5, 1.0, return_y=True)
-    q = ops.pad_weight(want.q)
-    y = ops.int8_matmul(q, layer.weight, None if static else want.scale, layer.scale, layer.bias, dtype)
-    assert same_bits(after[0], y)
-    assert same_bits(after[1], want.y)
-    if skip:
-        assert same_bits(after[2], want.h)
+    y, normed, *rest = after
+    total = layer.x if r is None else (layer.x.float() + r.float()).to(dtype)
+    assert all(same_bits(t, total) for t in rest)
+    # The linear is that of the normalised rows as they are stored, bit for bit.
+    if scale is None:
+        assert same_bits(y, layer.want(normed))
+    else:
+        q = ops.pad_weight(ops.quantize(normed, scale, -1)[0])
+        assert same_bits(y, ops.int8_matmul(q, layer.weight, None, layer.scale, layer.bias, dtype))
+    # The norm itself, in float64. A float32 sum of K terms added in chunks errs by less than 32 · 2⁻²⁴ (hwkern.h says
+    # E + 12 + K / 2¹²) of the sum of magnitudes, the few operations after it by 2⁻²⁴ each; h - mean may cancel, which
+    # leaves the error of the mean. Then one rounding to x's type, or two.
+    h, eps = total.double(), torch.finfo(dtype).eps
+    centred = h - h.mean(-1, keepdim=True) if has_bias else h
+    scaled = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    want = scaled * (1.0 + weight.double()) + (0 if bias is None else bias.double())
+    size = (scaled.abs() + scaled.abs().mean(-1, keepdim=True)) * (1.0 + weight.double()).abs()
+    tolerance = 64 * 2.0**-24 * (size + want.abs()) + eps * (want.abs() if norm == "rms_rounded" else 0.5 * want.abs())
+    assert bool(((normed.double() - want).abs() <= tolerance + torch.finfo(dtype).smallest_normal).all())
     plugin.destroy()
 
 
