@@ -381,6 +381,21 @@ def test_norm_linear_takes_its_inputs_in_order_and_gives_three_outputs(create: C
 
 
 @needs_norm
+def test_different_norms_have_different_timing_cache_ids(create: Create) -> None:
+    first = [integer("in_features", 2**17 - 1), integer("out_features", 2**31 - 1), text("activation", "gelu_tanh")]
+    skip = integer("has_skip", 1)
+    variants = [
+        [],
+        [real("epsilon", 1.2345678e-5)],
+        [text("norm", "rms_rounded")],
+        [skip],
+        [skip, integer("has_sum_output", 1)],
+    ]
+    ids = [create(*first, *fields, op="NormLinearInt8").cache_id for fields in variants]
+    assert len(set(ids)) == len(ids)
+
+
+@needs_norm
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [

@@ -85,7 +85,7 @@ void save(const Op& op, unsigned char (&state)[kStateBytes]);
 bool load(Kind kind, const void* state, size_t bytes, Op* op);
 
 // One line that says everything about the op and the kernels: the timing cache's key and the inspector's text.
-constexpr size_t kDescriptionBytes = 256;
+constexpr size_t kDescriptionBytes = 512;
 void describe(const Op& op, char (&text)[kDescriptionBytes]);
 
 // ---- Types and shapes ----------------------------------------------------------------------------------------------
