@@ -43,9 +43,9 @@ def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTE
     return max(1, min(wanted, int(limit // max(1, bytes_per_call))))
 
 
-def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """One CUDA graph that runs ``calls`` in order, again and again until there are ``GRAPH_CALLS``; and how many."""
-    rounds = max(1, math.ceil(GRAPH_CALLS / len(calls)))
+def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda.CUDAGraph, int]:
+    """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many."""
+    rounds = max(1, math.ceil(least / len(calls)))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.inference_mode():
@@ -61,12 +61,14 @@ def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
     return graph, rounds * len(calls)
 
 
-def cuda_us(peers: Mapping[str, Sequence[Call]], seconds: float = REPLAY_SECONDS) -> dict[str, float]:
+def cuda_us(
+    peers: Mapping[str, Sequence[Call]], seconds: float = REPLAY_SECONDS, graph_calls: int = GRAPH_CALLS
+) -> dict[str, float]:
     """Median µs per call of each peer; a peer is a list of calls, one per buffer set.
 
-    All peers are captured first and then replayed in turn.
+    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn.
     """
-    graphs = {name: capture(calls) for name, calls in peers.items()}
+    graphs = {name: capture(calls, graph_calls) for name, calls in peers.items()}
     replays = {}
     for name, (graph, _) in graphs.items():
         graph.replay()
@@ -252,6 +254,17 @@ def save(path: Path | None, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
     print(f"wrote {path}")
+
+
+def print_absent(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Which peers are missing from which rows, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row.get("absent", {}).items():
+            reasons.setdefault((name, reason), []).append(f"{row['m']}×{row['n']}×{row['k']}")
+    for (name, reason), places in reasons.items():
+        where = "" if len(places) == len(rows) else f" ({len(places)} of {len(rows)} shapes, first {places[0]})"
+        print(f"not measured: {name}{where}: {reason}")
 
 
 def ratio(ours: float, peer: float | None) -> str:
