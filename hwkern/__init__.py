@@ -8,25 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hwkern import hardware, nn, ops
+    from hwkern.explain import explain
     from hwkern.patch import patch, unpatch
     from hwkern.report import Report
+    from hwkern.tune import tune, use_tuned
 
 try:
     __version__ = version("hwkern")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["Report", "__version__", "hardware", "nn", "ops", "patch", "unpatch"]
+__all__ = [
+    "Report", "__version__", "explain", "hardware", "nn", "ops", "patch", "tune", "unpatch", "use_tuned",
+]  # fmt: skip
 
 # Where each public name lives: a module, and the attribute in it or "" for the module itself. Resolved on first use, so
 # that `import hwkern` needs no torch.
 _NAMES = {
     "Report": ("hwkern.report", "Report"),
+    "explain": ("hwkern.explain", "explain"),
     "hardware": ("hwkern.hardware", ""),
     "nn": ("hwkern.nn", ""),
     "ops": ("hwkern.ops", ""),
     "patch": ("hwkern.patch", "patch"),
+    "tune": ("hwkern.tune", "tune"),
     "unpatch": ("hwkern.patch", "unpatch"),
+    "use_tuned": ("hwkern.tune", "use_tuned"),
 }
 
 
