@@ -26,6 +26,10 @@ from hwkern._console import print_table
 # Llama-3-8B's linear layers as (N, K): fused qkv, attention output, fused gate and up, down.
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+# BERT-base's: attention output, feed-forward up and down, fused qkv.
+BERT_SHAPES = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
+BERT_TOKENS = [512, 1024, 2048, 4096]
+LAYERS = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(m, n, k) for n, k in BERT_SHAPES for m in BERT_TOKENS]
 QUICK = [(m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096)]
 CHECK_ELEMENTS = 1 << 20  # a larger result is checked on this many elements' worth of rows (float64 is slow)
 
@@ -71,15 +75,15 @@ def measure(
     calls |= found
     best: dict[str, list[peers.Call]] = {}
     if "cutlass" in names:
-        candidates, reason = peers.collect({"cutlass": products.cutlass_candidates}, problem)
-        absent |= reason
-        if candidates:
-            best = products.best_of(candidates["cutlass"])
+        try:
+            best = products.best_of(products.cutlass_candidates(problem))
+        except peers.AbsentError as reason:
+            absent["cutlass"] = str(reason)
+        else:
             check_cutlass(problem, best)
             calls |= best
-            # Its own overlapping launches, which nobody ships for these kernels: recorded beside, not instead.
-            first = next(iter(best))
-            calls["cutlass_overlap"] = products.overlapped(first, problem)
+            # With launches that overlap, which nobody ships for these kernels: recorded beside, not instead.
+            calls["cutlass_overlap"] = products.overlapped(next(iter(best)), problem)
     us = timing.cuda_us(calls, seconds)
     row: dict[str, Any] = {"m": m, "n": n, "k": k}
     if best:
@@ -159,10 +163,7 @@ def main() -> None:
         ]
         wanted = arguments.configs or "all"
         configs = [row["id"] for row in fits] if wanted == "all" else timing.integers(wanted)
-    default = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(8192, 8192, 8192)]
-    problems = QUICK if arguments.quick else default
-    if arguments.m or arguments.shapes:
-        problems = [(m, n, k) for n, k in arguments.shapes or SHAPES for m in arguments.m or TOKENS]
+    problems = timing.problems(arguments, QUICK, [*LAYERS, (8192, 8192, 8192)], SHAPES, TOKENS)
 
     rows = []
     for m, n, k in problems:

@@ -181,6 +181,22 @@ def shapes(text: str) -> list[tuple[int, int]]:
     return [(n, k) for n, k in pairs]
 
 
+Shape = tuple[int, int, int]  # M, N, K
+
+
+def problems(
+    arguments: argparse.Namespace,
+    quick: list[Shape],
+    default: list[Shape],
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+) -> list[Shape]:
+    """What to run: --m and --shapes, each completed from ``tokens`` and ``shapes``; --quick; or the default."""
+    if arguments.m or arguments.shapes:
+        return [(m, n, k) for n, k in arguments.shapes or shapes for m in arguments.m or tokens]
+    return quick if arguments.quick else default
+
+
 def result(benchmark: str, device: str, commit: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The JSON document of one benchmark run: schema, name, environment and one dictionary per row."""
     return {"schema": SCHEMA, "benchmark": benchmark, "environment": environment(device, commit), "rows": rows}

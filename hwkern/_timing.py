@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ import torch
 Call = Callable[[], object]
 
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
+GRAPH_SECONDS = 0.05  # but no more than fit in this: power and clock have settled by then
 REPLAY_SECONDS = 0.15  # time spent on each peer
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
@@ -28,15 +30,22 @@ def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTE
 
 
 def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda.CUDAGraph, int]:
-    """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many."""
-    rounds = max(1, math.ceil(least / len(calls)))
+    """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many.
+
+    Fewer where so many would take longer than ``GRAPH_SECONDS``.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.inference_mode():
         for call in calls:  # everything lazy (handles, workspaces, checks) happens before the capture
             call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[0]()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    rounds = max(1, math.ceil(min(least, GRAPH_SECONDS / seconds) / len(calls)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.inference_mode():
         for _ in range(rounds):

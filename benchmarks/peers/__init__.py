@@ -5,24 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Call = Callable[[], object]
+import timing
+from timing import Call
 
 
 class AbsentError(Exception):
     """A peer that cannot run here, or not at this shape; the text says why and, where that helps, what to install."""
 
 
-def collect(makers: Mapping[str, Callable[..., Any]], *arguments: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Call each maker: ``(what they gave by name, the reasons of those that gave nothing)``.
+def collect(
+    makers: Mapping[str, Callable[[Any], list[Call]]], problem: Any
+) -> tuple[dict[str, list[Call]], dict[str, str]]:
+    """Call each maker: ``(the calls by name, the reasons of the peers that gave none)``.
 
-    A peer that breaks is listed with its error like one that is missing: it must not end the run of the others.
+    Each is captured once, alone: a peer that breaks or cannot be captured is listed with its error like one that is
+    missing, and does not end the run of the others.
     """
     found, absent = {}, {}
     for name, make in makers.items():
         try:
-            found[name] = make(*arguments)
+            calls = make(problem)
+            timing.capture(calls[:1], least=1)
+            found[name] = calls
         except AbsentError as reason:
             absent[name] = str(reason)
         except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no text'}"
+            first = (str(error).strip().splitlines() or ["no text"])[0]
+            absent[name] = f"{type(error).__name__}: {first}"
     return found, absent
