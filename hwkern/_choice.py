@@ -1,4 +1,7 @@
-"""Which measured config a launch takes, for ``ops`` to look up: nothing is here unless ``hwkern.tune`` put it here."""
+"""Which measured config a launch takes, for ``ops`` to look up: nothing is here unless ``hwkern.tune`` put it here.
+
+Needs no torch, like the two constants of hwkern.h below.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import os
 from bisect import bisect_left
 from typing import Any
 
-from hwkern._checks import CHOOSE
+CHOOSE = -1  # hwkern.h kChoose: the cost model picks the config
+K_MAX = 2**17 - 1  # hwkern.h kMaxK: an int32 sum of K products of int8 stays exact below 2¹⁷
 
 #: M is tuned in steps: all M above one edge and up to the next share a config. Fine where a step of the tiles changes
 #: the time, coarse where there are many tiles. Above the last edge the cost model chooses.

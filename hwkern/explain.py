@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hwkern import _choice, _native, hardware
-from hwkern._checks import CHOOSE, K_MAX
-from hwkern._choice import EDGES
+from hwkern._choice import CHOOSE, EDGES, K_MAX
 from hwkern._console import plain_table, print_table
 from hwkern.tune import (
     NOISE,

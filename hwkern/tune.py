@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwkern import _choice, _native, hardware
 from hwkern._cache import Cache, device_stamp
-from hwkern._checks import CHOOSE, K_MAX
-from hwkern._choice import EDGES
+from hwkern._choice import CHOOSE, EDGES, K_MAX
 from hwkern._console import plain_table, progress
 
 if TYPE_CHECKING:
