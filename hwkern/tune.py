@@ -313,16 +313,13 @@ def tune(
         enough = set(_worth_measuring(m, n, k, gpus[index])) <= set(configs_of(entry))
         return not enough or (peers and "bf16" not in times_of(entry, "peers"))
 
-    points = {
-        (index, m, n, k, data)
-        for index, n, k, data in layers
-        for number in numbers
-        for m in ends_of(number)
-        if is_missing(index, m, n, k, _name(data))
+    wanted_points = {
+        (index, rows, n, k, data) for index, n, k, data in layers for number in numbers for rows in ends_of(number)
     }
+    points = [point for point in sorted(wanted_points, key=str) if is_missing(*point[:4], _name(point[4]))]
     saved = True
     with progress(f"Measuring {len(points)} points", len(points), show and bool(points)) as advance:
-        for index, rows, n, k, data in sorted(points, key=str):
+        for index, rows, n, k, data in points:
             configs = _worth_measuring(rows, n, k, gpus[index])
             entry = {entry_name(rows, n, k, _name(data)): measure(
                 rows, n, k, data, configs, gpus[index], PEERS if peers else ()
@@ -337,7 +334,9 @@ def tune(
         _choice.tuned.update(_activation(gpus[index], n, k, _name(data), known[index]))
         steps += [_step(gpus[index], n, k, _name(data), number, known[index]) for number in numbers]
     file = ", ".join(str(cache.path) for cache in caches.values()) if save and saved else None
-    return Tuning(", ".join(gpu.name for gpu in gpus.values()), steps, len(points), 2 * len(steps) - len(points), file)
+    return Tuning(
+        ", ".join(gpu.name for gpu in gpus.values()), steps, len(points), len(wanted_points) - len(points), file
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

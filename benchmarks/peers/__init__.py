@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +25,7 @@ def collect(
     """
     found, absent = {}, {}
     for name, make in makers.items():
+        start = time.monotonic()
         try:
             calls = make(problem)
             timing.capture(calls[:1], least=1)
@@ -32,4 +35,6 @@ def collect(
         except Exception as error:
             first = (str(error).strip().splitlines() or ["no text"])[0]
             absent[name] = f"{type(error).__name__}: {first}"
+        if time.monotonic() - start > 1:  # a long run shows where it is
+            print(f"  {name}: {time.monotonic() - start:.0f} s to prepare", file=sys.stderr, flush=True)
     return found, absent

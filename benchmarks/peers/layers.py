@@ -7,7 +7,8 @@
   torchao_weight_only   torchao's INT8 weights with bfloat16 activations, under torch.compile
   torchao_fp8           torchao's dynamic FP8 with row-wise scales, under torch.compile
 
-Each compiled peer costs ten seconds of compilation a shape, so they are asked for by name (``--peers``).
+Each compiled peer costs ten seconds of compilation a shape, so they are asked for by name (``--peers``). They get
+torch.compile's own settings: torchao's would search kernels for minutes a shape.
 """
 
 from __future__ import annotations
@@ -122,9 +123,11 @@ MAKERS: dict[str, Callable[[Problem], list[Call]]] = {
     "fp32": functools.partial(floating, torch.float32),
     "bitsandbytes": bitsandbytes,
     "compiled_int8": compiled_int8,
-    "torchao_int8": functools.partial(torchao, "Int8DynamicActivationInt8WeightConfig", {}),
-    "torchao_weight_only": functools.partial(torchao, "Int8WeightOnlyConfig", {}),
+    "torchao_int8": functools.partial(torchao, "Int8DynamicActivationInt8WeightConfig", {"set_inductor_config": False}),
+    "torchao_weight_only": functools.partial(torchao, "Int8WeightOnlyConfig", {"set_inductor_config": False}),
     "torchao_fp8": functools.partial(
-        torchao, "Float8DynamicActivationFloat8WeightConfig", {"granularity": "PerRow"}
+        torchao,
+        "Float8DynamicActivationFloat8WeightConfig",
+        {"granularity": "PerRow", "set_inductor_config": False},
     ),
 }  # fmt: skip
