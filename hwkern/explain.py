@@ -166,6 +166,7 @@ def _reason(
 ) -> tuple[int, str]:
     if not predicted:
         return CHOOSE, f"no kernel runs on this GPU: compute capability {hardware.MIN_COMPUTE / 10:.1f} is the least."
+    _choice.load_pending()
     if _choice.tuned:  # so torch is there
         import torch
 
@@ -202,7 +203,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``hwkern explain``."""
     try:
-        _choice.load_if_asked()
         found = explain(
             arguments.m, arguments.n, arguments.k,
             dtype=arguments.dtype, device=arguments.device, measure_now=arguments.measure,

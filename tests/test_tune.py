@@ -133,15 +133,26 @@ def test_a_later_process_uses_the_times_when_asked(machine, monkeypatch):
     machine(lambda config, m: 5.0 if config == best else 10.0)
     tune([(4096, 4096)], m=[16], dtype=torch.float16, show=False)
     _choice.tuned.clear()  # as in a new process
-    _choice.load_if_asked()
+    _choice.ask()
     assert not _choice.tuned
     monkeypatch.setenv("HWKERN_TUNED", "1")
-    _choice.load_if_asked()
+    _choice.ask()  # what importing hwkern does
+    assert _choice.tuned  # so that the first launch asks
+    assert _choice.config_for(0, 16, 64, 64, torch.float16) == CHOOSE
     assert _choice.config_for(0, 16, 4096, 4096, torch.float16) == best
+    assert len(_choice.tuned) == 1
     with use_tuned(False):
         assert not _choice.tuned
     assert _choice.config_for(0, 16, 4096, 4096, torch.float16) == best
     use_tuned(False)
+    assert not _choice.tuned
+
+
+def test_asking_for_times_that_nobody_measured_changes_nothing(machine, monkeypatch):
+    machine(lambda config, m: 10.0)
+    monkeypatch.setenv("HWKERN_TUNED", "1")
+    _choice.ask()
+    assert _choice.config_for(0, 16, 4096, 4096, torch.float16) == CHOOSE
     assert not _choice.tuned
 
 
