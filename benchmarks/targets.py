@@ -114,6 +114,8 @@ TARGETS = (
     Target("quantize per token, 32 MB and more, of a copy's rate, least", "quantize", 0.90, 0.95, "×",
            lambda rows: least(row["of_copy"] for row in rows
                               if row["operator"] == "quantize per token" and row["bytes"] >= 32 << 20)),
+    Target("norm with quantization, time over the norm's alone", "fused", 1.05, 1.0, "×",
+           lambda rows: geomean(row["of_alone"] for row in rows if "Norm" in row["operator"]), at_most=True),
     Target("BERT's layers, M 512–4096, against bf16, least", "linear", 1.0, 1.0, "×",
            lambda rows: least(speedups(device(rows, 512, 4096, BERT), "bf16"))),
     Target("BERT's layers, M 4096, against bf16", "linear", 1.5, 1.7, "×",

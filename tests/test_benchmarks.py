@@ -347,6 +347,16 @@ def test_a_layer_target_takes_the_worst_m_and_leaves_out_the_host(load, tmp_path
     assert found["BERT's layers, M 4096, against bf16"] == ["2.00×", "reached"]
 
 
+def test_a_target_may_be_an_upper_limit(load, tmp_path):
+    """The geometric mean of 0.9 and 1.2 is 1.039: below 1.05 and above 1. An activation does not count as a norm."""
+    rows = [{"operator": name, "of_alone": value} for name, value in [("RMSNorm", 0.9), ("add, RMSNorm", 1.2)]]
+    result(tmp_path, "fused", [*rows, {"operator": "gelu", "of_alone": 9.0}])
+    result(tmp_path, "sweep", [{"worst": [[1.07, 32]]}, {"worst": [[1.16, 64], [1.0, 2]]}])
+    found = verdicts(load, tmp_path)
+    assert found["norm with quantization, time over the norm's alone"] == ["1.04×", "met"]
+    assert found["largest t(M + 1) / t(M), M 1–512"] == ["1.16×", "open"]
+
+
 # ---- plots -----------------------------------------------------------------------------------------------------------
 
 
