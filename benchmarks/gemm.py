@@ -55,9 +55,7 @@ def check_cutlass(problem: products.Problem, candidates: dict[str, list[peers.Ca
             sys.exit(f"Wrong result: CUTLASS {name} differs from hwkern at {problem.m}×{problem.n}×{problem.k}.")
 
 
-def measure(
-    m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu, seconds: float
-) -> dict[str, Any]:
+def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu) -> dict[str, Any]:
     """One row: µs of the chosen config (or of every one in ``configs``) and of the peers called ``names``."""
     problem = products.Problem(m, n, k, gpu)
     for config in configs:
@@ -84,7 +82,7 @@ def measure(
             calls |= best
             # With launches that overlap, which nobody ships for these kernels: recorded beside, not instead.
             calls["cutlass_overlap"] = products.overlapped(next(iter(best)), problem)
-    us = timing.cuda_us(calls, seconds)
+    us = timing.cuda_us(calls)
     row: dict[str, Any] = {"m": m, "n": n, "k": k}
     if best:
         row["cutlass_config"] = min(best, key=us.__getitem__)
@@ -142,7 +140,6 @@ def main() -> None:
     parser.add_argument("--configs", metavar="all|ID,ID", help="time these configs instead of the chosen one")
     parser.add_argument("--peers", default=",".join(products.NAMES), help="of these (default all); '' for hwkern only")
     parser.add_argument("--library", help="CUTLASS's kernels, built elsewhere by peers/cutlass.py")
-    parser.add_argument("--seconds", type=float, default=timing.REPLAY_SECONDS, help="spent on each timed thing")
     parser.add_argument("--tune-json", metavar="PATH", type=Path, help="write measured and predicted µs per config")
     arguments = parser.parse_args()
     timing.need_cuda()
@@ -167,7 +164,7 @@ def main() -> None:
 
     rows = []
     for m, n, k in problems:
-        rows.append(measure(m, n, k, configs, names, gpu, arguments.seconds))
+        rows.append(measure(m, n, k, configs, names, gpu))
         print(" ".join(text(rows[-1])), file=sys.stderr, flush=True)  # a long run shows where it is
         torch.cuda.empty_cache()
     print_table(

@@ -37,15 +37,15 @@ def check(linear: torch.nn.Linear, ours: torch.nn.Module, x: torch.Tensor) -> No
         sys.exit(f"Wrong result: Int8Linear differs from nn.Linear by {error:.1%} at {tuple(x.shape)}.")
 
 
-def measure_device(m: int, n: int, k: int, gpu: hardware.Gpu, names: Sequence[str], seconds: float) -> dict[str, Any]:
+def measure_device(m: int, n: int, k: int, gpu: hardware.Gpu, names: Sequence[str], limit: float) -> dict[str, Any]:
     """One row of graph-replay times."""
     problem = layers.Problem(m, n, k, gpu)
     ours = hwkern.nn.Int8Linear.from_float(problem.linear)
     with torch.inference_mode():
         check(problem.linear, ours, problem.x())
     calls = {"hwkern": problem.copies(ours, torch.bfloat16, problem.sets(2, 1))}
-    found, absent = peers.collect({name: layers.MAKERS[name] for name in names}, problem)
-    us = {name: round(value, 3) for name, value in timing.cuda_us(calls | found, seconds).items()}
+    found, absent = peers.collect({name: layers.MAKERS[name] for name in names}, problem, limit)
+    us = {name: round(value, 3) for name, value in timing.cuda_us(calls | found).items()}
     floor = hardware.speed_of_light(m, n, k, gpu, a_bytes=2)
     return {
         "m": m, "n": n, "k": k, "us": us.pop("hwkern"), "floor_us": round(floor.microseconds, 3), "bound": floor.bound,
@@ -72,13 +72,15 @@ def main() -> None:
     parser.add_argument("--m", type=timing.integers, metavar="M,M", help="tokens (default 1 … 8192)")
     parser.add_argument("--shapes", type=timing.shapes, metavar="NxK,NxK", help="layers (default Llama-3-8B's)")
     parser.add_argument(
-        "--peers", default=",".join(layers.QUICK), help=f"of {', '.join(layers.NAMES)} (default: the first four)"
+        "--peers",
+        default=",".join(layers.QUICK),
+        help=f"of {', '.join(layers.NAMES)}, or `all` (default: the first four, which compile nothing)",
     )
-    parser.add_argument("--seconds", type=float, default=timing.REPLAY_SECONDS, help="spent on each timed thing")
+    parser.add_argument("--limit", type=float, default=45, help="seconds that one peer may take to prepare a shape")
     parser.add_argument("--only", choices=["device", "host"], help="one of the two measurements")
     arguments = parser.parse_args()
     timing.need_cuda()
-    names = [name for name in arguments.peers.split(",") if name]
+    names = list(layers.NAMES) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
     if unknown := set(names) - set(layers.NAMES):
         parser.error(f"unknown peer {', '.join(sorted(unknown))}; there are {', '.join(layers.NAMES)}")
     torch.manual_seed(0)
@@ -95,7 +97,7 @@ def main() -> None:
     if arguments.only != "host":
         device = []
         for m, n, k in timing.problems(arguments, gemm.QUICK, gemm.LAYERS, gemm.SHAPES, gemm.TOKENS):
-            device.append(measure_device(m, n, k, gpu, names, arguments.seconds))
+            device.append(measure_device(m, n, k, gpu, names, arguments.limit))
             print(device[-1], file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
         print_table(

@@ -18,7 +18,7 @@ import torch
 Call = Callable[[], object]
 
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
-GRAPH_SECONDS = 0.05  # but no more than fit in this: power and clock have settled by then
+GRAPH_SECONDS = 0.02  # but no more than fit in this: power and clock have settled by then
 REPLAY_SECONDS = 0.15  # time spent on each peer
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
@@ -55,12 +55,14 @@ def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda
 
 
 def cuda_us(
-    peers: Mapping[str, Sequence[Call]], seconds: float = REPLAY_SECONDS, graph_calls: int = GRAPH_CALLS
+    peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
 ) -> dict[str, float]:
     """Median µs per call of each peer; a peer is a list of calls, one per buffer set.
 
-    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn.
+    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, ``seconds`` (by default
+    ``REPLAY_SECONDS``) or five times each, whichever is longer.
     """
+    seconds = REPLAY_SECONDS if seconds is None else seconds
     graphs = {name: capture(calls, graph_calls) for name, calls in peers.items()}
     replays = {}
     for name, (graph, _) in graphs.items():

@@ -197,19 +197,29 @@ def test_a_peer_that_is_missing_or_breaks_is_listed_with_the_reason(load, monkey
         "missing": missing,
         "broken": broken,
         "breaks later": lambda problem: [lambda: [][1]],
+        "slow": lambda problem: time.sleep(30),
     }
-    found, absent = peers.collect(makers, 7)
+    found, absent = peers.collect(makers, 7, 0.2)
     assert list(found) == ["good"]
     assert captured == [7]
     assert absent["missing"] == "pip install it"
     assert absent["broken"] == "ZeroDivisionError: no text"
     assert absent["breaks later"].startswith("IndexError: list index")
+    assert absent["slow"] == "TimeoutError: not ready after 0.2 s"
 
 
 def test_absent_peers_are_printed_once_with_the_reason(load, capsys):
     rows = [{"m": m, "n": 8, "k": 16, "absent": {"int_mm": "M is small"} if m < 3 else {}} for m in (1, 2, 3)]
     load("timing").print_absent(rows)
     assert capsys.readouterr().out == "not measured: int_mm (2 of 3 shapes, first 1×8×16): M is small\n"
+
+
+def test_seconds_hold_for_every_time_of_a_benchmark(load, monkeypatch):
+    from hwkern import _timing
+
+    monkeypatch.setattr(_timing, "REPLAY_SECONDS", 0.15)
+    load("timing").parser("").parse_args(["--seconds", "0.01"])
+    assert _timing.REPLAY_SECONDS == 0.01
 
 
 def test_every_named_peer_has_a_maker(load):
