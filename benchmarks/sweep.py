@@ -40,11 +40,8 @@ def times(n: int, k: int, most: int, operator: str, gpu: hardware.Gpu) -> list[f
             for w in weights
         ]
 
-    def time(m: int, seconds: float) -> float:
-        return timing.cuda_us({"": calls(m)}, seconds)[""]
-
-    us = [time(m, SECONDS) for m in range(1, most + 1)]
-    return recheck(us, lambda m: time(m, AGAIN_SECONDS))
+    us = [timing.cuda_us({"": calls(m)}, SECONDS, graph_calls=10)[""] for m in range(1, most + 1)]
+    return recheck(us, lambda m: timing.cuda_us({"": calls(m)}, AGAIN_SECONDS)[""])
 
 
 def recheck(us: list[float], again: Callable[[int], float]) -> list[float]:

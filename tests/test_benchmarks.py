@@ -289,6 +289,28 @@ def test_without_headers_or_compiler_the_remedy_is_said(fake_toolkit, monkeypatc
         cutlass.build()
 
 
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def test_record_goes_on_after_a_failure_and_hands_options_on(tmp_path):
+    for name in ("record.py", "timing.py"):
+        (tmp_path / name).write_text((BENCHMARKS / name).read_text(encoding="utf-8"), encoding="utf-8")
+    script = "import sys\nprint('{0} got', *sys.argv[1:])\n{1}"
+    (tmp_path / "gemm.py").write_text(script.format("gemm", "raise SystemExit('wrong result')"), encoding="utf-8")
+    (tmp_path / "linear.py").write_text(script.format("linear", "1 / 0"), encoding="utf-8")
+    (tmp_path / "sweep.py").write_text(script.format("sweep", ""), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "record.py"), "--gpu", "x", "--out", "o", "--seconds", "0.1", "--commit"]
+    done = subprocess.run([*command, "abc", "--", "--most", "9"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    common = "--seconds 0.1 --commit abc"
+    assert f"gemm got --json {Path('o') / 'gemm-x.json'} {common}" in lines
+    assert f"sweep got --json {Path('o') / 'sweep-x.json'} {common} --most 9" in lines
+    assert "gemm FAILED: wrong result" in lines
+    assert "linear FAILED" in lines
+    assert "ZeroDivisionError" in done.stderr
+
+
 # ---- cliffs ----------------------------------------------------------------------------------------------------------
 
 
