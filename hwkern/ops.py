@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import Library, register_autograd, register_fake
 
-from hwkern import _choice, _cpu, _native
+from hwkern import _cpu, _native
 from hwkern._checks import (
     ACTIVATIONS,
     CHOOSE,
@@ -34,6 +34,7 @@ from hwkern._checks import (
     check_static_scale,
     padded,
 )
+from hwkern._choice import config_for, tuned
 from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
 
@@ -223,7 +224,6 @@ def _linear_fake(
 # Private since torch 1.x and the same in 2.4 … 2.13; the public spellings cost 5 µs a call. Absent from CPU builds.
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_tuned = _choice.tuned  # the same dictionary: empty unless hwkern.tune measured, and then asked at every launch
 
 
 def _on_device(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -333,8 +333,8 @@ def _matmul_cuda(
         m = d.numel() // n
         a, lda = _aligned_rows(a)
         b, ldb = _aligned_rows(b)
-        if _tuned and config == CHOOSE:
-            config = _choice.config_for(d.get_device(), m, n, k, dtype)
+        if tuned and config == CHOOSE:  # measured by hwkern.tune
+            config = config_for(d.get_device(), m, n, k, dtype)
         scale_a, scale_b, bias = contiguous(scale_a), contiguous(scale_b), contiguous(bias)
         residual, ldr = (None, 0) if residual is None else rows(residual)
         _cuda().gemm(
@@ -448,8 +448,8 @@ def _launch_cell(
         return y
     workspace_bytes = m * (columns + 4)  # hwkern.h linear_workspace_bytes: K16 int8 and one float32 a row
     workspace = weight.new_empty(workspace_bytes)
-    if _tuned and config == CHOOSE:
-        config = _choice.config_for(cell.device, m, n, k, dtype)
+    if tuned and config == CHOOSE:  # measured by hwkern.tune
+        config = config_for(cell.device, m, n, k, dtype)
     if residual is None:
         options = (activation, 0, 0, 0)
     else:
