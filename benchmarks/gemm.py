@@ -22,6 +22,7 @@ from peers import products
 
 from hwkern import _native, hardware, ops
 from hwkern._console import print_table
+from hwkern.tune import product_configs
 
 # Llama-3-8B's linear layers as (N, K): fused qkv, attention output, fused gate and up, down.
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
@@ -150,7 +151,7 @@ def main() -> None:
         parser.error(f"unknown peer {', '.join(sorted(unknown))}; there are {', '.join(products.NAMES)}")
     torch.manual_seed(0)
     gpu = timing.current_gpu()
-    table = _native.extension().gemm_configs()
+    table = product_configs()
     configs = [ops.CHOOSE]
     if arguments.configs or arguments.tune_json:
         fits = [

@@ -24,6 +24,7 @@ from hwkern.tune import (
     entry_name,
     measure,
     model_choice,
+    product_configs,
     times_of,
 )
 
@@ -140,7 +141,7 @@ def explain(
     predicted, measured = candidates(m, n, k, gpu), configs_of(entry)
     rows = [
         Candidate(row["id"], row["name"], predicted.get(row["id"]), measured.get(row["id"]), _obstacle(row, gpu))
-        for row in _native.extension().gemm_configs()
+        for row in product_configs()
     ]
     # Measured ones first, by their times; then the others by the prediction; what cannot run last.
     rows.sort(key=lambda c: (c.predicted_us is None, c.measured_us is None, c.measured_us or c.predicted_us or 0))

@@ -151,12 +151,17 @@ def _activation(
 # ---- measure -------------------------------------------------------------------------------------------------------
 
 
+def product_configs() -> list[dict[str, Any]]:
+    """The rows of the config table for int8 · int8; those of weight-only layers have a choice of their own."""
+    return [row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"]
+
+
 def candidates(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[int, float]:
     """Config id → predicted µs of every config that runs on the GPU, fastest first."""
     native = _native.extension()
     found = {
         row["id"]: native.gemm_predict_us(row["id"], m, n, k, *_device(gpu))
-        for row in native.gemm_configs()
+        for row in product_configs()
         if row["min_compute"] <= gpu.compute <= row["max_compute"] and row["shared_bytes"] <= gpu.shared_bytes
     }
     return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -197,7 +202,9 @@ def measure(
             normal = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
             calls["bf16"] = [functools.partial(torch.mm, normal(m, k), normal(n, k).t()) for _ in range(sets)]
         if "int_mm" in peers and m > 16 and k % 8 == 0 and n % 8 == 0:
-            calls["int_mm"] = [functools.partial(torch._int_mm, a.contiguous(), b.t()) for a, b in operands]
+            calls["int_mm"] = [
+                functools.partial(torch._int_mm, a.contiguous(), b.contiguous().t()) for a, b in operands
+            ]
         us = {name: round(value, 3) for name, value in cuda_us(calls, SECONDS).items()}
     return {
         "configs": {str(config): us[str(config)] for config in configs},

@@ -263,7 +263,7 @@ def test_explain_says_why_a_config_cannot_run(monkeypatch, machine):
     small = hardware.gpu_from_properties(0, {**PROPERTIES, "compute": 86, "shared_bytes": 101_376, "sm_count": 84})
     monkeypatch.setattr(hardware, "gpus", lambda: [small])
     notes = {c.id: c.note for c in explain(64, 4096, 4096).candidates}
-    table = {row["id"]: row for row in _native.extension().gemm_configs()}
+    table = {row["id"]: row for row in tune_module.product_configs()}
     assert any("needs compute capability 9.0" in note for note in notes.values())
     assert all(bool(notes[i]) == (row["min_compute"] > 86 or row["shared_bytes"] > 101_376) for i, row in table.items())
 
