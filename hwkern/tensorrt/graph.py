@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -82,7 +83,9 @@ class TensorReader:
         if not path.is_relative_to(root):
             raise ValueError(f"{tensor.name} keeps its data in {info.location!r}, outside the model's folder: refused.")
         if not path.is_file():
-            raise FileNotFoundError(f"{tensor.name} keeps its data in {info.location!r}, which is not beside the model.")
+            raise FileNotFoundError(
+                f"{tensor.name} keeps its data in {info.location!r}, which is not beside the model."
+            )
         size = info.length if info.length else tensor_bytes(tensor)
         offset = info.offset or 0
         if offset + size > path.stat().st_size or size < tensor_bytes(tensor):
@@ -205,7 +208,7 @@ class Constants:
                 kind = np.float32 if "float" in a.name else np.int64
                 value = np.asarray(helper.get_attribute_value(a), kind)
                 element = TensorProto.FLOAT if "float" in a.name else TensorProto.INT64
-                return Constant(value.shape, element, lambda: value, key, node.output[0])
+                return Constant(value.shape, element, lambda value=value: value, key, node.output[0])
         return None
 
 
@@ -214,7 +217,9 @@ class Constants:
 _Inputs = Sequence[Constant | None]
 
 
-def _derived(source: Constant, step: tuple[Any, ...], shape: Sequence[int], change: Callable[[Array], Array]) -> Constant:
+def _derived(
+    source: Constant, step: tuple[Any, ...], shape: Sequence[int], change: Callable[[Array], Array]
+) -> Constant:
     return Constant(
         tuple(shape), source.element, lambda: change(source.load()), (*source.key, step), source.root, source.quantized
     )
@@ -393,10 +398,9 @@ def infer_shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int | str | No
             graph.initializer.append(tensor)
         elif tensor.name not in known:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    try:
+    # A model that ONNX cannot type (custom ops, broken shapes) is rewritten with what it tells itself.
+    with contextlib.suppress(Exception):
         skeleton = onnx.shape_inference.infer_shapes(skeleton)
-    except Exception:  # a model that ONNX cannot type (custom ops, broken shapes) is rewritten with what it tells itself
-        pass
     found: dict[str, tuple[int, tuple[int | str | None, ...] | None]] = {}
     for inner in graphs(skeleton.graph):
         for value in (*inner.input, *inner.value_info, *inner.output):
@@ -458,7 +462,7 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.part = path.with_name(path.name + ".part")
+        self.part = path.with_name(f"{path.name}.{id(self)}.part")  # also marks the tensors that are in it already
         self._file: BinaryIO = self.part.open("wb")
 
     def take(self, tensor: TensorProto, reader: TensorReader) -> None:
@@ -476,12 +480,18 @@ class DataFile:
                 tensor.ClearField(name)
         del tensor.external_data[:]
         tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self.path.name), ("offset", str(offset)), ("length", str(size))):
+        for key, value in (("location", self.part.name), ("offset", str(offset)), ("length", str(size))):
             tensor.external_data.add(key=key, value=value)
 
-    def finish(self) -> None:
+    def holds(self, tensor: TensorProto) -> bool:
+        return any(e.key == "location" and e.value == self.part.name for e in tensor.external_data)
+
+    def finish(self, tensors: Sequence[TensorProto]) -> None:
+        """Close the file, give it its name, and let the tensors in it know."""
         self._file.close()
         self.part.replace(self.path)
+        for tensor in filter(self.holds, tensors):
+            next(e for e in tensor.external_data if e.key == "location").value = self.path.name
 
     def abandon(self) -> None:
         self._file.close()
@@ -509,15 +519,13 @@ def keeps_data_outside(model: ModelProto) -> bool:
 def save(model: ModelProto, path: Path, data: DataFile | None, reader: TensorReader) -> None:
     """Write the model; with ``data``, every tensor of more than ``SMALL_BYTES`` goes there (some may already be)."""
     if data is not None:
-        for tensor in all_tensors(model):
-            is_there = tensor.data_location == TensorProto.EXTERNAL and any(
-                e.key == "location" and e.value == data.path.name for e in tensor.external_data
-            )
+        tensors = all_tensors(model)
+        for tensor in tensors:
             outside = tensor.data_location == TensorProto.EXTERNAL
             big = tensor_bytes(tensor) > SMALL_BYTES and tensor.data_type != TensorProto.STRING
-            if (outside and not is_there) or (not outside and big):
+            if (outside and not data.holds(tensor)) or (not outside and big):
                 data.take(tensor, reader)
-        data.finish()
+        data.finish(tensors)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(model.SerializeToString())

@@ -4,20 +4,20 @@
 
 ==============  =============================================================================
 x               ``[..., K]`` float32, float16 or bfloat16
-weight          ``[N, K16]`` int8 (K16: K rounded up to 16, zeros in the padding), or the same bytes as INT32 ``[N, K16/4]``
-weight_scale    ``[N]`` float32
+weight          ``[N, K16]`` int8 (K16: K rounded up to 16, zeros in the padding), or its bytes as INT32 ``[N, K16/4]``
+weight_scale    ``[N]`` float32; ``w8a8_static``: times input_scale, so y = sum · weight_scale + bias
 bias            ``[N]`` float32, float16 or bfloat16
-input_scale     ``[1]`` float32: the static scale of x (scheme ``w8a8_static``)
+input_scale     ``[1]`` or ``[K]`` float32: the static scale of x (scheme ``w8a8_static``)
 residual        ``[..., N]`` of x's dtype
 y               ``[..., N]`` of x's dtype
 ==============  =============================================================================
 
-Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell which
-are there. The mathematics is ``hwkern/reference.py``'s.
+Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell
+which are there. The mathematics is ``hwkern/reference.py``'s.
 
-TensorRT finds the plugin by the op's name and ``plugin_namespace``, and does not look at the domain. onnx's evaluator and
-ONNX Runtime find the function body by domain and name; a body holds for one combination of dtype and inputs (ONNX has no
-optional function inputs that a body can test), so each combination has a domain of its own below ``hwkern``.
+TensorRT finds the plugin by the op's name and ``plugin_namespace``, and does not look at the domain. onnx's evaluator
+and ONNX Runtime find the function body by domain and name; a body holds for one combination of dtype and inputs (ONNX
+has no optional function inputs that a body can test), so each combination has a domain of its own below ``hwkern``.
 """
 
 from __future__ import annotations
@@ -36,19 +36,23 @@ from hwkern.tensorrt.packing import ROW_ALIGNMENT
 NAMESPACE = "hwkern"
 PLUGIN_VERSION = "1"
 OP = "LinearInt8"
+CHOOSE = -1  # hwkern.h kChoose: the kernels' cost model (or TensorRT's timing) picks the config
 SCHEMES = ("w8a8_dynamic", "w8a8_static", "w8a16")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 #: ONNX element types that x, y, bias and residual may have.
 FLOATS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 METADATA_KEY = "hwkern"
 
+# All of them on every node: TensorRT's parser warns about each one that is missing.
 _ATTRIBUTES = (
     "in_features",
+    "out_features",
     "scheme",
     "activation",
     "has_bias",
     "has_input_scale",
     "has_residual",
+    "config",
     "plugin_namespace",
     "plugin_version",
 )
@@ -84,7 +88,9 @@ class Variant:
         return ["x", "weight", "weight_scale", *(name for name, there in optional if there)]
 
 
-def make_node(variant: Variant, in_features: int, inputs: Sequence[str], output: str, name: str) -> NodeProto:
+def make_node(
+    variant: Variant, in_features: int, out_features: int, inputs: Sequence[str], output: str, name: str
+) -> NodeProto:
     """The node; ``inputs`` in the order of :attr:`Variant.inputs`."""
     return helper.make_node(
         OP,
@@ -93,11 +99,13 @@ def make_node(variant: Variant, in_features: int, inputs: Sequence[str], output:
         name=name,
         domain=variant.domain,
         in_features=in_features,
+        out_features=out_features,
         scheme=variant.scheme,
         activation=variant.activation,
         has_bias=int(variant.has_bias),
         has_input_scale=int(variant.has_input_scale),
         has_residual=int(variant.has_residual),
+        config=CHOOSE,
         plugin_namespace=NAMESPACE,
         plugin_version=PLUGIN_VERSION,
     )
@@ -188,7 +196,8 @@ def _int8_weight(body: _Body, variant: Variant) -> str:
 
 
 def _quantized(body: _Body, variant: Variant, x: str) -> tuple[str, str]:
-    """(int8 values of x as float32, scale)."""
+    """(int8 values of x as float32, scale per row; none with a static scale, which weight_scale has in it)."""
+    dynamic_scale = ""
     if variant.has_input_scale:
         scale = "input_scale"
     else:
@@ -196,10 +205,10 @@ def _quantized(body: _Body, variant: Variant, x: str) -> tuple[str, str]:
         scale = body.op("Max", largest, body.floating(2.0**-126))
         # 0, or NaN for a row that holds NaN or ±inf.
         marker = body.op("ReduceSum", body.op("Mul", x, body.floating(0.0)), body.integers(-1), keepdims=1)
-        scale = body.op("Add", scale, marker)
+        scale = dynamic_scale = body.op("Add", scale, marker)
     scaled = body.op("Mul", x, body.op("Div", body.floating(1.0), scale))
     q = body.op("Clip", body.op("Round", scaled), body.floating(-127.0), body.floating(127.0))
-    return body.op("Where", body.op("IsNaN", scaled), body.floating(0.0), q), scale
+    return body.op("Where", body.op("IsNaN", scaled), body.floating(0.0), q), dynamic_scale
 
 
 def _activation(body: _Body, name: str, y: str) -> str:
@@ -235,7 +244,8 @@ def function(variant: Variant, opset: int) -> FunctionProto:
         shifted = body.op("Add", weight, body.constant(128, TensorProto.INT32))
         b = body.op("Transpose", body.cast(shifted, TensorProto.UINT8), perm=[1, 0])
         y = body.cast(body.op("MatMulInteger", a, b, middle, middle), TensorProto.FLOAT)
-        y = body.op("Mul", y, scale)
+        if scale:
+            y = body.op("Mul", y, scale)
     y = body.op("Mul", y, "weight_scale")
     if variant.has_bias:
         y = body.op("Add", y, body.cast("bias", TensorProto.FLOAT))
@@ -307,7 +317,9 @@ def view_weights_as_int32(model: ModelProto) -> int:
             if tensor.name in names and tensor.data_type == TensorProto.INT8:
                 n, k16 = tensor.dims
                 if k16 % ROW_ALIGNMENT:
-                    raise ValueError(f"{tensor.name} has {k16} columns: a packed weight has a multiple of {ROW_ALIGNMENT}.")
+                    raise ValueError(
+                        f"{tensor.name} has {k16} columns: a packed weight has a multiple of {ROW_ALIGNMENT}."
+                    )
                 if tensor.data_location != TensorProto.EXTERNAL and not tensor.raw_data:
                     tensor.raw_data = onnx.numpy_helper.to_array(tensor).tobytes()
                     del tensor.int32_data[:]

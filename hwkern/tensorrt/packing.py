@@ -30,8 +30,8 @@ def quantize_weight(weight: NDArray[Any], factor: float = 1.0) -> tuple[NDArray[
         factor: multiplied in as float32 (Gemm's alpha).
 
     Returns:
-        ``[N, K16]`` int8 with zeros in the padding, and the float32 scale ``[N]`` = ``max(absmax / 127, 2**-126)``. A row
-        with NaN or ±inf has scale NaN.
+        ``[N, K16]`` int8 with zeros in the padding, and the float32 scale ``[N]`` = ``max(absmax / 127, 2**-126)``. A
+        row with NaN or ±inf has scale NaN.
     """
     n, k = weight.shape
     packed = np.zeros((n, padded(k)), np.int8)
