@@ -16,7 +16,7 @@ INSTALL = "pip install tensorrt (NVIDIA's data-center and desktop GPUs) or pip i
 
 
 class TensorRT:
-    """One TensorRT module. ``version`` is e.g. ``(8, 6, 1)``; ``rtx``: TensorRT-RTX, whose versions count on their own."""
+    """One TensorRT module. ``version``: e.g. ``(8, 6, 1)``; ``rtx``: TensorRT-RTX (its own versions)."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module: Any = module
@@ -108,9 +108,9 @@ def rtx_problem(trt: TensorRT) -> str | None:
         ctypes.CDLL("libtensorrt_rtx.so")
     except OSError:
         return (
-            "TensorRT-RTX's ONNX parser opens libtensorrt_rtx.so when it meets a plugin and aborts the process without it, "
-            "and its wheel ships libtensorrt_rtx.so.1 only: make a link of that name in some folder and start Python with "
-            "the folder on LD_LIBRARY_PATH (hwkern.tensorrt.plugin.rtx_library_folder() makes one; the command `hwkern "
-            "trt` does both by itself)."
+            "TensorRT-RTX's ONNX parser opens libtensorrt_rtx.so when it meets a plugin and aborts the process without "
+            "it, and its wheel ships libtensorrt_rtx.so.1 only: start Python with a folder on LD_LIBRARY_PATH that has "
+            "a link of that name (hwkern.tensorrt.plugin.rtx_library_folder() makes one; the command `hwkern trt` does "
+            "both by itself)."
         )
     return None

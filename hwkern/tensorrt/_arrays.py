@@ -39,8 +39,8 @@ class Array:
 def describe(name: str, value: Any, dtype: str) -> Array:
     """``value`` as an :class:`Array` of ``dtype``.
 
-    int64 indices are narrowed to int32 where the engine wants that (TensorRT 8.6), and bool goes as uint8 or int8; every
-    other difference of type is an error, because it would be a silent loss.
+    int64 indices become int32 where the engine wants that (TensorRT 8.6) and the reverse, and bool goes as uint8 or
+    int8; every other difference of type is an error, because it would be a silent loss.
 
     Raises:
         TypeError: no array, or of another dtype.
@@ -57,8 +57,8 @@ def describe(name: str, value: Any, dtype: str) -> Array:
     if hasattr(value, "__array__"):
         return _numpy(name, np.asarray(value), dtype)
     raise TypeError(
-        f"{name} is a {type(value).__name__}: a Runner takes torch tensors, numpy, CuPy and pycuda arrays, and what has "
-        "__cuda_array_interface__ or __dlpack__."
+        f"{name} is a {type(value).__name__}: a Runner takes torch tensors, numpy, CuPy and pycuda arrays, and what "
+        "has __cuda_array_interface__ or __dlpack__."
     )
 
 

@@ -154,11 +154,13 @@ class PinnedBuffer:
 
 
 def to_device(target: int, source: int, size: int, stream: int) -> None:
-    call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(target), Handle(source), ctypes.c_size_t(size), Handle(stream))
+    if size:
+        call("cuMemcpyHtoDAsync_v2", ctypes.c_uint64(target), Handle(source), ctypes.c_size_t(size), Handle(stream))
 
 
 def to_host(target: int, source: int, size: int, stream: int) -> None:
-    call("cuMemcpyDtoHAsync_v2", Handle(target), ctypes.c_uint64(source), ctypes.c_size_t(size), Handle(stream))
+    if size:
+        call("cuMemcpyDtoHAsync_v2", Handle(target), ctypes.c_uint64(source), ctypes.c_size_t(size), Handle(stream))
 
 
 def copy(target: int, source: int, size: int, stream: int) -> None:

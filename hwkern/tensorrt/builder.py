@@ -80,18 +80,19 @@ def build(
     progress: Progress | None = None,
     embed_plugin: bool = False,
     compute_capabilities: Sequence[str] = (),
+    edit: Callable[[Any], object] | None = None,
     verbose: bool = False,
     trt: ModuleType | str | None = None,
 ) -> Engine:
     """Build an engine from an ONNX model, with hwkern nodes or without.
 
-    On TensorRT 8.6 the precision is a flag; on TensorRT ≥ 10 and TensorRT-RTX networks are strongly typed, so a float32 model
-    is converted to float16 or bfloat16 in memory first (inputs and outputs keep their types; scales stay float32).
+    On TensorRT 8.6 the precision is a flag; on TensorRT ≥ 10 and TensorRT-RTX networks are strongly typed, so a float32
+    model is converted to float16 or bfloat16 in memory first (inputs and outputs keep their types, scales float32).
 
     Args:
         onnx: path, bytes or ModelProto.
-        profiles: what ``profiles_from`` gives, or one Profile, or several. Without: for each dynamic axis, batch (the first
-            dimension) 1 … 8 … 32 and others 1 … 128 … 512, the middle one tuned for.
+        profiles: what ``profiles_from`` gives, or one Profile, or several. Without: for each dynamic axis, batch (the
+            first dimension) 1 … 8 … 32 and others 1 … 128 … 512, the middle one tuned for.
         precision: ``"fp16"``, ``"bf16"`` or ``"fp32"``, of everything but the int8 linears.
         path: where to write the engine (and ``<path>.json``).
         timing_cache: a file with TensorRT's timings; read when it is there, written afterwards. Not for TensorRT-RTX.
@@ -102,6 +103,7 @@ def build(
         embed_plugin: put the plugin library into the engine, so that it runs where hwkern is not installed (loading it
             takes ``runtime.engine_host_code_allowed = True``, which the Runner sets).
         compute_capabilities: TensorRT-RTX: e.g. ``("SM89", "SM120")``; default: the GPU that is here.
+        edit: called with the parsed INetworkDefinition before anything is built, for changes of your own.
         verbose: print TensorRT's messages to stderr.
         trt: which TensorRT module; default: see ``load_plugin``.
 
@@ -122,7 +124,11 @@ def build(
         model, source = _prepared(onnx, api, precision)
         library = load_plugin(api.module) if opdef.hwkern_nodes(model) else None
         builder, network, _keep = _parsed(api, model, source)
+        if edit is not None:
+            edit(network)
         config = _config(api, builder, precision, workspace, optimization_level, compute_capabilities)
+        if not api.strongly_typed and any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+            config.set_flag(api.module.BuilderFlag.INT8)  # or TensorRT 8.6 refuses the model's Q/DQ nodes
         chosen = _add_profiles(builder, config, network, profiles)
         if embed_plugin and library is not None:
             config.plugins_to_serialize = [str(library)]

@@ -2,19 +2,20 @@
 
 TensorRT tunes a dynamic engine for one shape per profile (``opt``) and serves shapes between ``min`` and ``max``. A
 request far from its profile's ``opt`` runs on kernels that were chosen for another size, and one that is padded to the
-profile's ``max`` (fixed-shape CUDA graphs, batching) pays for the difference. So profiles should lie where the requests
-are. ``profiles_from`` finds the cut of a sample into k profiles with the least padding, for every k, and shows what each
-choice costs.
+profile's ``max`` (fixed-shape CUDA graphs, batching) pays for the difference. So profiles should lie where the
+requests are. ``profiles_from`` finds the cut of a sample into k profiles with the least padding, for every k, and
+shows what each choice costs.
 
-The waste of a cut: Σ over requests of (volume of its profile's max − its own volume), over the Σ of its own volumes; the
-volume of a request is the product of all its varying dimensions. When the shapes form a chain (each is at least as large as
-the one before in every dimension: one dynamic dimension, or several that grow together) the best cut is found by dynamic
-programming over the sorted sizes. Otherwise neighbours are merged two by two, always the pair that adds the least
-waste (a heuristic; on chains it is within a few percent of the optimum).
+The waste of a cut: Σ over requests of (volume of its profile's max − its own volume), over the Σ of its own volumes;
+the volume of a request is the product of all its varying dimensions. When the shapes form a chain (each is at least as
+large as the one before in every dimension: one dynamic dimension, or several that grow together) the best cut is found
+by dynamic programming over the sorted sizes. Otherwise groups are merged two by two, always the pair that adds the
+least waste: a heuristic.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,8 +139,8 @@ def profiles_from(requests: Sequence[Request], max_profiles: int = 4, tolerance:
     Args:
         requests: one mapping per request: input name → array (anything with ``.shape``) or shape.
         max_profiles: the most to consider. Each profile costs build time and some engine size.
-        tolerance: the smallest number of profiles is chosen whose waste is at most this much (0.02: 2 % of the work) above
-            that of ``max_profiles``.
+        tolerance: the smallest number of profiles is chosen whose waste is at most this much (0.02: 2 % of the work)
+            above that of ``max_profiles``.
 
     Returns:
         :class:`Profiles`: a sequence for ``build``, with the waste of each choice.
@@ -151,7 +152,7 @@ def profiles_from(requests: Sequence[Request], max_profiles: int = 4, tolerance:
         raise ValueError(f"max_profiles = {max_profiles}: at least 1.")
     names, counts = _points(requests)
     points = sorted(counts, key=lambda p: (math.prod(p), p))
-    exact = all(all(a <= b for a, b in zip(p, q, strict=True)) for p, q in zip(points, points[1:], strict=False))
+    exact = all(all(a <= b for a, b in zip(p, q, strict=True)) for p, q in itertools.pairwise(points))
     volumes = _Volumes(points)
     cuts = (
         _chain_cuts(points, counts, max_profiles, volumes)

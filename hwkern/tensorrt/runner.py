@@ -62,7 +62,8 @@ class Runner:
     Calls may come from several threads at once. Everything runs on the GPU that is current when the Runner is made.
 
     Attributes:
-        inputs, outputs: :class:`Tensor` by name. profiles: the engine's :class:`Profile` s. metadata: what ``build`` noted.
+        inputs, outputs: :class:`Tensor` by name. profiles: the engine's, as :class:`Profile`.
+        metadata: what ``build`` noted.
 
     Raises:
         FileNotFoundError, ValueError: no engine there; it is truncated, or of another TensorRT or GPU.
@@ -157,16 +158,16 @@ class Runner:
         """Run once.
 
         Args:
-            inputs: by name; or a sequence in the engine's order; or the one input itself. All on the host or on the GPU,
+            inputs: by name; or a sequence in the engine's order; or the one input itself. On the host or on the GPU,
                 mixed as you like.
             outputs: arrays on the GPU to write into, by name; the rest is made new.
-            stream: the CUDA stream whose earlier work the inputs wait for and whose later work the outputs are ready for:
-                an int, or an object of torch, CuPy or pycuda. Default: torch's or CuPy's current stream for their
+            stream: the CUDA stream whose earlier work the inputs wait for and whose later work the outputs are ready
+                for: an int, or an object of torch, CuPy or pycuda. Default: torch's or CuPy's current stream for their
                 arrays, else the default stream.
 
         Returns:
-            Outputs by name, in the library of the first GPU input (enqueued, as with any GPU operation), or numpy arrays
-            (finished) when all inputs are on the host.
+            Outputs by name: in the library of the first GPU input (enqueued, as with any GPU operation), or numpy
+            arrays (finished) when all inputs are on the host.
 
         Raises:
             KeyError, TypeError, ValueError: names, dtypes or shapes do not fit; for a shape outside all profiles the
@@ -182,18 +183,25 @@ class Runner:
         While the GPU works on one request the next one's inputs and the last one's outputs are on their way, so the
         transfers cost no time as long as they are shorter than the computation. ``depth``: requests in flight.
         """
+        if depth < 1:
+            raise ValueError(f"depth = {depth}: at least 1.")
         lane = self._lane()
         waiting: deque[_Flight] = deque()
-        for request in requests:
-            with self.context.current():
-                if len(waiting) >= max(1, depth):
-                    yield waiting.popleft().result()
-                waiting.append(
-                    lane.start(self._named(request), slot=len(waiting) and (waiting[-1].slot + 1) % (depth + 1))
-                )
-        while waiting:
-            with self.context.current():
-                yield waiting.popleft().result()
+        try:
+            for number, request in enumerate(requests):
+                if len(waiting) == depth:  # its buffers are free for this request afterwards
+                    yield self._result(waiting.popleft())
+                with self.context.current():
+                    waiting.append(lane.start(self._named(request), slot=1 + number % depth))
+            while waiting:
+                yield self._result(waiting.popleft())
+        finally:
+            while waiting:  # the caller stopped early, or a request failed
+                self._result(waiting.popleft())
+
+    def _result(self, flight: _Flight) -> Outputs:
+        with self.context.current():
+            return flight.result()
 
     def _named(self, inputs: Any) -> Mapping[str, Any]:
         if isinstance(inputs, Mapping):
@@ -226,7 +234,7 @@ class Runner:
         given = ", ".join(f"{name}: {'x'.join(map(str, shape))}" for name, shape in dynamic.items())
         raise ValueError(
             f"No profile of this engine covers {given}. The nearest is number {nearest} (min … opt … max): "
-            f"{self.profiles[nearest]}. Pad or split the request, or build with profiles_from(requests) over your traffic."
+            f"{self.profiles[nearest]}. Pad or split the request, or build with profiles_from() over your requests."
         )
 
     # ---- life ------------------------------------------------------------------------------------------------------
@@ -297,6 +305,7 @@ class _Buffers:
     graph: _cuda.Graph | None = None
     calls: int = 0
     graph_failed: bool = False
+    in_flight: bool = False  # a result is still to be read
     staged: _cuda.Event | None = None  # the inputs have left the page-locked buffers
 
     def free(self) -> None:
@@ -319,8 +328,9 @@ class _Plan:
 class _Flight:
     """A host request on its way."""
 
-    def __init__(self, lane: _Lane, slot: int, buffers: _Buffers, plan: _Plan, done: _cuda.Event) -> None:
-        self.lane, self.slot, self.buffers, self.plan, self.done = lane, slot, buffers, plan, done
+    def __init__(self, lane: _Lane, buffers: _Buffers, plan: _Plan, done: _cuda.Event) -> None:
+        self.lane, self.buffers, self.plan, self.done = lane, buffers, plan, done
+        buffers.in_flight = True
 
     def result(self) -> Outputs:
         self.done.synchronize()
@@ -331,6 +341,7 @@ class _Flight:
             count = int(np.prod(shape, dtype=np.int64))
             flat = np.frombuffer(self.buffers.host[name].view, dtype, count)
             found[name] = flat.reshape(shape).copy()
+        self.buffers.in_flight = False
         return found
 
 
@@ -394,11 +405,11 @@ class _Lane:
         found = self.buffers.get(key)
         if found is None:
             found = self.buffers[key] = _Buffers()
-            if len(self.buffers) > max(4, self.runner.graphs):
-                _, oldest = self.buffers.popitem(last=False)
+            idle = [k for k, b in self.buffers.items() if b is not found and not b.in_flight]
+            if len(self.buffers) > max(4, self.runner.graphs) and idle:
                 for stream in (self.copy_in, self.stream, self.copy_out):
                     _cuda.synchronize(stream.value)
-                oldest.free()
+                self.buffers.pop(idle[0]).free()
         else:
             self.buffers.move_to_end(key)
         return found
@@ -526,7 +537,7 @@ class _Lane:
     # ---- host requests ---------------------------------------------------------------------------------------------
 
     def start(self, inputs: Mapping[str, Any], slot: int) -> _Flight:
-        """Stage, transfer, compute and transfer back, without waiting. ``slot``: requests of different slots overlap."""
+        """Stage, transfer, compute, transfer back; without waiting. ``slot``: requests of different slots overlap."""
         runner = self.runner
         arrays = (
             {name: describe(name, inputs[name], t.dtype) for name, t in runner.inputs.items()}
@@ -565,7 +576,7 @@ class _Lane:
                 _cuda.to_host(host.pointer, buffers.device[name].pointer, host.size, copy_out)
         done = _cuda.Event()
         done.record(copy_out)
-        return _Flight(self, slot, buffers, plan, done)
+        return _Flight(self, buffers, plan, done)
 
     def _stage(self, buffers: _Buffers, name: str, array: Array, stream: int) -> None:
         size = array.nbytes
