@@ -1,4 +1,4 @@
-"""ONNX models for benchmarks/tensorrt.py: one linear, a BERT-like encoder, and the Q/DQ form of either. numpy and onnx only."""
+"""ONNX models for benchmarks/tensorrt.py: a linear, a BERT-like encoder, and their Q/DQ forms. No torch."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hwkern.tensorrt.builder import Engine, build, build_engine
     from hwkern.tensorrt.exporter import export
     from hwkern.tensorrt.network import swap
-    from hwkern.tensorrt.planner import make_plan
+    from hwkern.tensorrt.planner import Plan, make_plan
     from hwkern.tensorrt.plugin import load_plugin, plugin_path
     from hwkern.tensorrt.profiles import Profile, Profiles, profiles_from
     from hwkern.tensorrt.rewriter import RewriteReport, rewrite
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine",
+    "Plan",
     "Profile",
     "Profiles",
     "RewriteReport",
@@ -45,7 +46,7 @@ _MODULES = {
     "builder": ("Engine", "build", "build_engine"),
     "exporter": ("export",),
     "network": ("swap",),
-    "planner": ("make_plan",),
+    "planner": ("Plan", "make_plan"),
     "plugin": ("load_plugin", "plugin_path"),
     "profiles": ("Profile", "Profiles", "profiles_from"),
     "rewriter": ("RewriteReport", "rewrite"),

@@ -48,7 +48,7 @@ def describe(name: str, value: Any, dtype: str) -> Array:
     """
     if _is_torch(value):
         return _torch(name, value, dtype)
-    if isinstance(value, np.ndarray) or np.isscalar(value) or isinstance(value, (list, tuple)):
+    if isinstance(value, (np.ndarray, np.generic, bool, int, float, list, tuple)):
         return _numpy(name, np.asarray(value), dtype)
     if hasattr(value, "__cuda_array_interface__"):
         return _cuda_array(name, value, dtype)

@@ -32,17 +32,22 @@ def _library() -> Any:
     return library
 
 
+def attempt(name: str, *arguments: Any) -> int:
+    """One driver call; its error code, 0 for success."""
+    code: int = getattr(_library(), name)(*arguments)
+    return code
+
+
 def call(name: str, *arguments: Any) -> None:
     """One driver call.
 
     Raises:
         CudaError: with the driver's own text.
     """
-    library = _library()
-    code = getattr(library, name)(*arguments)
+    code = attempt(name, *arguments)
     if code:
         text = ctypes.c_char_p()
-        library.cuGetErrorString(code, ctypes.byref(text))
+        attempt("cuGetErrorString", code, ctypes.byref(text))
         raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
 
 
@@ -110,7 +115,7 @@ class Event:
         call("cuEventSynchronize", self.handle)
 
     def done(self) -> bool:
-        code = _library().cuEventQuery(self.handle)
+        code = attempt("cuEventQuery", self.handle)
         if code not in (0, _NOT_READY):
             call("cuEventQuery", self.handle)
         return code == 0
@@ -167,6 +172,11 @@ def copy(target: int, source: int, size: int, stream: int) -> None:
     call(
         "cuMemcpyDtoDAsync_v2", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), Handle(stream)
     )
+
+
+def clear(target: int, size: int, stream: int) -> None:
+    if size:
+        call("cuMemsetD8Async", ctypes.c_uint64(target), ctypes.c_ubyte(0), ctypes.c_size_t(size), Handle(stream))
 
 
 def memory_info() -> tuple[int, int]:
