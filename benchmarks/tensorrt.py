@@ -194,9 +194,9 @@ def _bare_kernel(model: Any, x: Any, ms: Sequence[int]) -> dict[int, dict[str, f
             size = int(native.linear_workspace_bytes(m, k))
             for w in weights:
                 at, y, scratch = put(x[:m]), put(np.empty((m, n), np.float16)), put(np.empty(size, np.uint8))
-                # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16
+                # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
                 arguments = (at, 1, k, w, padded(k), scale_at, bias_at, 1, y, n, 1, m, n, k, -1, scratch, size)
-                calls.append(lambda stream, a=arguments: native.linear(*a, stream))
+                calls.append(lambda stream, a=arguments: native.linear(*a, stream, 0, 0, 0, 0))
             try:
                 times[m] = measure.graph_us(calls)
             except TypeError as error:  # an extension with another signature

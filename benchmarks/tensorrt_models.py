@@ -37,7 +37,8 @@ class Graph:
         return self.op("Add", y, self.normal(f"{name}.bias", n), name=f"{name}.add") if bias else y
 
     def model(self, inputs: Sequence[Any], output: str, shape: Sequence[int | str]) -> ModelProto:
-        self.nodes.append(helper.make_node("Identity", [output], ["y"]))
+        last = next(node for node in self.nodes if output in node.output)
+        last.output[0] = "y"
         graph = helper.make_graph(
             self.nodes,
             "model",

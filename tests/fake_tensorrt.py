@@ -212,6 +212,7 @@ class _Logger:
     class Severity(enum.Enum):
         INTERNAL_ERROR = 0
         ERROR = 1
+        WARNING = 2
         VERBOSE = 4
 
 

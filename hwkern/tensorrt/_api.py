@@ -50,7 +50,10 @@ class TensorRT:
 
 @functools.cache
 def _wrap(name: str) -> TensorRT:
-    return TensorRT(importlib.import_module(name))
+    module = importlib.import_module(name)
+    if not hasattr(module, "ILogger"):
+        raise ImportError(f"{getattr(module, '__file__', name)} is another module of this name, not NVIDIA's")
+    return TensorRT(module)
 
 
 def find(trt: ModuleType | str | None = None) -> TensorRT:
@@ -62,7 +65,7 @@ def find(trt: ModuleType | str | None = None) -> TensorRT:
     if trt is not None:
         return _wrap(trt if isinstance(trt, str) else trt.__name__)
     for name in MODULES:
-        if name in sys.modules:
+        if hasattr(sys.modules.get(name), "ILogger"):
             return _wrap(name)
     errors = []
     for name in MODULES:
@@ -82,19 +85,24 @@ def _logger(trt: Any) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[str] = []
+            self.warnings: list[str] = []
             self.verbose = False
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.messages.append(message)
                 del self.messages[:-20]
+            elif severity == trt.ILogger.Severity.WARNING:
+                self.warnings.append(message)
+                del self.warnings[:-3]
             if self.verbose and severity != trt.ILogger.Severity.VERBOSE:
                 print(f"[TensorRT] {message}", file=sys.stderr)
 
         def take(self) -> str:
             """What has gone wrong since the last call, as one text."""
-            text = "; ".join(dict.fromkeys(m.strip() for m in self.messages))
+            text = "; ".join(dict.fromkeys(m.strip() for m in self.messages or self.warnings))
             self.messages.clear()
+            self.warnings.clear()
             return text or "TensorRT gave no reason"
 
     return Log()

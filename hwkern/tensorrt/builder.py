@@ -103,7 +103,8 @@ def build(
         embed_plugin: put the plugin library into the engine, so that it runs where hwkern is not installed (loading it
             takes ``runtime.engine_host_code_allowed = True``, which the Runner sets).
         compute_capabilities: TensorRT-RTX: e.g. ``("SM89", "SM120")``; default: the GPU that is here.
-        edit: called with the parsed INetworkDefinition before anything is built, for changes of your own.
+        edit: called with the parsed INetworkDefinition before anything is built, for changes of your own
+            (``edit=ht.swap``); what it returns is kept until the engine is there.
         verbose: print TensorRT's messages to stderr.
         trt: which TensorRT module; default: see ``load_plugin``.
 
@@ -124,8 +125,7 @@ def build(
         model, source = _prepared(onnx, api, precision)
         library = load_plugin(api.module) if opdef.hwkern_nodes(model) else None
         builder, network, _keep = _parsed(api, model, source)
-        if edit is not None:
-            edit(network)
+        _kept = edit(network) if edit is not None else None  # ht.swap's report owns weights that TensorRT points to
         config = _config(api, builder, precision, workspace, optimization_level, compute_capabilities)
         if not api.strongly_typed and any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             config.set_flag(api.module.BuilderFlag.INT8)  # or TensorRT 8.6 refuses the model's Q/DQ nodes
