@@ -13,6 +13,7 @@ import hwkern
 COMMANDS = {
     "doctor": ("hwkern.doctor", "what runs where on this machine, and what to install or fix"),
     "demo": ("hwkern.demo", "patch a real sentence-embedding model and compare it with the original"),
+    "trt": ("hwkern.tensorrt.cli", "models for TensorRT: rewrite, plan, export, build, run, bench, inspect"),
 }
 
 

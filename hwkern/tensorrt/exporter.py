@@ -83,9 +83,9 @@ def _translations() -> dict[Any, Any]:
 
     domain = onnxscript.values.Opset(opdef.NAMESPACE, 1)
 
-    def int8_linear(
-        x: Any, weight: Any, weight_scale: Any, bias: Any = None, out_dtype: Any = None, config: int = opdef.CHOOSE,
-        activation: Any = None, residual: Any = None,
+    def node(
+        x: Any, weight: Any, scale: Any, bias: Any, input_scale: Any, residual: Any, out_dtype: Any, config: int,
+        activation: str,
     ) -> Any:  # fmt: skip
         k = x.shape[-1] if x.shape is not None else None
         if not isinstance(k, int):
@@ -95,23 +95,41 @@ def _translations() -> dict[Any, Any]:
                 "A hwkern linear whose output has another dtype than its input (autocast) cannot be exported: cast the "
                 "model with .half() or .bfloat16() instead."
             )
-        inputs = [x, weight, weight_scale, *(t for t in (bias, residual) if t is not None)]
-        op = onnxscript.values.Op(domain, opdef.OP, _schema(len(inputs)))
-        return op(
+        inputs = [x, weight, scale, *(t for t in (bias, input_scale, residual) if t is not None)]
+        return onnxscript.values.Op(domain, opdef.OP, _schema(len(inputs)))(
             *inputs,
             in_features=k,
             out_features=int(weight.shape[0]),
-            scheme="w8a8_dynamic",
-            activation=activation or "none",
+            scheme="w8a8_dynamic" if input_scale is None else "w8a8_static",
+            activation=activation,
             has_bias=int(bias is not None),
-            has_input_scale=0,
+            has_input_scale=int(input_scale is not None),
             has_residual=int(residual is not None),
             config=config,
             plugin_namespace=opdef.NAMESPACE,
             plugin_version=opdef.PLUGIN_VERSION,
         )
 
-    return {torch.ops.hwkern.int8_linear.default: int8_linear}
+    def int8_linear(
+        x: Any, weight: Any, weight_scale: Any, bias: Any = None, out_dtype: Any = None, config: int = opdef.CHOOSE,
+        activation: str = "none", residual: Any = None,
+    ) -> Any:  # fmt: skip
+        return node(x, weight, weight_scale, bias, None, residual, out_dtype, config, activation)
+
+    def int8_linear_static(
+        x: Any, weight: Any, output_scale: Any, input_scale: Any, zero_point: int = 0, bias: Any = None,
+        out_dtype: Any = None, config: int = opdef.CHOOSE,
+    ) -> Any:  # fmt: skip
+        if zero_point:
+            raise ValueError(
+                f"A static layer with the zero point {zero_point} has no TensorRT kernel: calibrate with symmetric scales."
+            )
+        return node(x, weight, output_scale, bias, input_scale, None, out_dtype, config, "none")
+
+    found = {torch.ops.hwkern.int8_linear.default: int8_linear}
+    if hasattr(torch.ops.hwkern, "int8_linear_static"):  # registered when a model has such layers
+        found[torch.ops.hwkern.int8_linear_static.default] = int8_linear_static
+    return found
 
 
 def _schema(inputs: int) -> Any:

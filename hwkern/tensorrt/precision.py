@@ -7,7 +7,6 @@ would lose more than rounding. TensorRT's normalization and softmax accumulate i
 
 from __future__ import annotations
 
-
 import numpy as np
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
