@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hwkern import _native
 from hwkern._layers import Layer, Selection, Selector, find_layers, int8_class, is_foreign, judge, tied
 from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
-from hwkern.nn import Int8Linear
+from hwkern.nn import CalibratedInt8Linear, Int8Linear
 from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows, quantize_weight
 from hwkern.report import LayerReport, Report
 
@@ -42,7 +42,11 @@ _HOOKS = (
     "_load_state_dict_post_hooks",
 )
 # The attributes of a linear layer without a user's additions; what goes beyond them travels with the layer.
-_OWN = {"nf", "nx", *Int8Linear(1, 1, device="meta").__dict__, *nn.Linear(1, 1, device="meta").__dict__}
+_OWN = {
+    *("nf", "nx", "max_tokens", "_tensor_scale"),
+    *CalibratedInt8Linear(1, 1, device="meta").__dict__,
+    *nn.Linear(1, 1, device="meta").__dict__,
+}
 
 
 def patch(
