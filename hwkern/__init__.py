@@ -6,8 +6,12 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from hwkern import _hf_hook
+
 if TYPE_CHECKING:
     from hwkern import hardware, nn, ops
+    from hwkern.checkpoint import CheckpointError, load, save
+    from hwkern.hf import HwkernConfig
     from hwkern.patch import patch, unpatch
     from hwkern.report import Report
 
@@ -16,16 +20,32 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["Report", "__version__", "hardware", "nn", "ops", "patch", "unpatch"]
+__all__ = [
+    "CheckpointError",
+    "HwkernConfig",
+    "Report",
+    "__version__",
+    "hardware",
+    "load",
+    "nn",
+    "ops",
+    "patch",
+    "save",
+    "unpatch",
+]
 
 # Where each public name lives: a module, and the attribute in it or "" for the module itself. Resolved on first use, so
 # that `import hwkern` needs no torch.
 _NAMES = {
+    "CheckpointError": ("hwkern.checkpoint", "CheckpointError"),
+    "HwkernConfig": ("hwkern.hf", "HwkernConfig"),
     "Report": ("hwkern.report", "Report"),
     "hardware": ("hwkern.hardware", ""),
+    "load": ("hwkern.checkpoint", "load"),
     "nn": ("hwkern.nn", ""),
     "ops": ("hwkern.ops", ""),
     "patch": ("hwkern.patch", "patch"),
+    "save": ("hwkern.checkpoint", "save"),
     "unpatch": ("hwkern.patch", "unpatch"),
 }
 
@@ -47,3 +67,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_hf_hook.install()

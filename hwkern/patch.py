@@ -16,37 +16,15 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from hwkern import _native
-from hwkern._layers import Layer, Selection, Selector, find_layers, int8_class, is_foreign, judge, tied
+from hwkern import _hf_hook, _native
+from hwkern._layers import Layer, Selection, Selector, adopt, find_layers, int8_class, is_foreign, judge, tied
 from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
-from hwkern.nn import CalibratedInt8Linear, Int8Linear
+from hwkern.nn import Int8Linear
 from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows, quantize_weight
 from hwkern.report import LayerReport, Report
 
 Originals = Literal["auto", "host", "disk", "drop"]
 Progress = Callable[[int, int, str], None]
-
-# What a user can register on a module; torch keeps each kind in an instance attribute of this name.
-_HOOKS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-# The attributes of a linear layer without a user's additions; what goes beyond them travels with the layer.
-_OWN = {
-    *("nf", "nx", "max_tokens", "_tensor_scale"),
-    *CalibratedInt8Linear(1, 1, device="meta").__dict__,
-    *nn.Linear(1, 1, device="meta").__dict__,
-}
 
 
 def patch(
@@ -107,6 +85,7 @@ def patch(
         for layer in chosen:
             if layer.status == "int8":
                 layer.now._original.forget("it was dropped (originals='drop')")
+    _hf_hook.tell(model)
     return Report(
         layers=reports.finish(),
         model_bytes_before=before,
@@ -147,6 +126,7 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
     _transaction([[layer] for layer in chosen], _restore, None)
     for layer in chosen:
         cast(Int8Linear, layer.module)._original = None
+    _hf_hook.tell(model)
     return Report(
         layers=reports.finish(),
         model_bytes_before=before,
@@ -325,7 +305,7 @@ def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal) -> None:
     for layer in group:
         module = layer.module
         new = cls._from_packed(rows.shape[1], parameter, scale, module._parameters.get("bias"), weight.dtype)
-        _adopt(new, module)
+        adopt(new, module)
         new._original = Original(module, stored)
         journal.append(functools.partial(_put_back, layer, module, new))
         module._parameters["weight"] = None
@@ -361,7 +341,7 @@ def _put_back(layer: Layer, module: nn.Module, int8: Int8Linear) -> None:
     stored = cast(FloatWeight, cast(Original, int8._original).weight)
     module._parameters["weight"] = stored.restore(int8.weight.device, int8.float_dtype)
     module._parameters["bias"] = int8._parameters["bias"]
-    _adopt(module, int8)
+    adopt(module, int8)
     _set(layer, module)
 
 
@@ -369,20 +349,6 @@ def _set(layer: Layer, module: nn.Module) -> None:
     # Not setattr: the registry's order must stay, and a parent's own __setattr__ has no say in this.
     for parent, attribute in layer.slots:
         parent._modules[attribute] = module
-
-
-def _adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` the hooks, the mode and the user's attributes of ``old``.
-
-    The hook dicts are shared, not copied: the handles that users hold remove hooks from those very dicts.
-    """
-    for name in _HOOKS:
-        if name in old.__dict__:
-            new.__dict__[name] = old.__dict__[name]
-    new.training = old.training
-    for name, value in old.__dict__.items():
-        if name not in _OWN:
-            new.__dict__[name] = value
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,8 @@ class Calibration:
     folded: bool = False
 
     def __post_init__(self) -> None:
-        # The very numbers that layers and files hold.
-        object.__setattr__(self, "smooth", tuple(torch.tensor(self.smooth, dtype=torch.float32).tolist()))
+        # The very numbers that layers and files hold. Not through torch, which may be told to build on meta.
+        object.__setattr__(self, "smooth", tuple(array("f", self.smooth)))
 
     @property
     def is_plain(self) -> bool:
@@ -64,16 +65,15 @@ class Calibration:
     def divisors(self, k: int, device: torch.device | str) -> Tensor:
         """The smoothing vector ``[K]`` as float32; ones without one."""
         if not self.smooth:
-            return torch.ones(k, device=device)
+            return torch.ones(k, dtype=torch.float32, device=device)
         return torch.tensor(self.smooth, dtype=torch.float32, device=device)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the vector as base64 of little-endian float32, because a plan holds one per layer."""
-        raw = torch.tensor(self.smooth, dtype=torch.float32).numpy().astype("<f4").tobytes() if self.smooth else b""
         return {
             "scale": self.scale,
             "zero_point": self.zero_point,
-            "smooth": base64.b64encode(raw).decode(),
+            "smooth": base64.b64encode(array("f", self.smooth).tobytes()).decode(),
             "outliers": list(self.outliers),
             "folded": self.folded,
         }
@@ -81,11 +81,11 @@ class Calibration:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
         """The inverse of :meth:`to_dict`; ValueError, KeyError or TypeError for nonsense."""
-        raw = bytearray(base64.b64decode(data["smooth"], validate=True))
-        smooth = tuple(torch.frombuffer(raw, dtype=torch.float32).tolist()) if raw else ()
+        smooth = array("f")
+        smooth.frombytes(base64.b64decode(data["smooth"], validate=True))
         scale = None if data["scale"] is None else float(data["scale"])
         outliers = tuple(int(i) for i in data["outliers"])
-        return cls(scale, int(data["zero_point"]), smooth, outliers, bool(data["folded"]))
+        return cls(scale, int(data["zero_point"]), tuple(smooth), outliers, bool(data["folded"]))
 
 
 class CalibratedInt8Linear(Int8Linear):
@@ -147,7 +147,7 @@ class CalibratedInt8Linear(Int8Linear):
         layer = cls._from_packed(
             k,
             nn.Parameter(torch.empty(n, ops.padded(k), dtype=torch.int8, device=device), requires_grad=False),
-            torch.empty(n, device=device),
+            torch.empty(n, dtype=torch.float32, device=device),
             bias,
             rows.dtype,
         )
@@ -261,12 +261,12 @@ class CalibratedInt8Linear(Int8Linear):
         if options["input_scale"] is not None:
             if options["input_scale"] not in (1, k):
                 raise ValueError(f"input_scale has {options['input_scale']} elements, not 1 or {k}")
-            self.input_scale = torch.ones(options["input_scale"], device=device)
-            self.output_scale = torch.ones(n, device=device)
+            self.input_scale = torch.ones(options["input_scale"], dtype=torch.float32, device=device)
+            self.output_scale = torch.ones(n, dtype=torch.float32, device=device)
             if self.zero_point:
-                self.shift = torch.zeros(n, device=device)
+                self.shift = torch.zeros(n, dtype=torch.float32, device=device)
         if options["input_multiplier"] is not None:
-            self.input_multiplier = torch.ones(k, device=device)
+            self.input_multiplier = torch.ones(k, dtype=torch.float32, device=device)
         if options["outliers"] is not None:
             count = int(options["outliers"])
             if not 0 < count <= k:
