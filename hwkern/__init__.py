@@ -11,9 +11,11 @@ from hwkern import _hf_hook
 if TYPE_CHECKING:
     from hwkern import hardware, nn, ops
     from hwkern.checkpoint import CheckpointError, load, save
+    from hwkern.explain import explain
     from hwkern.hf import HwkernConfig
     from hwkern.patch import patch, unpatch
     from hwkern.report import Report
+    from hwkern.tune import tune, use_tuned
 
 try:
     __version__ = version("hwkern")
@@ -25,13 +27,16 @@ __all__ = [
     "HwkernConfig",
     "Report",
     "__version__",
+    "explain",
     "hardware",
     "load",
     "nn",
     "ops",
     "patch",
     "save",
+    "tune",
     "unpatch",
+    "use_tuned",
 ]
 
 # Where each public name lives: a module, and the attribute in it or "" for the module itself. Resolved on first use, so
@@ -40,13 +45,16 @@ _NAMES = {
     "CheckpointError": ("hwkern.checkpoint", "CheckpointError"),
     "HwkernConfig": ("hwkern.hf", "HwkernConfig"),
     "Report": ("hwkern.report", "Report"),
+    "explain": ("hwkern.explain", "explain"),
     "hardware": ("hwkern.hardware", ""),
     "load": ("hwkern.checkpoint", "load"),
     "nn": ("hwkern.nn", ""),
     "ops": ("hwkern.ops", ""),
     "patch": ("hwkern.patch", "patch"),
     "save": ("hwkern.checkpoint", "save"),
+    "tune": ("hwkern.tune", "tune"),
     "unpatch": ("hwkern.patch", "unpatch"),
+    "use_tuned": ("hwkern.tune", "use_tuned"),
 }
 
 

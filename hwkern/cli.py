@@ -13,6 +13,7 @@ import hwkern
 COMMANDS = {
     "doctor": ("hwkern.doctor", "what runs where on this machine, and what to install or fix"),
     "demo": ("hwkern.demo", "patch a real sentence-embedding model and compare it with the original"),
+    "explain": ("hwkern.explain", "which kernel a product of M, N and K takes, and why"),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import Library, register_autograd, register_fake
 
-from hwkern import _cpu, _native
+from hwkern import _choice, _cpu, _native
 from hwkern._checks import (
     CHOOSE,
     DTYPES,
@@ -195,6 +195,7 @@ def _linear_fake(
 # Private since torch 1.x and the same in 2.4 … 2.13; the public spellings cost 5 µs a call. Absent from CPU builds.
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_tuned = _choice.tuned  # the same dictionary: empty unless hwkern.tune measured, and then asked at every launch
 
 
 def _on_device(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,6 +218,7 @@ def _cuda() -> Any:
     problem = _native.cuda_problem()
     if problem is not None:
         raise RuntimeError(f"hwkern cannot run on CUDA tensors: {problem}")
+    _choice.load_if_asked()
     return _native.extension()
 
 
@@ -301,6 +303,8 @@ def _matmul_cuda(
         m = d.numel() // n
         a, lda = _aligned_rows(a)
         b, ldb = _aligned_rows(b)
+        if _tuned and config == CHOOSE:
+            config = _choice.config_for(d.get_device(), m, n, k, dtype)
         scale_a, scale_b, bias = contiguous(scale_a), contiguous(scale_b), contiguous(bias)
         _cuda().gemm(
             a.data_ptr(), lda, b.data_ptr(), ldb, pointer(scale_a), pointer(scale_b), pointer(bias), dtype_code(bias),
@@ -401,6 +405,8 @@ def _launch_cell(x: Tensor, cell: LaunchCell, weight: Tensor, dtype: torch.dtype
         return y
     workspace_bytes = m * (columns + 4)  # hwkern.h linear_workspace_bytes: K16 int8 and one float32 a row
     workspace = weight.new_empty(workspace_bytes)
+    if _tuned and config == CHOOSE:
+        config = _choice.config_for(cell.device, m, n, k, dtype)
     cell.linear(
         x.data_ptr(), DTYPES[x_dtype], ldx, cell.weight_pointer, columns, cell.scale_pointer,
         cell.bias_pointer, 0 if cell.bias_dtype is None else DTYPES[cell.bias_dtype],

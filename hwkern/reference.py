@@ -60,7 +60,7 @@ def int8_matmul(
     total = a.double() @ b.double().t()
     if out_dtype == torch.int32:
         return total.to(torch.int32)
-    y = total.float()
+    y = total.to(torch.int32).float()  # an integer's zero has no sign: 0 · -3 is -0.0 in float64
     if scale_a is not None:
         y = y * scale_a.reshape(*a.shape[:-1], 1)
     if scale_b is not None:
