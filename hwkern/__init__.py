@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hwkern import _hf_hook
 
 if TYPE_CHECKING:
-    from hwkern import hardware, nn, ops
+    from hwkern import hardware, metrics, nn, ops
+    from hwkern.calibrate import calibrate
     from hwkern.checkpoint import CheckpointError, load, save
     from hwkern.explain import explain
     from hwkern.hf import HwkernConfig
@@ -27,9 +28,11 @@ __all__ = [
     "HwkernConfig",
     "Report",
     "__version__",
+    "calibrate",
     "explain",
     "hardware",
     "load",
+    "metrics",
     "nn",
     "ops",
     "patch",
@@ -45,9 +48,11 @@ _NAMES = {
     "CheckpointError": ("hwkern.checkpoint", "CheckpointError"),
     "HwkernConfig": ("hwkern.hf", "HwkernConfig"),
     "Report": ("hwkern.report", "Report"),
+    "calibrate": ("hwkern.calibrate", "calibrate"),
     "explain": ("hwkern.explain", "explain"),
     "hardware": ("hwkern.hardware", ""),
     "load": ("hwkern.checkpoint", "load"),
+    "metrics": ("hwkern.metrics", ""),
     "nn": ("hwkern.nn", ""),
     "ops": ("hwkern.ops", ""),
     "patch": ("hwkern.patch", "patch"),

@@ -203,7 +203,7 @@ class CalibratedInt8Linear(Int8Linear):
             gain = gain.to(device)
             inverse = torch.where(gain > 0, torch.ones_like(gain) / gain, 0.0)
             factor = inverse if factor is None else factor * inverse
-        packed, scale = quantize_weight(rows, device) if factor is None else _quantize_scaled(rows, factor, device)
+        packed, scale = quantize_weight(rows, device) if factor is None else quantize_scaled(rows, factor, device)
         found |= {"weight": packed, "weight_scale": scale}
         if self.input_scale is not None:
             found["output_scale"] = scale * torch.full_like(scale, self._tensor_scale)
@@ -279,7 +279,7 @@ class CalibratedInt8Linear(Int8Linear):
         return f"{super().extra_repr()}, scheme={self.scheme}{columns}"
 
 
-def _quantize_scaled(rows: Tensor, factor: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def quantize_scaled(rows: Tensor, factor: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """:func:`quantize_weight` of ``rows * factor`` in float32, a chunk at a time."""
     n, k = rows.shape
     packed = torch.zeros(n, ops.padded(k), dtype=torch.int8, device=device)
