@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hwkern.explain import explain
     from hwkern.hf import HwkernConfig
     from hwkern.patch import patch, unpatch
+    from hwkern.plan import Accuracy, Plan, PlanError, plan
     from hwkern.report import Report
     from hwkern.tune import tune, use_tuned
 
@@ -24,8 +25,11 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "Accuracy",
     "CheckpointError",
     "HwkernConfig",
+    "Plan",
+    "PlanError",
     "Report",
     "__version__",
     "calibrate",
@@ -36,6 +40,7 @@ __all__ = [
     "nn",
     "ops",
     "patch",
+    "plan",
     "save",
     "tune",
     "unpatch",
@@ -45,8 +50,11 @@ __all__ = [
 # Where each public name lives: a module, and the attribute in it or "" for the module itself. Resolved on first use, so
 # that `import hwkern` needs no torch.
 _NAMES = {
+    "Accuracy": ("hwkern.plan", "Accuracy"),
     "CheckpointError": ("hwkern.checkpoint", "CheckpointError"),
     "HwkernConfig": ("hwkern.hf", "HwkernConfig"),
+    "Plan": ("hwkern.plan", "Plan"),
+    "PlanError": ("hwkern.plan", "PlanError"),
     "Report": ("hwkern.report", "Report"),
     "calibrate": ("hwkern.calibrate", "calibrate"),
     "explain": ("hwkern.explain", "explain"),
@@ -56,6 +64,7 @@ _NAMES = {
     "nn": ("hwkern.nn", ""),
     "ops": ("hwkern.ops", ""),
     "patch": ("hwkern.patch", "patch"),
+    "plan": ("hwkern.plan", "plan"),
     "save": ("hwkern.checkpoint", "save"),
     "tune": ("hwkern.tune", "tune"),
     "unpatch": ("hwkern.patch", "unpatch"),

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from hwkern import _fold
 from hwkern._recipes import Recipe
 from hwkern.metrics import Metric
 
@@ -37,7 +36,7 @@ class _Recipes:
 
 def back_off(
     model: nn.Module,
-    recipes: Mapping[str, Recipe],
+    without: Callable[[Sequence[str]], dict[str, Recipe]],
     snr: Mapping[str, float],
     metric: Metric,
     batches: Sequence[Any],
@@ -46,11 +45,13 @@ def back_off(
 ) -> tuple[dict[str, Recipe], BackOff]:
     """Recipes within ``max_drop`` of the original's metric, and the account of it. The model comes back as it was.
 
+    ``without(names)`` gives the recipes when those layers stay float; ``snr`` each layer's own figure.
+
     The order is that of the layers' own error, noisiest first; how many must go is found by bisection, so that a model
     of 200 layers takes 8 measurements. The number that is returned was measured to hold; where the metric is not
     monotonous, a smaller one might do too.
     """
-    active = [name for name, recipe in recipes.items() if recipe.scheme != "keep"]
+    active = [name for name, recipe in without([]).items() if recipe.scheme != "keep"]
     order = sorted(active, key=lambda name: snr.get(name, 0.0))
     if metric.prepare is not None:
         metric.prepare(model, batches)
@@ -59,7 +60,7 @@ def back_off(
 
     def value(kept: int) -> float:
         if kept not in measured:
-            measured[kept] = before if kept == len(order) else _with(model, _without(model, recipes, order[:kept]))
+            measured[kept] = before if kept == len(order) else _with(model, without(order[:kept]))
             step()
         return measured[kept]
 
@@ -88,8 +89,7 @@ def back_off(
             else:
                 low = middle
         kept = high
-    final = _without(model, recipes, order[:kept])
-    return final, BackOff(metric.name, before, first, value(kept) if order else before, order[:kept])
+    return without(order[:kept]), BackOff(metric.name, before, first, value(kept) if order else before, order[:kept])
 
 
 def _swapped(model: nn.Module) -> list[str]:
@@ -97,11 +97,3 @@ def _swapped(model: nn.Module) -> list[str]:
     from hwkern.nn import Int8Linear
 
     return [layer.names[0] for layer in find_layers(model) if isinstance(layer.module, Int8Linear)]
-
-
-def _without(model: nn.Module, recipes: Mapping[str, Recipe], kept: Sequence[str]) -> dict[str, Recipe]:
-    from hwkern.calibrate import consistent
-
-    found = {name: recipe for name, recipe in recipes.items() if name not in kept}
-    consistent(found, _fold.groups(model))
-    return found

@@ -28,7 +28,7 @@ from hwkern.nn import Calibration
 from hwkern.nn.pack import all_finite
 
 Observer = Literal["absmax", "percentile", "mse"]
-OBSERVERS = ("absmax", "percentile", "mse")
+OBSERVERS: tuple[Observer, ...] = ("absmax", "percentile", "mse")
 
 #: Share of the values that a percentile keeps unclipped.
 PERCENTILE = 0.9999
@@ -283,7 +283,14 @@ def calibrate(
                     table.pop(name, None)
         consistent(result.recipes, _fold.groups(model))
     if (task := as_metric(metric)) is not None:
-        final, result.task = back_off(model, result.recipes, result.snr, task, found, max_metric_drop)
+        groups = _fold.groups(model)
+
+        def without(kept: Sequence[str]) -> dict[str, Recipe]:
+            rest = {name: recipe for name, recipe in result.recipes.items() if name not in kept}
+            consistent(rest, groups)
+            return rest
+
+        final, result.task = back_off(model, without, result.snr, task, found, max_metric_drop)
         for name in result.task.kept:
             result.left[name] = f"back to float for the {task.name}'s sake ({result.snr[name]:.1f} dB)"
             for table in (result.snr, result.plain_snr, result.alpha):

@@ -36,6 +36,7 @@ def patch(
     originals: Originals = "auto",
     progress: Progress | None = None,
     plan: HasRecipes | None = None,
+    allow_other_gpu: bool = False,
 ) -> Report:
     """Replace the linear layers of ``model`` by int8 layers, in place.
 
@@ -58,6 +59,8 @@ def patch(
         progress: called as ``progress(done, total, name)`` after each layer.
         plan: from :func:`hwkern.plan` or :func:`hwkern.calibrate`: which scheme each layer gets; what it does not name,
             or keeps, stays float. Norms that it divides come back with :func:`unpatch`.
+        allow_other_gpu: a plan that was measured on another device is timed and decided again on this one, instead of
+            being refused.
 
     Returns:
         A :class:`~hwkern.report.Report`; print it.
@@ -76,6 +79,8 @@ def patch(
     wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
     for selection in (wanted, unwanted):
         selection.check(layers, model)
+    if allow_other_gpu and plan is not None and callable(again := getattr(plan, "for_device", None)):
+        plan = cast(HasRecipes, again(model))
     recipes = None if plan is None else _planned(model, layers, plan, wanted, unwanted)
     if recipes is None:
         judge(model, layers, wanted, unwanted)
@@ -240,7 +245,8 @@ def _refuse_lost(chosen: Sequence[Layer]) -> None:
 class HasRecipes(Protocol):
     """What ``patch`` needs of a plan: name → recipe. It may have ``check(model)``, which raises, and ``to_dict()``."""
 
-    recipes: dict[str, Recipe]
+    @property
+    def recipes(self) -> dict[str, Recipe]: ...
 
 
 def _planned(
@@ -275,6 +281,10 @@ def _planned(
             recipe.check(float_rows(layer.module).shape[1])
         except ValueError as error:
             raise ValueError(f"The plan for {layer.names[0]!r} cannot be: {error}.") from error
+        if recipe.calibration != Calibration() and cast(Tensor, layer.weight).is_meta:
+            raise ValueError(
+                f"{layer.names[0]!r} is on the meta device, where its calibrated scale would be lost: load it first."
+            )
         recipes[layer.names[0]] = recipe
     for group in tied([layer for layer in layers if layer.status == "int8"]):
         found = {recipes[layer.names[0]] for layer in group}
