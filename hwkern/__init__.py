@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hwkern import _hf_hook
 
 if TYPE_CHECKING:
-    from hwkern import hardware, metrics, nn, ops
+    from hwkern import hardware, metrics, nn, ops, report
     from hwkern.calibrate import calibrate
     from hwkern.checkpoint import CheckpointError, load, save
     from hwkern.explain import explain
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hwkern.plan import Accuracy, Plan, PlanError, plan
     from hwkern.report import Report
     from hwkern.tune import tune, use_tuned
+    from hwkern.validate import validate
 
 try:
     __version__ = version("hwkern")
@@ -41,10 +42,12 @@ __all__ = [
     "ops",
     "patch",
     "plan",
+    "report",
     "save",
     "tune",
     "unpatch",
     "use_tuned",
+    "validate",
 ]
 
 # Where each public name lives: a module, and the attribute in it or "" for the module itself. Resolved on first use, so
@@ -65,10 +68,12 @@ _NAMES = {
     "ops": ("hwkern.ops", ""),
     "patch": ("hwkern.patch", "patch"),
     "plan": ("hwkern.plan", "plan"),
+    "report": ("hwkern.report", ""),
     "save": ("hwkern.checkpoint", "save"),
     "tune": ("hwkern.tune", "tune"),
     "unpatch": ("hwkern.patch", "unpatch"),
     "use_tuned": ("hwkern.tune", "use_tuned"),
+    "validate": ("hwkern.validate", "validate"),
 }
 
 

@@ -483,6 +483,19 @@ def _set(layer: Layer, module: nn.Module) -> None:
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 
+def survey(model: nn.Module) -> Report:
+    """What the linear layers of ``model`` are now; ``hwkern.report(model)``. Changes nothing."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hwkern.report takes a torch.nn.Module, not {type(model).__name__}.")
+    layers = find_layers(model)
+    judge(model, layers, Selection("include", None), Selection("exclude", None))
+    for layer in layers:
+        if layer.status == "int8":
+            layer.status, layer.reason = "left", "float: hwkern.patch has not been here, or left it"
+    total = _model_bytes(model)
+    return Report(_Reports(layers).finish(), total, total, note="" if layers else "The model has no linear layers.")
+
+
 class _Reports:
     """Remembers sizes and dtypes before the change, and writes the lines of the report after it."""
 
@@ -499,6 +512,7 @@ class _Reports:
                 tied_to=layer.tied_to,
                 bytes_before=before.pop("bytes"),
                 bytes_after=after["bytes"],
+                scheme=layer.now.scheme if isinstance(layer.now, Int8Linear) else "",
                 **before,
             )
             for layer, before, after in zip(self._layers, self._before, _facts(self._layers), strict=True)
