@@ -31,6 +31,8 @@ from hwkern.nn.pack import dtype_name
 IDENTITY = ("device", "gpu", "compute", "sm_count", "cpu")
 
 ROUNDS = 9  # samples of each peer, of which the median counts
+PEER_SECONDS = 0.1  # for all samples of one peer, but at least three
+HOPELESS = 1.5  # times the float layer's time: such a peer is sampled twice only
 SAMPLE_SECONDS = 4e-4  # a sample on the CPU has as many calls as fill this
 EAGER_CALLS = 50  # on a GPU a sample has so many, and one wait at its end
 GRAPH_SECONDS = 0.01  # of replays for each peer
@@ -180,17 +182,22 @@ def eager_us(peers: dict[str, list[Callable[[], object]]], device: torch.device)
         return (time.perf_counter() - start) / count
 
     rings = {name: itertools.cycle(calls) for name, calls in peers.items()}
-    counts = {}
+    counts, rounds = {}, {}
+    first = None
     for name, ring in rings.items():
-        sample(ring, 2)
+        sample(ring, 1)
         once = sample(ring, 2)
+        first = once if first is None else first
+        # Seconds that long calls take are better spent elsewhere, above all on what is far slower than the first peer.
+        rounds[name] = 2 if once > HOPELESS * first else max(3, min(ROUNDS, round(PEER_SECONDS / max(once, 1e-7))))
         counts[name] = (
             EAGER_CALLS if device.type == "cuda" else max(1, min(200, round(SAMPLE_SECONDS / max(once, 1e-7))))
         )
     samples: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(ROUNDS):
         for name in peers if turn % 2 == 0 else reversed(list(peers)):
-            samples[name].append(sample(rings[name], counts[name]))
+            if turn < rounds[name]:
+                samples[name].append(sample(rings[name], counts[name]))
     return {name: statistics.median(values) * 1e6 for name, values in samples.items()}
 
 
