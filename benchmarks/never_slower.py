@@ -158,12 +158,10 @@ def main() -> int:
         for row in cells(name, arguments.device, dtype):
             rows.append(row)
             note = " SLOWER" if row["ratio"] > LIMIT else ""
-            print(
-                f"{row['model']:11} {row['shape']:6} {row['mode']:6} "
-                f"{row['original']:9.3f} -> {row['planned']:9.3f} ms, ratio {row['ratio']:.3f}{note}, int8 {row['int8']}/{row['layers']}, {row['snr_db']:.1f} dB, "
-                f"plan {row['plan_seconds']:.1f} s",
-                flush=True,
-            )
+            where = f"{row['model']:11} {row['shape']:6} {row['mode']:6}"
+            times = f"{row['original']:9.3f} -> {row['planned']:9.3f} ms, ratio {row['ratio']:.3f}{note}"
+            layers = f"int8 {row['int8']}/{row['layers']}, {row['snr_db']:.1f} dB, plan {row['plan_seconds']:.1f} s"
+            print(f"{where} {times}, {layers}", flush=True)
     slower = [row for row in rows if row["ratio"] > LIMIT]
     print(f"{len(rows)} cells, {len(slower)} above {LIMIT}.")
     if arguments.json:
