@@ -93,13 +93,3 @@ def test_generate_with_a_static_cache_and_a_compiled_forward() -> None:
     expected = model.generate(x, **options)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert torch.equal(model.generate(x, **options, cache_implementation="static"), expected)
-
-
-@pytest.mark.gpu
-def test_generate_with_cuda_graphs() -> None:
-    model = llama("w8a16/w8a8").bfloat16().cuda()
-    x = ids(2, 4).cuda()
-    options = {"attention_mask": torch.ones_like(x), "max_new_tokens": 5, "do_sample": False}
-    expected = model.generate(x, **options)
-    model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    assert torch.equal(model.generate(x, **options, cache_implementation="static"), expected)
