@@ -22,10 +22,15 @@ from peers import products
 
 from hwkern import _native, hardware, ops
 from hwkern._console import print_table
+from hwkern.tune import product_configs
 
 # Llama-3-8B's linear layers as (N, K): fused qkv, attention output, fused gate and up, down.
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+# BERT-base's: attention output, feed-forward up and down, fused qkv.
+BERT_SHAPES = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
+BERT_TOKENS = [512, 1024, 2048, 4096]
+LAYERS = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(m, n, k) for n, k in BERT_SHAPES for m in BERT_TOKENS]
 QUICK = [(m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096)]
 CHECK_ELEMENTS = 1 << 20  # a larger result is checked on this many elements' worth of rows (float64 is slow)
 
@@ -51,9 +56,7 @@ def check_cutlass(problem: products.Problem, candidates: dict[str, list[peers.Ca
             sys.exit(f"Wrong result: CUTLASS {name} differs from hwkern at {problem.m}×{problem.n}×{problem.k}.")
 
 
-def measure(
-    m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu, seconds: float
-) -> dict[str, Any]:
+def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu) -> dict[str, Any]:
     """One row: µs of the chosen config (or of every one in ``configs``) and of the peers called ``names``."""
     problem = products.Problem(m, n, k, gpu)
     for config in configs:
@@ -71,16 +74,16 @@ def measure(
     calls |= found
     best: dict[str, list[peers.Call]] = {}
     if "cutlass" in names:
-        candidates, reason = peers.collect({"cutlass": products.cutlass_candidates}, problem)
-        absent |= reason
-        if candidates:
-            best = products.best_of(candidates["cutlass"])
+        try:
+            best = products.best_of(products.cutlass_candidates(problem))
+        except peers.AbsentError as reason:
+            absent["cutlass"] = str(reason)
+        else:
             check_cutlass(problem, best)
             calls |= best
-            # Its own overlapping launches, which nobody ships for these kernels: recorded beside, not instead.
-            first = next(iter(best))
-            calls["cutlass_overlap"] = products.overlapped(first, problem)
-    us = timing.cuda_us(calls, seconds)
+            # With launches that overlap, which nobody ships for these kernels: recorded beside, not instead.
+            calls["cutlass_overlap"] = products.overlapped(next(iter(best)), problem)
+    us = timing.cuda_us(calls)
     row: dict[str, Any] = {"m": m, "n": n, "k": k}
     if best:
         row["cutlass_config"] = min(best, key=us.__getitem__)
@@ -138,7 +141,6 @@ def main() -> None:
     parser.add_argument("--configs", metavar="all|ID,ID", help="time these configs instead of the chosen one")
     parser.add_argument("--peers", default=",".join(products.NAMES), help="of these (default all); '' for hwkern only")
     parser.add_argument("--library", help="CUTLASS's kernels, built elsewhere by peers/cutlass.py")
-    parser.add_argument("--seconds", type=float, default=timing.REPLAY_SECONDS, help="spent on each timed thing")
     parser.add_argument("--tune-json", metavar="PATH", type=Path, help="write measured and predicted µs per config")
     arguments = parser.parse_args()
     timing.need_cuda()
@@ -149,7 +151,7 @@ def main() -> None:
         parser.error(f"unknown peer {', '.join(sorted(unknown))}; there are {', '.join(products.NAMES)}")
     torch.manual_seed(0)
     gpu = timing.current_gpu()
-    table = _native.extension().gemm_configs()
+    table = product_configs()
     configs = [ops.CHOOSE]
     if arguments.configs or arguments.tune_json:
         fits = [
@@ -159,14 +161,11 @@ def main() -> None:
         ]
         wanted = arguments.configs or "all"
         configs = [row["id"] for row in fits] if wanted == "all" else timing.integers(wanted)
-    default = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(8192, 8192, 8192)]
-    problems = QUICK if arguments.quick else default
-    if arguments.m or arguments.shapes:
-        problems = [(m, n, k) for n, k in arguments.shapes or SHAPES for m in arguments.m or TOKENS]
+    problems = timing.problems(arguments, QUICK, [*LAYERS, (8192, 8192, 8192)], SHAPES, TOKENS)
 
     rows = []
     for m, n, k in problems:
-        rows.append(measure(m, n, k, configs, names, gpu, arguments.seconds))
+        rows.append(measure(m, n, k, configs, names, gpu))
         print(" ".join(text(rows[-1])), file=sys.stderr, flush=True)  # a long run shows where it is
         torch.cuda.empty_cache()
     print_table(

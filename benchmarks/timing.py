@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 import hwkern
-from hwkern import _native, hardware
-from hwkern._timing import REPLAY_SECONDS as REPLAY_SECONDS
+from hwkern import _native, _timing, hardware
 from hwkern._timing import Call as Call
 from hwkern._timing import capture as capture
 from hwkern._timing import cuda_us as cuda_us
@@ -152,10 +151,22 @@ def current_gpu() -> hardware.Gpu:
 # ---- the frame of a benchmark --------------------------------------------------------------------------------------
 
 
+class _Seconds(argparse.Action):
+    """--seconds holds for every time that the benchmark takes without a duration of its own."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        _timing.REPLAY_SECONDS = values
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The arguments that every benchmark has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="a few shapes only")
+    made.add_argument(
+        "--seconds", type=float, action=_Seconds, help=f"replays of each thing (default {_timing.REPLAY_SECONDS})"
+    )
     made.add_argument("--json", metavar="PATH", type=Path, help="also write the result to this file")
     made.add_argument("--commit", help="commit to record (default: git's, in a checkout)")
     return made
@@ -179,6 +190,22 @@ def shapes(text: str) -> list[tuple[int, int]]:
     """ "6144x4096,4096x4096" → [(N, K), ...], for argparse."""
     pairs = [tuple(integers(part.replace("x", ","))) for part in text.split(",")]
     return [(n, k) for n, k in pairs]
+
+
+Shape = tuple[int, int, int]  # M, N, K
+
+
+def problems(
+    arguments: argparse.Namespace,
+    quick: list[Shape],
+    default: list[Shape],
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+) -> list[Shape]:
+    """What to run: --m and --shapes, each completed from ``tokens`` and ``shapes``; --quick; or the default."""
+    if arguments.m or arguments.shapes:
+        return [(m, n, k) for n, k in arguments.shapes or shapes for m in arguments.m or tokens]
+    return quick if arguments.quick else default
 
 
 def result(benchmark: str, device: str, commit: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -17,6 +18,7 @@ import torch
 Call = Callable[[], object]
 
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
+GRAPH_SECONDS = 0.02  # but no more than fit in this: power and clock have settled by then
 REPLAY_SECONDS = 0.15  # time spent on each peer
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
@@ -28,15 +30,22 @@ def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTE
 
 
 def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda.CUDAGraph, int]:
-    """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many."""
-    rounds = max(1, math.ceil(least / len(calls)))
+    """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many.
+
+    Fewer where so many would take longer than ``GRAPH_SECONDS``.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.inference_mode():
         for call in calls:  # everything lazy (handles, workspaces, checks) happens before the capture
             call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[0]()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
+    rounds = max(1, math.ceil(min(least, GRAPH_SECONDS / seconds) / len(calls)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.inference_mode():
         for _ in range(rounds):
@@ -46,12 +55,14 @@ def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda
 
 
 def cuda_us(
-    peers: Mapping[str, Sequence[Call]], seconds: float = REPLAY_SECONDS, graph_calls: int = GRAPH_CALLS
+    peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
 ) -> dict[str, float]:
     """Median µs per call of each peer; a peer is a list of calls, one per buffer set.
 
-    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn.
+    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, ``seconds`` (by default
+    ``REPLAY_SECONDS``) or five times each, whichever is longer.
     """
+    seconds = REPLAY_SECONDS if seconds is None else seconds
     graphs = {name: capture(calls, graph_calls) for name, calls in peers.items()}
     replays = {}
     for name, (graph, _) in graphs.items():

@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hwkern import _choice, _native, hardware
-from hwkern._checks import CHOOSE, K_MAX
-from hwkern._choice import EDGES
+from hwkern._choice import CHOOSE, EDGES, K_MAX
 from hwkern._console import plain_table, print_table
 from hwkern.tune import (
     NOISE,
@@ -25,6 +24,7 @@ from hwkern.tune import (
     entry_name,
     measure,
     model_choice,
+    product_configs,
     times_of,
 )
 
@@ -141,7 +141,7 @@ def explain(
     predicted, measured = candidates(m, n, k, gpu), configs_of(entry)
     rows = [
         Candidate(row["id"], row["name"], predicted.get(row["id"]), measured.get(row["id"]), _obstacle(row, gpu))
-        for row in _native.extension().gemm_configs()
+        for row in product_configs()
     ]
     # Measured ones first, by their times; then the others by the prediction; what cannot run last.
     rows.sort(key=lambda c: (c.predicted_us is None, c.measured_us is None, c.measured_us or c.predicted_us or 0))
@@ -167,6 +167,7 @@ def _reason(
 ) -> tuple[int, str]:
     if not predicted:
         return CHOOSE, f"no kernel runs on this GPU: compute capability {hardware.MIN_COMPUTE / 10:.1f} is the least."
+    _choice.load_pending()
     if _choice.tuned:  # so torch is there
         import torch
 
@@ -203,7 +204,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run ``hwkern explain``."""
     try:
-        _choice.load_if_asked()
         found = explain(
             arguments.m, arguments.n, arguments.k,
             dtype=arguments.dtype, device=arguments.device, measure_now=arguments.measure,

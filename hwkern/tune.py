@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwkern import _choice, _native, hardware
 from hwkern._cache import Cache, device_stamp
-from hwkern._checks import CHOOSE, K_MAX
-from hwkern._choice import EDGES
+from hwkern._choice import CHOOSE, EDGES, K_MAX
 from hwkern._console import plain_table, progress
 
 if TYPE_CHECKING:
@@ -152,12 +151,17 @@ def _activation(
 # ---- measure -------------------------------------------------------------------------------------------------------
 
 
+def product_configs() -> list[dict[str, Any]]:
+    """The rows of the config table for int8 · int8; those of weight-only layers have a choice of their own."""
+    return [row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"]
+
+
 def candidates(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[int, float]:
     """Config id → predicted µs of every config that runs on the GPU, fastest first."""
     native = _native.extension()
     found = {
         row["id"]: native.gemm_predict_us(row["id"], m, n, k, *_device(gpu))
-        for row in native.gemm_configs()
+        for row in product_configs()
         if row["min_compute"] <= gpu.compute <= row["max_compute"] and row["shared_bytes"] <= gpu.shared_bytes
     }
     return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -198,7 +202,9 @@ def measure(
             normal = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
             calls["bf16"] = [functools.partial(torch.mm, normal(m, k), normal(n, k).t()) for _ in range(sets)]
         if "int_mm" in peers and m > 16 and k % 8 == 0 and n % 8 == 0:
-            calls["int_mm"] = [functools.partial(torch._int_mm, a.contiguous(), b.t()) for a, b in operands]
+            calls["int_mm"] = [
+                functools.partial(torch._int_mm, a.contiguous(), b.contiguous().t()) for a, b in operands
+            ]
         us = {name: round(value, 3) for name, value in cuda_us(calls, SECONDS).items()}
     return {
         "configs": {str(config): us[str(config)] for config in configs},
@@ -314,16 +320,13 @@ def tune(
         enough = set(_worth_measuring(m, n, k, gpus[index])) <= set(configs_of(entry))
         return not enough or (peers and "bf16" not in times_of(entry, "peers"))
 
-    points = {
-        (index, m, n, k, data)
-        for index, n, k, data in layers
-        for number in numbers
-        for m in ends_of(number)
-        if is_missing(index, m, n, k, _name(data))
+    wanted_points = {
+        (index, rows, n, k, data) for index, n, k, data in layers for number in numbers for rows in ends_of(number)
     }
+    points = [point for point in sorted(wanted_points, key=str) if is_missing(*point[:4], _name(point[4]))]
     saved = True
     with progress(f"Measuring {len(points)} points", len(points), show and bool(points)) as advance:
-        for index, rows, n, k, data in sorted(points, key=str):
+        for index, rows, n, k, data in points:
             configs = _worth_measuring(rows, n, k, gpus[index])
             entry = {entry_name(rows, n, k, _name(data)): measure(
                 rows, n, k, data, configs, gpus[index], PEERS if peers else ()
@@ -338,7 +341,9 @@ def tune(
         _choice.tuned.update(_activation(gpus[index], n, k, _name(data), known[index]))
         steps += [_step(gpus[index], n, k, _name(data), number, known[index]) for number in numbers]
     file = ", ".join(str(cache.path) for cache in caches.values()) if save and saved else None
-    return Tuning(", ".join(gpu.name for gpu in gpus.values()), steps, len(points), 2 * len(steps) - len(points), file)
+    return Tuning(
+        ", ".join(gpu.name for gpu in gpus.values()), steps, len(points), len(wanted_points) - len(points), file
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

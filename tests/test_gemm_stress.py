@@ -69,12 +69,16 @@ def random_size(chance: random.Random, most: int) -> int:
 
 
 class Pool:
-    """Random int8 matrices as views of one buffer, with gaps between the rows: far cheaper than new ones."""
+    """Random matrices as views of one buffer, with gaps between the rows: far cheaper than new ones."""
 
-    def __init__(self, device: str, size: int) -> None:
-        self.data = torch.randint(-128, 128, (size,), dtype=torch.int8, device=device)
+    def __init__(self, device: str, size: int, dtype: torch.dtype = torch.int8) -> None:
+        if dtype == torch.int8:
+            self.data = torch.randint(-128, 128, (size,), dtype=dtype, device=device)
+        else:
+            self.data = torch.randn(size, device=device).to(dtype)
 
     def matrix(self, chance: random.Random, rows: int, columns: int) -> torch.Tensor:
+        """``[rows, columns]``; rows start at multiples of 16 elements."""
         pitch = -(-columns // 16) * 16 + 16 * chance.randrange(3)
         start = 16 * chance.randrange((self.data.numel() - rows * pitch) // 16)
         return self.data[start : start + rows * pitch].view(rows, pitch)[:, :columns]
@@ -83,28 +87,44 @@ class Pool:
 @pytest.mark.gpu
 @families
 def test_random_shapes_give_the_reference_s_bits(family: int):
-    """Sums with ==; with scales and a bias bit for bit: each float operation is one rounding, in a fixed order."""
+    """Sums with ==; with scales, bias, relu, residual and int8 output bit for bit: each float operation is one rounding
+    in a fixed order. (gelu and silu are not one operation: test_epilogue.py has their tolerance.)"""
     chance = random.Random(family)
     pool, ids = Pool("cuda", 1 << 25), configs_of(family)
-    scales = torch.rand(4096, device="cuda") * 0.01
-    biases = {dtype: torch.randn(4096, device="cuda").to(dtype) for dtype in FLOATS}
+    floats = {dtype: Pool("cuda", 1 << 20, dtype) for dtype in FLOATS}
+    scales, out_scale = torch.rand(4096, device="cuda") * 0.01, torch.tensor(0.7, device="cuda")
     for number in range(SHAPES):
         m, n, k = random_size(chance, 700), random_size(chance, 1100), random_size(chance, 5000)
         if m * n * k > 1 << 28:
             k = max(1, (1 << 28) // (m * n))
         a, b = pool.matrix(chance, m, k), pool.matrix(chance, n, k)
         config = chance.choice(ids)
-        dtype = chance.choice((torch.int32, *FLOATS))
-        scale_m = scale_n = bias = None
+        dtype = chance.choice((torch.int32, *FLOATS, torch.int8))
+        scale_m = scale_n = bias = residual = None
+        activation, options = "none", {}
         if dtype != torch.int32:
             offset = chance.randrange(2000)
             scale_m, scale_n = scales[offset : offset + m], scales[offset + 1 : offset + 1 + n]
-            bias = chance.choice((None, biases[chance.choice(FLOATS)][offset : offset + n]))
+            if chance.random() < 0.5:
+                bias = floats[chance.choice(FLOATS)].data[offset : offset + n]
+            if chance.random() < 0.3:
+                activation = "relu"
+                options["activation"] = ops.ACTIVATIONS[activation]
+            if chance.random() < 0.3 and m * (n + 48) < 1 << 20:
+                residual = floats[chance.choice(FLOATS)].matrix(chance, m, n)
+                options |= {
+                    "residual": residual.data_ptr(), "ldr": residual.stride(0),
+                    "residual_dtype": ops.DTYPES[residual.dtype],
+                }  # fmt: skip
+        if dtype == torch.int8:
+            options["d_scale"] = out_scale.data_ptr()
         d = Guarded(m, n, dtype, pitch=n + chance.choice((0, 0, 1, 8)), offset=chance.choice((0, 0, 0, 1)))
-        gemm(a, b, d, config, scale_m, scale_n, bias)
-        want = reference.int8_matmul(a, b, scale_m, scale_n, bias, dtype)
-        where = f"shape {number}: config {config}, M, N, K = {m}, {n}, {k}, {dtype}"
-        assert torch.equal(d.value, want) if dtype == torch.int32 else same_bits(d.value, want), where
+        gemm(a, b, d, config, scale_m, scale_n, bias, **options)
+        want = reference.int8_matmul(
+            a, b, scale_m, scale_n, bias, dtype, activation, residual, out_scale if dtype == torch.int8 else None
+        )
+        where = f"shape {number}: config {config}, M, N, K = {m}, {n}, {k}, {dtype}, {activation}, {options}"
+        assert same_bits(d.value, want) if dtype in FLOATS else torch.equal(d.value, want), where
         if number % 8 == 0:  # as slow as all of the rest
             d.assert_untouched_outside()
 
@@ -118,6 +138,22 @@ def random_floats(chance: random.Random, shape: tuple[int, ...], device: str) ->
         row, columns = chance.randrange(shape[0]), slice(None) if special == 0 else chance.randrange(shape[1])
         x[row, columns] = special
     return x.to(dtype)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_random_quantizations_give_the_reference_s_bits(device: str):
+    chance = random.Random(9)
+    scales = torch.rand(30_000, device=device) * 0.05 + 1e-3
+    for number in range(SHAPES // (1 if device == "cuda" else 5)):
+        m, k = random_size(chance, 60), random_size(chance, 12_000 if device == "cuda" else 900)
+        x = random_floats(chance, (m, k), device)
+        size, axis = chance.choice(((None, 0), (1, 0), (m, 0), (k, -1)))
+        scale = None if size is None else scales[number : number + size]
+        where = f"shape {number}: M, K = {m}, {k}, {x.dtype}, {size} scales along {axis}"
+        q, used = ops.quantize(x, scale, axis)
+        want, wanted = reference.quantize(x, scale, axis)
+        assert torch.equal(q, want), where
+        assert same_bits(used, wanted), where
 
 
 def check_random_layers(device: str, shapes: int, most: tuple[int, int, int]) -> None:

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-Call = Callable[[], object]
+import timing
+from timing import Call
 
 
 class AbsentError(Exception):
     """A peer that cannot run here, or not at this shape; the text says why and, where that helps, what to install."""
 
 
-def collect(makers: Mapping[str, Callable[..., Any]], *arguments: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Call each maker: ``(what they gave by name, the reasons of those that gave nothing)``.
+@contextlib.contextmanager
+def at_most(seconds: float | None) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after so many seconds; no limit where there are no signals for it."""
+    if seconds is None or not hasattr(signal, "setitimer"):
+        yield
+        return
 
-    A peer that breaks is listed with its error like one that is missing: it must not end the run of the others.
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def collect(
+    makers: Mapping[str, Callable[[Any], list[Call]]], problem: Any, limit: float | None = None
+) -> tuple[dict[str, list[Call]], dict[str, str]]:
+    """Call each maker: ``(the calls by name, the reasons of the peers that gave none)``.
+
+    Each is captured once, alone: a peer that breaks, cannot be captured or takes more than ``limit`` seconds is listed
+    with its error like one that is missing, and does not end the run of the others.
     """
     found, absent = {}, {}
     for name, make in makers.items():
+        start = time.monotonic()
         try:
-            found[name] = make(*arguments)
+            with at_most(limit):
+                calls = make(problem)
+                timing.capture(calls[:1], least=1)
+            found[name] = calls
         except AbsentError as reason:
             absent[name] = str(reason)
         except Exception as error:
-            absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no text'}"
+            first = (str(error).strip().splitlines() or ["no text"])[0]
+            absent[name] = f"{type(error).__name__}: {first}"
+        if time.monotonic() - start > 1:  # a long run shows where it is
+            print(f"  {name}: {time.monotonic() - start:.0f} s to prepare", file=sys.stderr, flush=True)
     return found, absent

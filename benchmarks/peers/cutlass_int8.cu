@@ -4,10 +4,10 @@
 // (e.g. 128,256,128 and 2,1,1), PEER_SCHEDULE (Cooperative, Pingpong, or empty for CUTLASS's plain warp-specialised
 // kernel). With CUTLASS_ENABLE_GDC_FOR_SM90 the kernels may overlap their successors (`overlap`).
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
@@ -59,11 +59,10 @@ extern "C" int PEER_JOIN(cutlass_int8_, PEER_ID)(const void* a, const void* b, c
   const auto stride_a = cutlass::make_cute_packed_stride(typename Kernel::StrideA{}, make_shape(m, k, 1));
   const auto stride_b = cutlass::make_cute_packed_stride(typename Kernel::StrideB{}, make_shape(n, k, 1));
   const auto stride_d = cutlass::make_cute_packed_stride(typename Kernel::StrideD{}, make_shape(m, n, 1));
-  typename Gemm::Arguments arguments{
-      cutlass::gemm::GemmUniversalMode::kGemm,
-      {m, n, k, 1},
-      {static_cast<const int8_t*>(a), stride_a, static_cast<const int8_t*>(b), stride_b},
-      {{}, nullptr, {}, static_cast<cutlass::bfloat16_t*>(d), stride_d}};
+  typename Gemm::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                     {m, n, k, 1},
+                                     {static_cast<const int8_t*>(a), stride_a, static_cast<const int8_t*>(b), stride_b},
+                                     {{}, nullptr, {}, static_cast<cutlass::bfloat16_t*>(d), stride_d}};
   typename Rows::Arguments rows{{scale_m}, {}, {}};
   arguments.epilogue.thread = typename Scaled::Arguments{{scale_n}, rows, {}};
   arguments.scheduler.max_swizzle_size = swizzle;

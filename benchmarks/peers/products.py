@@ -90,7 +90,7 @@ def cutlass_calls(index: int, swizzle: int, overlap: bool, problem: Problem) -> 
 
 
 def cutlass_candidates(problem: Problem) -> dict[str, list[Call]]:
-    """Every configuration, with plain and with swizzled tile order where there are many tiles."""
+    """Every configuration that takes the shape, with plain and with swizzled tile order where there are many tiles."""
     if problem.gpu.compute != 90:
         raise AbsentError("these CUTLASS kernels are for compute capability 9.0")
     if problem.k % 16 or problem.n % 8:
@@ -103,7 +103,14 @@ def cutlass_candidates(problem: Problem) -> dict[str, list[Call]]:
     for index, config in enumerate(cutlass.CONFIGS):
         tiles = -(-problem.m // config.tile[0]) * -(-problem.n // config.tile[1])
         for swizzle in (1, 8) if tiles > problem.gpu.sm_count else (1,):
-            found[f"{config} swizzle {swizzle}"] = cutlass_calls(index, swizzle, False, problem)
+            calls = cutlass_calls(index, swizzle, False, problem)
+            try:
+                calls[0]()
+            except RuntimeError:
+                continue
+            found[f"{config} swizzle {swizzle}"] = calls
+    if not found:
+        raise AbsentError("no CUTLASS configuration takes this shape")
     return found
 
 
@@ -115,16 +122,9 @@ def overlapped(name: str, problem: Problem) -> list[Call]:
 
 
 def best_of(candidates: dict[str, list[Call]], keep: int = 2) -> dict[str, list[Call]]:
-    """The ``keep`` fastest in a short run; those that the kernel refuses are left out."""
-    running = {}
-    for name, calls in candidates.items():
-        try:
-            calls[0]()
-        except RuntimeError:
-            continue
-        running[name] = calls
-    us = timing.cuda_us(running, seconds=0.005, graph_calls=4)
-    return {name: running[name] for name in sorted(us, key=us.__getitem__)[:keep]}
+    """The ``keep`` fastest in a short run."""
+    us = timing.cuda_us(candidates, seconds=0.005, graph_calls=4)
+    return {name: candidates[name] for name in sorted(us, key=us.__getitem__)[:keep]}
 
 
 MAKERS: dict[str, Callable[[Problem], list[Call]]] = {
