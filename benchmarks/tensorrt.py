@@ -248,7 +248,8 @@ def geomeans(rows: Rows) -> dict[str, float]:
 
 
 def bench_model(
-    build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float], rows: Rows,
+    build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float],
+    rows: Rows,
     requests: Sequence[tuple[int, int]], variants: Sequence[str], wanted: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``)."""
