@@ -21,11 +21,11 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed", exc_type=Impo
 
 from onnx_helpers import model, node, normal  # noqa: E402
 
-import hwkern  # noqa: E402
 import hwkern.tensorrt as ht  # noqa: E402
+from hwkern import _native  # noqa: E402
 from hwkern.tensorrt import _api, plugin  # noqa: E402
 
-has_plugin = (Path(hwkern.__file__).parent / plugin.LIBRARIES["v3"]).is_file()
+has_plugin = plugin.LIBRARIES["v3"] in _native.tensorrt_plugins()
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None or not has_plugin,
     reason="needs TensorRT-RTX (pip install tensorrt_rtx) and a hwkern built with the plugin",

@@ -56,6 +56,24 @@ def test_the_exported_model_gives_torchs_bits(tmp_path: Path, dtype: torch.dtype
             assert np.abs(by_runtime - y).max() <= 0.01 * np.abs(y).max()
 
 
+def test_a_calibrated_layer_keeps_its_static_scale(tmp_path: Path) -> None:
+    from hwkern.nn.calibrated import CalibratedInt8Linear, Calibration
+
+    layer = CalibratedInt8Linear.from_calibration(nn.Linear(256, 192), Calibration(scale=0.03)).eval()
+    x = torch.randn(7, 256)
+    path = ht.export(layer, (x,), tmp_path / "m.onnx", input_names=["x"])
+    exported = onnx.load(str(path))
+    attributes = opdef.attributes(opdef.hwkern_nodes(exported)[0])
+    assert (attributes["scheme"], attributes["has_input_scale"]) == ("w8a8_static", 1)
+    with torch.no_grad():
+        y = layer(x).numpy()
+    np.testing.assert_array_equal(evaluate(exported, {"x": x.numpy()})[0], y)
+    np.testing.assert_array_equal(run(str(path), {"x": x.numpy()})[0], y)
+    shifted = CalibratedInt8Linear.from_calibration(nn.Linear(256, 192), Calibration(scale=0.03, zero_point=5)).eval()
+    with pytest.raises(Exception, match="zero point 5"):
+        ht.export(shifted, (x,), tmp_path / "m.onnx")
+
+
 def test_keyword_inputs_and_a_float_model(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
