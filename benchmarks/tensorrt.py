@@ -40,6 +40,7 @@ from hwkern import _native  # noqa: E402
 from hwkern._console import print_table  # noqa: E402
 from hwkern.tensorrt import _api, _cuda, measure  # noqa: E402
 from hwkern.tensorrt.packing import padded, quantize_weight  # noqa: E402
+from hwkern.tensorrt.planner import choose  # noqa: E402
 
 Rows = list[dict[str, Any]]
 
@@ -52,15 +53,21 @@ VARIANTS = ("fp16", "qdq", "hwkern")
 # ---- engines -------------------------------------------------------------------------------------------------------
 
 
+class OutOfTime(Exception):  # noqa: N818
+    """The budget is used up: what is measured so far is the result."""
+
+
 class Builder:
     """Builds with one timing cache and says how long it took."""
 
-    def __init__(self, cache: Path | None) -> None:
-        self.cache, self.api = cache, _api.find()
+    def __init__(self, cache: Path | None, budget: float) -> None:
+        self.cache, self.api, self.until = cache, _api.find(), time.monotonic() + budget
 
     def __call__(
         self, what: str, model: Any, profiles: Sequence[ht.Profile], precision: str, half_io: bool
     ) -> ht.Engine:
+        if time.monotonic() > self.until:
+            raise OutOfTime
         start = time.perf_counter()
         edit = self._half_io if half_io and not self.api.strongly_typed else None
         cache = None if self.api.rtx else self.cache
@@ -98,24 +105,34 @@ def bench_linears(build: Builder, ms: Sequence[int], variants: Sequence[str], ro
         times: dict[str, dict[int, dict[str, float]]] = {}
         errors: dict[str, float] = {}
         sizes: dict[str, int] = {}
-        for variant in variants:
-            made = variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
-            try:
-                engine = build(
-                    f"{variant} {n}x{k}", made, profiles, "fp32" if variant == "fp32" else "fp16", variant != "fp32"
-                )
-                errors[variant] = _linear_error(engine, model, x[:64])
-                if variant == "hwkern" and errors[variant] > 0.02:
-                    raise AssertionError(f"{variant}: relative error {errors[variant]:.4f}")
-                sizes[variant] = len(engine.data)
-                times[variant] = _time_engine(engine, {"x": x}, [{"x": (m, k)} for m in ms], ms)
-            except RuntimeError as error:
-                print(f"{variant} {n}x{k}: {error}", flush=True)
-        times["kernel"] = _bare_kernel(model, x, ms)
-        for m in ms:
-            row = {"what": "linear", "n": n, "k": k, "m": m, "errors": errors, "engine_bytes": sizes}
-            rows.append(row | {name: t[m] for name, t in times.items() if m in t})
-        _show_linears(rows, n, k)
+        try:
+            times["kernel"] = _bare_kernel(model, x, ms)
+        except RuntimeError as error:
+            print(f"bare kernel: {error}", flush=True)
+        try:
+            for variant in variants:
+                made = variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
+                precision = "fp32" if variant == "fp32" else "fp16"
+                try:
+                    try:
+                        engine = build(f"{variant} {n}x{k}", made, profiles, precision, variant != "fp32")
+                    except RuntimeError as error:
+                        if variant != "qdq":
+                            raise
+                        print(f"qdq with float16 input and output: {error}\nqdq with float32:", flush=True)
+                        engine = build(f"{variant} {n}x{k}", made, profiles, precision, False)
+                    errors[variant] = _linear_error(engine, model, x[:64])
+                    if variant == "hwkern" and errors[variant] > 0.02:
+                        raise RuntimeError(f"wrong results, relative error {errors[variant]:.4f}: not timed")
+                    sizes[variant] = len(engine.data)
+                    times[variant] = _time_engine(engine, {"x": x}, [{"x": (m, k)} for m in ms], ms)
+                except RuntimeError as error:  # TensorRT cannot build or run it: the others count all the same
+                    print(f"{variant} {n}x{k}: {error}", flush=True)
+        finally:
+            for m in ms:
+                row = {"what": "linear", "n": n, "k": k, "m": m, "errors": errors, "engine_bytes": sizes}
+                rows.append(row | {name: t[m] for name, t in times.items() if m in t})
+            _show_linears(rows, n, k)
 
 
 def _fixed(name: str, shape: tuple[int, ...]) -> ht.Profile:
@@ -142,6 +159,7 @@ def _time_engine(
                 calls, alive = held.enqueues(shapes, fill)
                 times[key] = measure.graph_us(calls)
                 measure.free(alive)
+                print(f"  {key}: {times[key]['p50']:.1f} us", flush=True)
     finally:
         held.close()
     return times
@@ -248,7 +266,8 @@ def geomeans(rows: Rows) -> dict[str, float]:
 
 
 def bench_model(
-    build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float], rows: Rows,
+    build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float],
+    rows: Rows,
     requests: Sequence[tuple[int, int]], variants: Sequence[str], wanted: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``)."""
@@ -256,8 +275,7 @@ def bench_model(
     profiles = [ht.profiles_from([feed])[0] for feed in feeds.values()]
     shapes = [{n: tuple(a.shape) for n, a in feed.items()} for feed in feeds.values()]
     if wanted is not None:
-        check = {n.removeprefix("inputs."): a for n, a in wanted.items() if n.startswith("inputs.")}
-        profiles.append(ht.profiles_from([check])[0])
+        check = _as_request(wanted, max(requests))
     plan = None
     for variant in variants:
         if variant == "plan":
@@ -279,11 +297,28 @@ def bench_model(
                 row["latency_us"] = {f"{b}x{s}": _latency(run, feeds[b, s]) for b, s in requests}
                 row["device_bytes"] = free - _memory()[0]
                 if wanted is not None:
-                    row["cosine"] = _cosine(run(check)["y"], wanted["y"], check["attention_mask"])
+                    y = run(check)["y"][:, : wanted["y"].shape[1]]
+                    row["cosine"] = _cosine(y, wanted["y"][: len(y)], wanted["inputs.attention_mask"][: len(y)])
             rows.append(row)
         except RuntimeError as error:
             print(f"{name} {variant}: {error}", flush=True)
     _show_models(rows, name, requests)
+    mine = {r["variant"]: [t["p50"] for t in r["gpu_us"].values()] for r in rows if r.get("model") == name}
+    if "fp16" in mine and plan is None:
+        mine = {"float" if v == "fp16" else v: t for v, t in mine.items() if v in ("fp16", "hwkern", "residual")}
+        print(f"{name}: a plan of whole engines takes {choose(mine)!r}", flush=True)
+
+
+def _as_request(wanted: dict[str, Any], request: tuple[int, int]) -> dict[str, Any]:
+    """The texts as one request: the first of them, padded (the mask is 0 there) to its length."""
+    batch, length = request
+    found = {}
+    for name, value in wanted.items():
+        if name.startswith("inputs."):
+            rows = np.zeros((batch, length), value.dtype)
+            rows[:, : value.shape[1]] = value[:batch]
+            found[name.removeprefix("inputs.")] = rows
+    return found
 
 
 def _memory() -> tuple[int, int]:
@@ -419,6 +454,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="also draw it (needs matplotlib)")
     parser.add_argument("--from-json", type=Path, help="draw an old result instead of measuring")
     parser.add_argument("--cache", type=Path, help="timing cache file")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no engine is started")
     parser.add_argument("--commit", help="commit to record")
     parser.add_argument("--sections", default="linears,minilm,bert", help="which to run")
     parser.add_argument("--m", default=",".join(map(str, M)), help="rows of the linears")
@@ -435,7 +471,7 @@ def main() -> int:
         sys.exit(f"This benchmark needs an NVIDIA GPU: {problem}")
     sections = arguments.sections.split(",")
     requests = [(int(b), int(s)) for b, s in (r.split("x") for r in arguments.requests.split(","))]
-    build, rows = Builder(arguments.cache), []
+    build, rows = Builder(arguments.cache, arguments.budget), []
     document = {
         "schema": 1,
         "benchmark": "tensorrt",
@@ -449,10 +485,6 @@ def main() -> int:
         if arguments.json:
             save(arguments.json, document)
 
-    if "linears" in sections:
-        bench_linears(build, [int(m) for m in arguments.m.split(",")], arguments.variants.split(","), rows)
-        done()
-        print(document["geomeans"], flush=True)
     rng = np.random.default_rng(2)
 
     def ids(vocabulary: int, names: Sequence[str]) -> Callable[[int, int], dict[str, Any]]:
@@ -464,23 +496,31 @@ def main() -> int:
 
         return make
 
-    chosen = arguments.model_variants.split(",")
-    if "minilm" in sections and arguments.minilm:
-        import onnx
+    try:
+        if "linears" in sections:
+            bench_linears(build, [int(m) for m in arguments.m.split(",")], arguments.variants.split(","), rows)
+            done()
+            print(document["geomeans"], flush=True)
+        chosen = arguments.model_variants.split(",")
+        if "minilm" in sections and arguments.minilm:
+            import onnx
 
-        wanted = dict(np.load(arguments.minilm / "minilm.npz"))
-        scales = json.loads((arguments.minilm / "scales.json").read_text())
-        model = onnx.load(str(arguments.minilm / "minilm.onnx"))
-        names = [value.name for value in model.graph.input]
-        bench_model(build, "MiniLM", model, ids(1000, names), scales, rows, requests, chosen, wanted)
-        done()
-    if "bert" in sections:
-        model = models.encoder()
-        scales = json.loads(arguments.bert_scales.read_text()) if arguments.bert_scales else {}
-        kept = [v for v in chosen if v != "qdq" or scales]
-        names = [value.name for value in model.graph.input]
-        bench_model(build, "BERT-base (random weights)", model, ids(1000, names), scales, rows, requests, kept)
-        done()
+            wanted = dict(np.load(arguments.minilm / "minilm.npz"))
+            scales = json.loads((arguments.minilm / "scales.json").read_text())
+            model = onnx.load(str(arguments.minilm / "minilm.onnx"))
+            names = [value.name for value in model.graph.input]
+            bench_model(build, "MiniLM", model, ids(1000, names), scales, rows, requests, chosen, wanted)
+            done()
+        if "bert" in sections:
+            model = models.encoder()
+            scales = json.loads(arguments.bert_scales.read_text()) if arguments.bert_scales else {}
+            kept = [v for v in chosen if v != "qdq" or scales]
+            names = [value.name for value in model.graph.input]
+            bench_model(build, "BERT-base (random weights)", model, ids(1000, names), scales, rows, requests, kept)
+            done()
+    except OutOfTime:
+        print("The budget is used up.")
+    done()
     if arguments.plot:
         plot(document, arguments.plot)
     return 0

@@ -1,7 +1,7 @@
 """Write what benchmarks/tensorrt.py needs of MiniLM, on a machine with torch: ``tensorrt_minilm.py FOLDER``.
 
-- ``minilm.onnx``: all-MiniLM-L6-v2 in float32, opset 17, dynamic batch and length. Of its vocabulary only the words of the
-  texts below are kept (and their ids counted anew), which changes no result and makes the file half as large.
+- ``minilm.onnx``: all-MiniLM-L6-v2 in float32, opset 17, dynamic batch and length. Of its vocabulary only the words of
+  the texts are kept (and their ids counted anew), which changes no result and makes the file half as large.
 - ``minilm.npz``: 64 texts, and what torch gives for them in float32.
 - ``scales.json``: the static scale of each linear's input (absmax / 127 over other 64 texts), for TensorRT's own INT8.
 - ``bert-scales.json``: the same for the random encoder of tensorrt_models.py.

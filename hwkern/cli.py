@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 0 fine, 1 something is broken, 2 wrong usage."""
     arguments = parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:

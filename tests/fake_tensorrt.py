@@ -1,6 +1,6 @@
 """A CUDA driver and a TensorRT in host memory, for the runner's own logic: shapes, profiles, copies, graphs, threads.
 
-"Device" addresses are host addresses and every call is done at once; a capture records enqueues instead of running them.
+"Device" addresses are host addresses and every call is done at once; a capture records what is enqueued meanwhile.
 The engine computes y = 2·x + 1 for float32 x [batch, length] and s = Σ over the length.
 """
 

@@ -1,10 +1,11 @@
-"""Engines with the plugin on a real GPU: built, saved, loaded by another process, run; with any full TensorRT (8.6, 10, 11).
+"""Engines with the plugin on a real GPU, by any full TensorRT (8.6, 10, 11): built, saved, loaded elsewhere, run.
 
-Needs no torch: `python -m pytest --noconftest -c /dev/null tests/test_trt_gpu.py` runs it in TensorRT's own environment.
+Needs no torch: `python -m pytest --noconftest -c /dev/null tests/test_trt_gpu.py` in TensorRT's own environment.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -18,12 +19,12 @@ import pytest
 np = pytest.importorskip("numpy")
 onnx = pytest.importorskip("onnx")
 
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-import hwkern.tensorrt as ht
-from hwkern import _native
-from hwkern.tensorrt import _api, _cuda, opdef
-from hwkern.tensorrt.packing import QMAX, SCALE_MIN, quantize_weight
+import hwkern.tensorrt as ht  # noqa: E402
+from hwkern import _native  # noqa: E402
+from hwkern.tensorrt import _api, _cuda, opdef  # noqa: E402
+from hwkern.tensorrt.packing import QMAX, SCALE_MIN, quantize_weight  # noqa: E402
 
 Array = Any
 
@@ -190,7 +191,7 @@ def test_threads_have_contexts_of_their_own(engine: tuple[Any, ...]) -> None:
 
 def test_pycuda_arrays_stay_on_the_gpu(engine: tuple[Any, ...]) -> None:
     pytest.importorskip("pycuda")
-    import pycuda.autoprimaryctx
+    importlib.import_module("pycuda.autoprimaryctx")
     from pycuda import gpuarray
 
     built, weight, scale, bias = engine
@@ -214,7 +215,7 @@ def test_large_gpu_arrays_run_without_copies(engine: tuple[Any, ...]) -> None:
         _cuda.synchronize(0)
 
         class Held:
-            __cuda_array_interface__ = {
+            __cuda_array_interface__ = {  # noqa: RUF012
                 "shape": x.shape, "typestr": "<f2", "data": (buffer.pointer, False), "strides": None, "version": 3,
             }  # fmt: skip
 
@@ -228,7 +229,7 @@ def test_large_gpu_arrays_run_without_copies(engine: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 100, 5000])
 def test_a_truncated_engine_is_refused(engine: tuple[Any, ...], size: int) -> None:
-    with pytest.raises(ValueError, match="empty|does not take this engine"):
+    with pytest.raises(ValueError, match=r"empty|does not take this engine"):
         ht.Runner(engine[0].data[:size])
 
 
@@ -259,7 +260,7 @@ def test_rewritten_model_with_merged_products(tmp_path: Path) -> None:
     wanted = np.maximum(((x @ w["q"] + x @ w["k"]) * (x @ w["v"])) @ w["o"], 0)
     with ht.Runner(ht.build(tmp_path / "int8.onnx", profile, "fp16")) as run:
         y = run({"x": x})["y"]
-    # int8 keeps 7 bits of each operand: 1/(127·√12)·√2 ≈ 0.3 % of absmax, about 1 % of the root mean square, three times.
+    # int8 keeps 7 bits of each operand: 1/(127·√12)·√2 ≈ 0.3 % of absmax, about 1 % of the whole, three times.
     assert np.sqrt(np.mean((y - wanted) ** 2) / np.mean(wanted**2)) < 0.04
 
 

@@ -357,8 +357,9 @@ def _write(path: Path, data: bytes) -> None:
 def _monitor(api: TensorRT, config: Any, progress: Progress | None) -> Any:
     if progress is None or not hasattr(api.module, "IProgressMonitor"):
         return None
+    report: Progress = progress
 
-    class Monitor(api.module.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(api.module.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.steps: dict[str, int] = {}
@@ -369,7 +370,7 @@ def _monitor(api: TensorRT, config: Any, progress: Progress | None) -> Any:
 
         def step_complete(self, phase: str, step: int) -> bool:
             try:
-                progress(phase, step + 1, self.steps.get(phase, 0))
+                report(phase, step + 1, self.steps.get(phase, 0))
             except BaseException as error:  # must not pass through C++
                 self.error = error
                 return False

@@ -1,6 +1,6 @@
 """Models for TensorRT: rewrite, plan, export, build, run, bench, inspect; what hwkern.tensorrt does in Python.
 
-With TensorRT-RTX, `build` and `plan` start themselves anew with LD_LIBRARY_PATH set (docs/tensorrt.md tells why).
+With TensorRT-RTX, `build` and `plan` run in a process of their own with LD_LIBRARY_PATH set (docs/tensorrt.md: why).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,17 +109,22 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _need_rtx_library() -> None:
-    """Start this command again where TensorRT-RTX's parser finds the library that it opens by another name."""
+def _in_new_process(arguments: argparse.Namespace) -> int | None:
+    """Run this command again where TensorRT-RTX's parser finds the library that it opens by another name.
+
+    Returns its exit code, or None where that is not needed.
+    """
     from hwkern.tensorrt import _api
     from hwkern.tensorrt.plugin import rtx_library_folder
 
-    if _api.rtx_problem(_api.find()) is None or os.environ.get(_RESTARTED):
-        return
+    if os.environ.get(_RESTARTED) or _api.rtx_problem(_api.find()) is None:
+        return None
     paths = [str(rtx_library_folder()), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths)), _RESTARTED: "1"}
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return subprocess.run(
+        [sys.executable, "-m", "hwkern.cli", *arguments.argv], env=environment, check=False
+    ).returncode
 
 
 def parse_shapes(text: str) -> dict[str, tuple[int, ...]]:
@@ -169,11 +175,12 @@ def _rewrite(arguments: argparse.Namespace) -> None:
         arguments.json.write_text(report.to_json() + "\n", encoding="utf-8")
 
 
-def _plan(arguments: argparse.Namespace) -> None:
-    _need_rtx_library()
+def _plan(arguments: argparse.Namespace) -> int | None:
     profiles = _profiles(arguments)
     if profiles is None:
         raise UsageError("a plan needs --requests, or --min, --opt and --max: the sizes to measure.")
+    if (code := _in_new_process(arguments)) is not None:
+        return code
     plan = ht.make_plan(
         arguments.source,
         [profiles] if isinstance(profiles, ht.Profile) else profiles,
@@ -184,6 +191,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     plan.save(arguments.target)
     print(plan)
+    return None
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -200,11 +208,13 @@ def _export(arguments: argparse.Namespace) -> None:
     print(ht.export(model, inputs, arguments.target, shapes))
 
 
-def _build(arguments: argparse.Namespace) -> None:
-    _need_rtx_library()
+def _build(arguments: argparse.Namespace) -> int | None:
+    profiles = _profiles(arguments)
+    if (code := _in_new_process(arguments)) is not None:
+        return code
     engine = ht.build(
         arguments.source,
-        _profiles(arguments),
+        profiles,
         arguments.precision,
         path=arguments.target,
         timing_cache=arguments.timing_cache,
@@ -215,6 +225,7 @@ def _build(arguments: argparse.Namespace) -> None:
     )
     seconds = engine.metadata["build_seconds"]
     print(f"{arguments.target}: {len(engine.data) / 1e6:.1f} MB in {seconds} s, {engine.metadata['tensorrt']}")
+    return None
 
 
 def _random_inputs(runner: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -301,8 +312,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     with ht.Runner(arguments.path) as runner:
         tensors = [*runner.inputs.values(), *runner.outputs.values()]
-        rows = [(t.name, "input" if t.is_input else "output", t.dtype, str(t.shape), "") for t in tensors]
-        print_table(str(arguments.path), ("tensor", "kind", "dtype", "shape", ""), rows, 5)
+        table = [(t.name, "input" if t.is_input else "output", t.dtype, str(t.shape)) for t in tensors]
+        print_table(str(arguments.path), ("tensor", "kind", "dtype", "shape"), table, 4)
         print(*(f"profile {i}: {p}" for i, p in enumerate(runner.profiles)), sep="\n")
 
 

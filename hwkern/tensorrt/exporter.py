@@ -39,8 +39,8 @@ def export(
         path: of the ONNX file; with large weights also ``<path>.data``.
         dynamic_shapes: as for ``torch.export.export``; None: all shapes are fixed.
         input_names, output_names: names in the ONNX model; default: torch's.
-        opset: 18 or newer (TensorRT 8.6 reads up to 17: for it, export the float model with torch.onnx, ``dynamo=False``
-            and opset 17, and use ``rewrite``).
+        opset: 18 or newer (TensorRT 8.6 reads up to 17: for it, export the float model with torch.onnx,
+            ``dynamo=False`` and opset 17, and use ``rewrite``).
         functions: add the bodies that let onnx's evaluator and ONNX Runtime run the file.
 
     Returns:
@@ -122,11 +122,11 @@ def _translations() -> dict[Any, Any]:
     ) -> Any:  # fmt: skip
         if zero_point:
             raise ValueError(
-                f"A static layer with the zero point {zero_point} has no TensorRT kernel: calibrate with symmetric scales."
+                f"A static layer with the zero point {zero_point} has no TensorRT kernel: calibrate symmetrically."
             )
         return node(x, weight, output_scale, bias, input_scale, None, out_dtype, config, "none")
 
-    found = {torch.ops.hwkern.int8_linear.default: int8_linear}
+    found: dict[Any, Any] = {torch.ops.hwkern.int8_linear.default: int8_linear}
     if hasattr(torch.ops.hwkern, "int8_linear_static"):  # registered when a model has such layers
         found[torch.ops.hwkern.int8_linear_static.default] = int8_linear_static
     return found

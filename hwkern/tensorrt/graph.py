@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -206,10 +207,14 @@ class Constants:
                 return self._tensor(a.t, key, node.output[0])
             if a.name in ("value_float", "value_floats", "value_int", "value_ints"):
                 kind = np.float32 if "float" in a.name else np.int64
-                value = np.asarray(helper.get_attribute_value(a), kind)
+                value: Array = np.asarray(helper.get_attribute_value(a), kind)
                 element = TensorProto.FLOAT if "float" in a.name else TensorProto.INT64
-                return Constant(value.shape, element, lambda value=value: value, key, node.output[0])
+                return Constant(value.shape, element, partial(_same, value), key, node.output[0])
         return None
+
+
+def _same(value: Array) -> Array:
+    return value
 
 
 # ---- one function per op that a constant may pass through -----------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from hwkern import _native
@@ -48,7 +49,8 @@ class Copies:
 
         ``fill``: the bytes of inputs; others are zeros.
         """
-        calls, alive = [], []
+        calls: list[Callable[[int], None]] = []
+        alive: list[Any] = []
         for runner in self.runners:
             profile = runner.choose_profile(shapes)
             context = runner.engine.create_execution_context()
@@ -69,13 +71,14 @@ class Copies:
             _cuda.synchronize(stream.value)
             stream.free()
 
-            def call(stream: int, context: Any = context) -> None:
-                if not context.execute_async_v3(stream):
-                    raise RuntimeError("TensorRT could not run the engine.")
-
-            calls.append(call)
+            calls.append(partial(_enqueue, context))
             alive.append((context, buffers))
         return calls, alive
+
+
+def _enqueue(context: Any, stream: int) -> None:
+    if not context.execute_async_v3(stream):
+        raise RuntimeError("TensorRT could not run the engine.")
 
 
 def _address(data: Any) -> int:

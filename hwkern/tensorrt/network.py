@@ -1,4 +1,4 @@
-"""``swap``: hwkern's int8 linear in the place of matrix multiplies in an INetworkDefinition that somebody holds already."""
+"""``swap``: hwkern's int8 linear in the place of matrix multiplies of an INetworkDefinition that somebody holds."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ class _Swap:
             raise _LeftError(f"its weight is {weight.dtype.name}")
         rows = weight.reshape(weight.shape[-2:])
         rows = rows.T if layer.op1 == operation.NONE else rows
-        n, k = report.out_features, report.in_features = rows.shape
+        n, k = (int(d) for d in rows.shape)
+        report.out_features, report.in_features = n, k
         if k > K_MAX:
             raise _LeftError(f"K = {k}: an int32 sum is exact only below 2**17")
         if not self.choice.named(report.name) and (n * k < MIN_WEIGHTS or min(n, k) < MIN_FEATURES):

@@ -40,7 +40,11 @@ CHOOSE = -1  # hwkern.h kChoose: the kernels' cost model (or TensorRT's timing) 
 SCHEMES = ("w8a8_dynamic", "w8a8_static", "w8a16")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 #: ONNX element types that x, y, bias and residual may have.
-FLOATS = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
 METADATA_KEY = "hwkern"
 
 # All of them on every node: TensorRT's parser warns about each one that is missing.

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import hwkern
 from hwkern import _native
 from hwkern.tensorrt import _api, opdef
 from hwkern.tensorrt._api import TensorRT
@@ -40,8 +39,8 @@ def plugin_path(trt: ModuleType | str | None = None, *, version: int | None = No
             kind = "v3"
     else:
         kind = "v3" if version >= 10 else "v2"
-    path = Path(hwkern.__file__).parent / LIBRARIES[kind]
-    if not path.is_file():
+    path = _native.tensorrt_plugins().get(LIBRARIES[kind])
+    if path is None:
         raise FileNotFoundError(
             f"hwkern's TensorRT plugin ({LIBRARIES[kind]}) is not in this installation: it is built when CMake finds "
             "TensorRT's headers (HWKERN_TENSORRT_INCLUDE_DIR); `hwkern doctor` tells what this wheel has. To fix it, "

@@ -1,8 +1,8 @@
 """A float32 ONNX model in float16 or bfloat16, for strongly typed TensorRT (10 and newer, TensorRT-RTX).
 
-Every float32 constant and every node's computation becomes half precision; the model's inputs and outputs keep their types
-(a Cast each), and so do the scales of hwkern nodes and the operators in ``KEPT``, which index, count or turn angles and
-would lose more than rounding. TensorRT's normalization and softmax accumulate in float32 by themselves.
+Every float32 constant and every node's computation becomes half precision; the model's inputs and outputs keep their
+types (a Cast each), and so do the scales of hwkern nodes and the operators in ``KEPT``, which index, count or turn
+angles and would lose more than rounding. TensorRT's normalization and softmax accumulate in float32 by themselves.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class _Converter:
     def _tensor(self, tensor: TensorProto) -> None:
         if tensor.data_location == TensorProto.EXTERNAL:
             raise ValueError(
-                f"{tensor.name} is float32 and outside the model file: export the model in half precision, or save it in one "
-                "file, for a strongly typed TensorRT."
+                f"{tensor.name} is float32 and outside the model file: export the model in half precision, or save "
+                "it in one file, for a strongly typed TensorRT."
             )
         value = numpy_helper.to_array(tensor)
         if self.element == TensorProto.FLOAT16:

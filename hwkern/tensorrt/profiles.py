@@ -173,7 +173,7 @@ def _points(requests: Sequence[Request]) -> tuple[list[tuple[str, int]], Counter
     requests = list(requests)
     if not requests:
         raise ValueError("profiles_from needs at least one request.")
-    shapes = [{name: tuple(map(int, getattr(v, "shape", v))) for name, v in request.items()} for request in requests]
+    shapes = [{name: _shape(v) for name, v in request.items()} for request in requests]
     names = [(name, len(shape)) for name, shape in shapes[0].items()]
     counts: Counter[Shape] = Counter()
     for i, request in enumerate(shapes):
@@ -183,6 +183,11 @@ def _points(requests: Sequence[Request]) -> tuple[list[tuple[str, int]], Counter
             )
         counts[tuple(d for name, _ in names for d in request[name])] += 1
     return names, counts
+
+
+def _shape(value: Any) -> Shape:
+    dims: Any = getattr(value, "shape", value)
+    return tuple(int(d) for d in dims)
 
 
 class _Volumes:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper, version_converter
 
 import hwkern
 from hwkern._console import plain_table
@@ -43,6 +43,7 @@ Plan = Mapping[str, str]
 # As hwkern.patch: below, quantizing x and rescaling y cost more than the product saves.
 MIN_WEIGHTS = 2**17
 MIN_FEATURES = 64
+OLDEST_OPSET = 13
 _HEADS = ("lm_head", "embed_out")
 
 
@@ -129,8 +130,8 @@ def rewrite(
     bits that ``hwkern.patch`` gives.
 
     Args:
-        src: path, bytes or ModelProto (which is not changed); opset 13 or newer. Data outside the model file is read
-            from beside it.
+        src: path, bytes or ModelProto (which is not changed). Data outside the model file is read from beside it. An
+            opset before 13 is converted to 13 first.
         dst: where to write; None keeps the result in ``report.model``. A model with outside data, or of more than
             1.8 GB, gets ``<dst>.data`` beside it.
         include, exclude: node names: a pattern as in fnmatch, a predicate ``(name) -> bool``, or a sequence of both.
@@ -150,7 +151,8 @@ def rewrite(
         A :class:`RewriteReport`: each matrix multiply, swapped or with the reason why not.
 
     Raises:
-        ValueError: not an ONNX model, an opset before 13, an unknown scheme, a selector or plan that matches nothing.
+        ValueError: not an ONNX model, an opset that cannot be converted, an unknown scheme, a selector or plan that
+            matches nothing.
         FileNotFoundError: a file is missing.
     """
     if scheme not in ("w8a8_dynamic", "w8a16"):
@@ -158,11 +160,7 @@ def rewrite(
             f"scheme = {scheme!r}: it must be 'w8a8_dynamic' or 'w8a16' (static scales come from Q/DQ nodes)."
         )
     model, reader = load(src)
-    opset = opdef.opset_version(model)
-    if opset < 13:
-        raise ValueError(
-            f"The model uses opset {opset}: rewrite needs 13 or newer; convert it with onnx.version_converter."
-        )
+    model = _at_least_opset_13(model)
     target = None if dst is None else Path(dst)
     data = None
     if keeps_data_outside(model):
@@ -182,6 +180,20 @@ def rewrite(
             data.abandon()
         raise
     return report
+
+
+def _at_least_opset_13(model: ModelProto) -> ModelProto:
+    """The model, converted when it is older: the function bodies are written for 13 and newer."""
+    opset = opdef.opset_version(model)
+    if opset >= OLDEST_OPSET:
+        return model
+    sentence = f"The model uses opset {opset}: rewrite needs {OLDEST_OPSET} or newer"
+    if keeps_data_outside(model):
+        raise ValueError(f"{sentence}, and converts older models only when their weights are inside: export it anew.")
+    try:
+        return version_converter.convert_version(model, OLDEST_OPSET)
+    except Exception as error:
+        raise ValueError(f"{sentence}, and onnx cannot convert it ({error}): export it anew.") from error
 
 
 # ---- which nodes ---------------------------------------------------------------------------------------------------
@@ -603,8 +615,8 @@ class _Rewriter:
         return first.product, [opdef.make_node(variant, first.k, total, inputs, merged, name), split]
 
     def _weight(self, group: list[_Linear]) -> tuple[str, str]:
-        key = tuple((*linear.weight.key, linear.report.op, linear.factor, linear.n) for linear in group)
-        key = (*key, group[0].input_scale)
+        parts_key = tuple((*linear.weight.key, linear.report.op, linear.factor, linear.n) for linear in group)
+        key = (parts_key, group[0].input_scale)
         if key in self.packed:
             return self.packed[key]
         parts = [_packed(linear) for linear in group]

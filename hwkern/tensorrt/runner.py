@@ -309,8 +309,10 @@ class _Buffers:
     staged: _cuda.Event | None = None  # the inputs have left the page-locked buffers
 
     def free(self) -> None:
-        for buffer in (*self.device.values(), *self.host.values()):
-            buffer.free()
+        for device in self.device.values():
+            device.free()
+        for host in self.host.values():
+            host.free()
         if self.graph is not None:
             self.graph.free()
         if self.staged is not None:
@@ -339,7 +341,7 @@ class _Flight:
         for name, shape in self.plan.outputs.items():
             dtype = numpy_dtype(self.lane.runner.outputs[name].dtype)
             count = int(np.prod(shape, dtype=np.int64))
-            flat = np.frombuffer(self.buffers.host[name].view, dtype, count)
+            flat = np.frombuffer(memoryview(self.buffers.host[name].view), dtype, count)
             found[name] = flat.reshape(shape).copy()
         self.buffers.in_flight = False
         return found
@@ -621,7 +623,7 @@ def _host_values(array: Array) -> tuple[Any, ...]:
     """The values of a shape tensor, which decide about output shapes."""
     if array.on_device:
         raise TypeError("A shape tensor is read on the host: pass it as a numpy array.")
-    values = np.frombuffer((ctypes.c_uint8 * array.nbytes).from_address(array.pointer), numpy_dtype(array.dtype))
+    values = np.frombuffer(ctypes.string_at(array.pointer, array.nbytes), numpy_dtype(array.dtype))
     return tuple(values.tolist())
 
 
