@@ -12,20 +12,21 @@ constexpr int kAnyNewer = 999;
 #define HWKERN_SM80_ROW(ID, BM, BN, BK, WM, WN, WK, STAGES, BLOCKS)                                          \
   GemmConfig{ID, "sm80_" #BM "x" #BN "x" #BK "_s" #STAGES, 80,    kAnyNewer, BM, BN, BK, WM, WN, WK, STAGES, \
              1,  sm80_shared_bytes(BM, BN, BK, STAGES),    BLOCKS},
-#define HWKERN_SM90_ROW(ID, BN, CLUSTER, STAGES)             \
-  GemmConfig{ID,                                             \
-             "sm90_128x" #BN "x128_c" #CLUSTER "_s" #STAGES, \
-             90,                                             \
-             90,                                             \
-             kSm90BlockM,                                    \
-             BN,                                             \
-             kSm90BlockK,                                    \
-             8,                                              \
-             1,                                              \
-             1,                                              \
-             STAGES,                                         \
-             CLUSTER,                                        \
-             sm90_shared_bytes(BN, STAGES),                  \
+// A ping-pong tile is four warps' alone.
+#define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG)                                                  \
+  GemmConfig{ID,                                                                                   \
+             PINGPONG ? "sm90_128x" #BN "x128_s" #STAGES "_pp" : "sm90_128x" #BN "x128_s" #STAGES, \
+             90,                                                                                   \
+             90,                                                                                   \
+             kSm90BlockM,                                                                          \
+             BN,                                                                                   \
+             kSm90BlockK,                                                                          \
+             PINGPONG ? 4 : 8,                                                                     \
+             1,                                                                                    \
+             1,                                                                                    \
+             STAGES,                                                                               \
+             1,                                                                                    \
+             sm90_shared_bytes(BN, STAGES, PINGPONG),                                              \
              1},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)};
 #undef HWKERN_SM80_ROW
