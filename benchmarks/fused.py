@@ -1,8 +1,8 @@
 """Norm + quantize and activation + quantize in one launch, against the norm or activation alone and against a copy.
 
 Peers for a norm: torch's fused kernel (F.rms_norm, F.layer_norm) and the norm under torch.compile, alone, and each
-followed by ``hwkern.ops.quantize``. For an activation: torch.compile's kernel alone (silu(gate) · up, gelu), and followed by
-the quantization. "copy" moves the same bytes as our kernel, half of them read and half written.
+followed by ``hwkern.ops.quantize``. For an activation: torch.compile's kernel alone (silu(gate) · up, gelu), and with
+the quantization behind it. "copy" moves the same bytes as our kernel, half of them read and half written.
 """
 
 from __future__ import annotations
