@@ -4,8 +4,6 @@
 // M·K·(2·sizeof(T) + 1) bytes where torch's chain moves 2·sizeof(T) to silu, 3·sizeof(T) to the product and
 // sizeof(T) + 1 to the quantization: 5 against 13 bytes an element in bfloat16. Rows too long for the registers are
 // read, and computed, a second time.
-#include <type_traits>
-
 #include "core/activation.cuh"
 #include "core/launch.cuh"
 #include "ptx/grid.cuh"
@@ -15,36 +13,15 @@
 namespace hwkern {
 namespace {
 
-// x becomes the activation of x, rounded to T, and with `up` the product, rounded again.
-template <typename T, bool GATED, Activation A>
-__device__ __forceinline__ void apply(RowVector<T>& x, const RowVector<T>& up) {
-  float y[RowVector<T>::COUNT], factor[RowVector<T>::COUNT];
+// x becomes the activation of x, rounded to T, and with `up` the product, rounded again. One choice a vector: hoisted over
+// several, their values are all alive at once and do not fit in 80 registers.
+template <typename T, bool GATED>
+__device__ __forceinline__ void apply(Activation activation, RowVector<T>& x, const RowVector<T>& up) {
+  float y[RowVector<T>::COUNT];
   x.values(y);
-#pragma unroll
-  for (float& value : y) value = activated<A>(value);
+  activate(activation, y);
   x.set(y);
-  if (!GATED) return;
-  x.values(y);
-  up.values(factor);
-#pragma unroll
-  for (int e = 0; e < RowVector<T>::COUNT; ++e) y[e] = __fmul_rn(y[e], factor[e]);
-  x.set(y);
-}
-
-// The same for VECTORS vectors; the choice is made once for all of them.
-template <typename T, bool GATED, int VECTORS>
-__device__ __forceinline__ void apply(Activation activation, RowVector<T> (&x)[VECTORS], RowVector<T> (&up)[VECTORS]) {
-  auto all = [&](auto chosen) {
-#pragma unroll
-    for (int v = 0; v < VECTORS; ++v) apply<T, GATED, decltype(chosen)::value>(x[v], up[v]);
-  };
-  switch (activation) {
-    case Activation::kRelu: return all(std::integral_constant<Activation, Activation::kRelu>{});
-    case Activation::kGelu: return all(std::integral_constant<Activation, Activation::kGelu>{});
-    case Activation::kGeluTanh: return all(std::integral_constant<Activation, Activation::kGeluTanh>{});
-    case Activation::kSilu: return all(std::integral_constant<Activation, Activation::kSilu>{});
-    default: return all(std::integral_constant<Activation, Activation::kNone>{});
-  }
+  if (GATED) x.multiply(up);
 }
 
 // blockDim = (threads of a row, rows of a block); blockDim.y > 1 only with blockDim.x == 32. WHOLE: rows are whole (see
@@ -55,7 +32,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   using Row = RowVector<T>;
   const bool aligned = WHOLE || rows_aligned;
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t stride = int64_t(blockDim.x) * Row::COUNT, first = int64_t(threadIdx.x) * Row::COUNT;
+  const uint32_t stride = blockDim.x * Row::COUNT, first = threadIdx.x * Row::COUNT;
   ptx::grid_wait();
   ptx::grid_release();
   if (m >= p.m) return;  // a whole warp, and only where no other warp works on its row
@@ -70,13 +47,14 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
     kept[v].template load<WHOLE>(x, first + v * stride, p.k, aligned);
     if (GATED) factor[v].template load<WHOLE>(up, first + v * stride, p.k, aligned);
   }
-  apply<T, GATED>(p.activation, kept, factor);
-  auto apply_again = [&](int64_t c) {
-    Row row[1], its_factor[1];
-    row[0].load(x, c, p.k, aligned);
-    if (GATED) its_factor[0].load(up, c, p.k, aligned);
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) apply<T, GATED>(p.activation, kept[v], factor[v]);
+  auto apply_again = [&](uint32_t c) {
+    Row row, its_factor;
+    row.load(x, c, p.k, aligned);
+    if (GATED) its_factor.load(up, c, p.k, aligned);
     apply<T, GATED>(p.activation, row, its_factor);
-    return row[0];
+    return row;
   };
 
   float inverse;
@@ -87,7 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) largest.add(kept[v]);
     if constexpr (!WHOLE) {
-      for (int64_t c = first + VECTORS * stride; c < p.k; c += stride) largest.add(apply_again(c));
+      for (uint32_t c = first + VECTORS * stride; c < p.k; c += stride) largest.add(apply_again(c));
     }
     const TokenScale token(row_max(largest.bits()));
     if (threadIdx.x == 0) p.scale[m] = token.scale;
@@ -97,7 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) kept[v].template quantize<WHOLE>(q, first + v * stride, p.ldq, aligned, same);
   if constexpr (!WHOLE) {
-    for (int64_t c = first + VECTORS * stride; c < p.ldq; c += stride)
+    for (uint32_t c = first + VECTORS * stride; c < p.ldq; c += stride)
       apply_again(c).quantize(q, c, p.ldq, aligned, same);
   }
 }

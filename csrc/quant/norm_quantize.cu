@@ -50,8 +50,8 @@ __device__ __forceinline__ float folded_over_lanes(float (&v)[COUNT]) {
   return v[0];
 }
 
-// SAME: rows are whole (see RowVector) and fit in registers; weight and bias are absent, or of x's dtype and aligned.
-// Otherwise (with VECTORS = 1) anything goes.
+// SAME: rows are whole (see RowVector) and fit in registers; weight and bias are absent, or of x's dtype and aligned; an
+// offset comes only with kRms. Otherwise (with VECTORS = 1) anything goes.
 template <typename T, Norm NORM, int VECTORS, bool SAME>
 __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
     norm_quantize_kernel(const NormQuantize p, const float inverse_k, const bool rows_aligned) {
@@ -61,15 +61,15 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   constexpr bool EARLY = SAME && (VECTORS == 1 || !LAYER);  // 16 more registers for the bias would not fit
   extern __shared__ float smem[];  // one float a chunk, for LAYER two
   const bool aligned = SAME || rows_aligned;
-  const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32, warps = blockDim.x / 32;
-  const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, k = p.k;
-  const int64_t stride = int64_t(blockDim.x) * COUNT, first = int64_t(threadIdx.x) * COUNT;
-  const int64_t rest = first + VECTORS * stride;  // where what does not fit in registers begins
-  const int chunks = static_cast<int>((k + 32 * COUNT - 1) / (32 * COUNT));
+  const uint32_t warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32, warps = blockDim.x / 32;
+  const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const uint32_t k = p.k, stride = blockDim.x * COUNT, first = threadIdx.x * COUNT;
+  const uint32_t rest = first + VECTORS * stride;  // where what does not fit in registers begins
+  const uint32_t chunks = (k + 32 * COUNT - 1) / (32 * COUNT);
 
   // An absent weight is 1 and an absent bias -0: neither changes a bit.
   const float offset = p.weight ? p.offset : 0.0f;
-  auto load_same = [&](Row& row, const void* from, int64_t c, float absent) {
+  auto load_same = [&](Row& row, const void* from, uint32_t c, float absent) {
     if (from) {
       row.template load<SAME>(static_cast<const T*>(from), c, k, true);
     } else {
@@ -94,21 +94,16 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   T* y_out = p.y ? static_cast<T*>(p.y) + m * p.ldy : nullptr;
 
   // ---- h, and what is summed over it
-  auto load_h = [&](Row& row, int64_t c) {
-    row.template load<SAME>(x, c, k, aligned);
+  auto load_h = [&](Row& row, uint32_t c) {
+    row.load(x, c, k, aligned);
     if (!residual) return;
     Row other;
-    other.template load<SAME>(residual, c, k, aligned);
-    float a[COUNT], b[COUNT];
-    row.values(a);
-    other.values(b);
-#pragma unroll
-    for (int e = 0; e < COUNT; ++e) a[e] = __fadd_rn(a[e], b[e]);
-    row.set(a);
-    if (h_out) row.template store<SAME>(h_out, c, k, aligned);
+    other.load(residual, c, k, aligned);
+    row.add(other);
+    if (h_out) row.store(h_out, c, k, aligned);
   };
   // NOTE: once h is written it may lie over x or the residual, so what is read again comes from there.
-  auto load_h_again = [&](Row& row, int64_t c) {
+  auto load_h_again = [&](Row& row, uint32_t c) {
     if (h_out) {
       row.load(h_out, c, k, aligned);
     } else {
@@ -116,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
     }
   };
   // One vector's part of Σ term(h).
-  auto sum_of = [&](const Row& row, int64_t c, auto term) {
+  auto sum_of = [&](const Row& row, uint32_t c, auto term) {
     float t[COUNT];
     row.values(t);
 #pragma unroll
@@ -136,11 +131,11 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
       return __fadd_rn(total, 0.0f);
     }
     if (lane_id % (32 / VECTORS) == 0) {
-      const int chunk = lane_id / (32 / VECTORS) * warps + warp_id;
+      const uint32_t chunk = lane_id / (32 / VECTORS) * warps + warp_id;
       if (chunk < chunks) of_chunk[chunk] = total;
     }
     if constexpr (!SAME) {
-      for (int64_t c = rest; c - lane_id * COUNT < k; c += stride) {
+      for (uint32_t c = rest; c - lane_id * COUNT < k; c += stride) {
         Row row;
         load(row, c);
         float part[1] = {sum_of(row, c, term)};
@@ -150,7 +145,8 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
     }
     __syncthreads();
     total = 0.0f;
-    for (int i = lane_id; i < chunks; i += 32) total = __fadd_rn(total, of_chunk[i]);
+#pragma unroll 1
+    for (uint32_t i = lane_id; i < chunks; i += 32) total = __fadd_rn(total, of_chunk[i]);
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) total = plus_partner(total, distance);
     return __fadd_rn(total, 0.0f);
@@ -159,7 +155,17 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   Row kept[VECTORS];
   float of_vector[VECTORS];
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) load_h(kept[v], first + v * stride);
+  for (int v = 0; v < VECTORS; ++v) kept[v].template load<SAME>(x, first + v * stride, k, aligned);
+  if (residual) {  // all loads before the first sum
+    Row other[VECTORS];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) other[v].template load<SAME>(residual, first + v * stride, k, aligned);
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+      kept[v].add(other[v]);
+      if (h_out) kept[v].template store<SAME>(h_out, first + v * stride, k, aligned);
+    }
+  }
   float mean = 0.0f;
   if constexpr (LAYER) {
     auto itself = [](float h) { return h; };
@@ -176,57 +182,63 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   const float r = __frcp_rn(__fsqrt_rn(__fadd_rn(__fmul_rn(squares, inverse_k), p.eps)));
 
   // ---- h becomes y; beyond the row it stays 0
-  // Weights or biases at c, as float32. `early`: what has been loaded, or null.
-  auto affine = [&](float (&w)[COUNT], const Row* early, const void* from, DType dtype, int64_t c, float absent) {
+  // Weights or biases at c, as float32.
+  auto affine = [&](float (&w)[COUNT], const void* from, DType dtype, uint32_t c, float absent) {
     if constexpr (SAME) {
       Row row;
-      if (early) {
-        row = *early;
-      } else {
-        load_same(row, from, c, absent);
-      }
+      load_same(row, from, c, absent);
       row.values(w);
     } else {
 #pragma unroll
       for (int e = 0; e < COUNT; ++e) w[e] = from && c + e < k ? load_float(from, dtype, c + e) : absent;
     }
   };
-  auto normalise = [&](Row& row, int64_t c, const Row* early_weight) {
+  auto normalise = [&](Row& row, uint32_t c, const Row& early_weight) {
     if (c >= k) return;
     float y[COUNT], w[COUNT];
     row.values(y);
 #pragma unroll
     for (int e = 0; e < COUNT; ++e) y[e] = __fmul_rn(centred(y[e]), r);
-    if (NORM == Norm::kRmsRounded) {
+    if (SAME && NORM == Norm::kRmsRounded) {
       row.set(y);
-      row.values(y);
+      row.multiply(early_weight);
+    } else {
+      if (NORM == Norm::kRmsRounded) {
+        row.set(y);
+        row.values(y);
+      }
+      if (EARLY) {
+        early_weight.values(w);
+      } else {
+        affine(w, p.weight, p.weight_dtype, c, 1.0f);
+      }
+#pragma unroll
+      for (int e = 0; e < COUNT; ++e)
+        y[e] = __fmul_rn(y[e], SAME && NORM != Norm::kRms ? w[e] : __fadd_rn(offset, w[e]));
+      if (LAYER) {
+        affine(w, p.bias, p.bias_dtype, c, -0.0f);
+#pragma unroll
+        for (int e = 0; e < COUNT; ++e) y[e] = __fadd_rn(y[e], w[e]);
+      }
+#pragma unroll
+      for (int e = 0; e < COUNT; ++e)
+        if (!SAME && c + e >= k) y[e] = 0.0f;
+      row.set(y);
     }
-    affine(w, early_weight, p.weight, p.weight_dtype, c, 1.0f);
-#pragma unroll
-    for (int e = 0; e < COUNT; ++e) y[e] = __fmul_rn(y[e], __fadd_rn(offset, w[e]));
-    if (LAYER) {
-      affine(w, nullptr, p.bias, p.bias_dtype, c, -0.0f);
-#pragma unroll
-      for (int e = 0; e < COUNT; ++e) y[e] = __fadd_rn(y[e], w[e]);
-    }
-#pragma unroll
-    for (int e = 0; e < COUNT; ++e)
-      if (!SAME && c + e >= k) y[e] = 0.0f;
-    row.set(y);
     if (y_out) row.template store<SAME>(y_out, c, k, aligned);
   };
   Largest<T> largest;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    normalise(kept[v], first + v * stride, EARLY ? &weight[EARLY ? v : 0] : nullptr);
+    normalise(kept[v], first + v * stride, weight[EARLY ? v : 0]);
     largest.add(kept[v]);
   }
   if constexpr (!SAME) {
-    for (int64_t c = rest; c < k; c += stride) {
+    for (uint32_t c = rest; c < k; c += stride) {
       if (p.is_static && !y_out) break;
       Row row;
       load_h_again(row, c);
-      normalise(row, c, nullptr);
+      normalise(row, c, weight[0]);
       largest.add(row);
     }
   }
@@ -245,13 +257,13 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) kept[v].template quantize<SAME>(q, first + v * stride, p.ldq, aligned, same);
   if constexpr (!SAME) {
-    for (int64_t c = rest; c < p.ldq; c += stride) {
+    for (uint32_t c = rest; c < p.ldq; c += stride) {
       Row row;
       if (y_out) {  // NOTE: it may lie over x
         row.load(y_out, c, k, aligned);
       } else {
         load_h_again(row, c);
-        normalise(row, c, nullptr);
+        normalise(row, c, weight[0]);
       }
       row.quantize(q, c, p.ldq, aligned, same);
     }
@@ -266,7 +278,7 @@ Status launch_norm(const NormQuantize& p, const Device& device, Stream stream) {
   const bool aligned = rows_aligned(p.x, p.ldx) && is_aligned(p.q, COUNT) && p.ldq % COUNT == 0 &&
                        (!p.residual || rows_aligned(p.residual, p.ldr)) && (!p.h || rows_aligned(p.h, p.ldh)) &&
                        (!p.y || rows_aligned(p.y, p.ldy));
-  const bool same = aligned && p.k % COUNT == 0 &&
+  const bool same = aligned && p.k % COUNT == 0 && (NORM == Norm::kRms || !p.weight || p.offset == 0.0f) &&
                     (!p.weight || (p.weight_dtype == p.x_dtype && is_aligned(p.weight, 16))) &&
                     (!p.bias || (p.bias_dtype == p.x_dtype && is_aligned(p.bias, 16)));
   const RowShape shape(same, p.m, vectors, device.sm_count);

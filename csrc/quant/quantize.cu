@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   if (m >= p.m) return;
   const T* x = static_cast<const T*>(p.x) + m * p.ldx;
   int8_t* q = p.q + m * p.ldq;
-  const int64_t stride = int64_t(blockDim.x) * Row::COUNT, first = int64_t(threadIdx.x) * Row::COUNT;
+  const uint32_t stride = blockDim.x * Row::COUNT, first = threadIdx.x * Row::COUNT;
 
   Row kept[VECTORS];
   Largest<T> largest;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) largest.add(kept[v]);
   if constexpr (!WHOLE) {
-    for (int64_t c = first + VECTORS * stride; c < p.k; c += stride) {
+    for (uint32_t c = first + VECTORS * stride; c < p.k; c += stride) {
       Row row;
       row.load(x, c, p.k, aligned);
       largest.add(row);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) kept[v].template quantize<WHOLE>(q, first + v * stride, p.ldq, aligned, same);
   if constexpr (!WHOLE) {
-    for (int64_t c = first + VECTORS * stride; c < p.ldq; c += stride) {
+    for (uint32_t c = first + VECTORS * stride; c < p.ldq; c += stride) {
       Row row;
       row.load(x, c, p.k, aligned);
       row.quantize(q, c, p.ldq, aligned, same);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(256)
     quantize_static_kernel(const Quantize p, ScaleAxis axis, int rounds, const bool rows_aligned) {
   using Row = RowVector<T>;
   const bool aligned = WHOLE || rows_aligned;
-  const int64_t c = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * Row::COUNT;
+  const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * Row::COUNT;
   if (c >= p.ldq) return;
   const T* x = static_cast<const T*>(p.x);
   const int64_t group_rows = int64_t(blockDim.y) * STATIC_ROWS;
