@@ -25,6 +25,8 @@ QUICK_M, QUICK_K = (16, 4096), (4096,)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EPS = 1e-5
 
+COMPILE = True  # cleared by --no-compile
+
 Calls = list[Callable[[], object]]
 
 
@@ -57,8 +59,13 @@ def then_quantize(call: Callable[[], Any]) -> Tensor:
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One graph per shape: what a compiled model of fixed shape runs."""
-    return torch.compile(function, dynamic=False)
+    """One graph per shape: what a compiled model of fixed shape runs. Eager with ``--no-compile``."""
+    return torch.compile(function, dynamic=False) if COMPILE else function
+
+
+def label() -> str:
+    """The name of such a peer."""
+    return "compiled" if COMPILE else "eager"
 
 
 # ---- one row of the table ------------------------------------------------------------------------------------------
@@ -110,7 +117,7 @@ def norms(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any]]:
         assert torch.equal(got.q, want[0]), f"norm_quantize {kind} is wrong at {m}×{k} {dtype}"
     part = functools.partial
     fused_rms = getattr(F, "rms_norm", None)
-    rms: dict[str, Calls] = {"compiled": [part(compiled(llama_norm), x, w) for x in xs]}
+    rms: dict[str, Calls] = {label(): [part(compiled(llama_norm), x, w) for x in xs]}
     if fused_rms is not None:
         rms["F.rms_norm"] = [part(fused_rms, x, (k,), w, EPS) for x in xs]
     pairs = list(zip(xs, residuals, strict=True))
@@ -122,13 +129,13 @@ def norms(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any]]:
         row(
             "add, RMSNorm", m, k, dtype, moved + 2 * m * k * t.itemsize, l2_bytes,
             [part(ops.norm_quantize, x, w, None, r, kind="rms_rounded", eps=EPS) for x, r in pairs],
-            {"compiled": [part(compiled(add_llama_norm), x, r, w) for x, r in pairs]},
+            {label(): [part(compiled(add_llama_norm), x, r, w) for x, r in pairs]},
         ),
         row(
             "LayerNorm", m, k, dtype, moved, l2_bytes,
             [part(ops.norm_quantize, x, w, b, kind="layer", eps=EPS) for x in xs],
             {
-                "compiled": [part(compiled(F.layer_norm), x, (k,), w, b, EPS) for x in xs],
+                label(): [part(compiled(F.layer_norm), x, (k,), w, b, EPS) for x in xs],
                 "F.layer_norm": [part(F.layer_norm, x, (k,), w, b, EPS) for x in xs],
             },
         ),
@@ -150,12 +157,12 @@ def activations(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any
         row(
             "silu · up", m, k, dtype, moved + m * k * t.itemsize, l2_bytes,
             [part(ops.activation_quantize, x, gated=True) for x in both],
-            {"compiled": [part(compiled(silu_mul), x) for x in both]},
+            {label(): [part(compiled(silu_mul), x) for x in both]},
         ),
         row(
             "gelu", m, k, dtype, moved, l2_bytes,
             [part(ops.activation_quantize, x, activation="gelu") for x in gates],
-            {"compiled": [part(compiled(F.gelu), x) for x in gates], "F.gelu": [part(F.gelu, x) for x in gates]},
+            {label(): [part(compiled(F.gelu), x) for x in gates], "F.gelu": [part(F.gelu, x) for x in gates]},
         ),
     ]  # fmt: skip
 
@@ -164,7 +171,10 @@ def main() -> None:
     """Measure, print, save."""
     parser = timing.parser(__doc__)
     parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="comma-separated")
+    parser.add_argument("--no-compile", action="store_true", help="eager peers: torch.compile takes seconds a shape")
     arguments = parser.parse_args()
+    global COMPILE
+    COMPILE = not arguments.no_compile
     timing.need_cuda()
     torch.manual_seed(0)
     torch._dynamo.config.cache_size_limit = 1000  # one graph per shape and dtype

@@ -21,12 +21,12 @@ kinds = pytest.mark.parametrize("kind", ops.NORMS)
 activations = pytest.mark.parametrize("name", ops.ACTIVATIONS)
 
 # K around a vector (4, 8), a warp's vectors (128, 256), four of those, a block's, and beyond what stays in registers.
-K = [1, 264, 1030] if REDUCED else [1, 3, 8, 9, 127, 255, 256, 257, 768, 1024, 1025, 4096, 5000, 8192, 14336, 40000]
+K = [1, 264, 1030] if REDUCED else [1, 3, 8, 9, 256, 257, 768, 1025, 4096, 5000, 14336, 40000]
 
 
-def batches(device: str) -> list[int]:
+def batches(device: str, k: int) -> list[int]:
     """More rows than SMs take another launch shape than a few."""
-    return [1, 6] if REDUCED else [1, 5, 150] if device == "cuda" else [1, 5]
+    return [1, 6] if REDUCED else [1, 150] if device == "cuda" and k < 20000 else [1, 5]
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, spread: float = 1.0) -> Tensor:
@@ -58,7 +58,7 @@ def assert_norm(device: str, x: Tensor, *args: Any, **kwargs: Any) -> None:
 @pytest.mark.parametrize("k", K)
 @pytest.mark.sanitizer
 def test_norm_has_the_reference_s_bits(device: str, dtype: torch.dtype, kind: str, k: int):
-    for m in batches(device):
+    for m in batches(device, k):
         x, residual = rand(m, k, dtype=dtype, spread=3), rand(m, k, dtype=dtype)
         weight = rand(k, dtype=dtype)
         bias = rand(k, dtype=dtype) if kind == "layer" else None
@@ -287,7 +287,7 @@ def assert_activation(device: str, x: Tensor, up: Tensor | None, name: str, scal
 @pytest.mark.parametrize("k", K)
 @pytest.mark.sanitizer
 def test_activation_is_within_its_bound(device: str, dtype: torch.dtype, name: str, k: int):
-    for m in batches(device):
+    for m in batches(device, k):
         x, up = rand(m, k, dtype=dtype, spread=3), rand(m, k, dtype=dtype)
         assert_activation(device, x, None, name)
         assert_activation(device, x, up, name)
