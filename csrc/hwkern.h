@@ -191,7 +191,8 @@ struct NormQuantize {
 Status norm_quantize(const NormQuantize& problem, Stream stream);
 
 // y = round(activation(x)), or gated: y = round(round(activation(x)) · up). The halves of a [M, 2K] gate-and-up product
-// are x and up = x + K with the same leading dimension.
+// are x and up = x + K with the same leading dimension. An activation is within 4 float32 ulp of the size of x before it
+// is rounded; kNone and kRelu are exact.
 struct ActivationQuantize {
   const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
   const void* up;            // [M, K] of x_dtype, or null

@@ -101,7 +101,7 @@ def activation_quantize(
     Returns:
         ``q [..., K]`` int8 and the float32 scale (``x.shape[:-1]`` when dynamic, else the one that came in). The
         activation and the product are each rounded to x's dtype, as torch would store them, and then quantized as in
-        ``hwkern.ops.quantize``. The activation itself is within 2 float32 ulp of the size of x, on the CPU and on CUDA.
+        ``hwkern.ops.quantize``. The activation itself is within 4 float32 ulp of the size of x, on the CPU and on CUDA.
     """
     q, new_scale = torch.ops.hwkern.activation_quantize.default(x, up, scale, activation, gated)
     return q, new_scale if scale is None else scale

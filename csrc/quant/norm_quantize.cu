@@ -53,12 +53,11 @@ __device__ __forceinline__ float folded_over_lanes(float (&v)[COUNT]) {
 // SAME: rows are whole (see RowVector) and fit in registers; weight and bias are absent, or of x's dtype and aligned; an
 // offset comes only with kRms. Otherwise (with VECTORS = 1) anything goes.
 template <typename T, Norm NORM, int VECTORS, bool SAME>
-__global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
+__global__ void __launch_bounds__(MAX_THREADS, 1)
     norm_quantize_kernel(const NormQuantize p, const float inverse_k, const bool rows_aligned) {
   using Row = RowVector<T>;
   constexpr int COUNT = Row::COUNT;
   constexpr bool LAYER = NORM == Norm::kLayer;
-  constexpr bool EARLY = SAME && (VECTORS == 1 || !LAYER);  // 16 more registers for the bias would not fit
   extern __shared__ float smem[];  // one float a chunk, for LAYER two
   const bool aligned = SAME || rows_aligned;
   const uint32_t warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32, warps = blockDim.x / 32;
@@ -79,11 +78,14 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
       row.set(same);
     }
   };
-  Row weight[EARLY ? VECTORS : 1];
-  if constexpr (EARLY) {  // weights are constant: they may come while the kernel before still runs
+  Row weight[VECTORS];
+  auto load_weight = [&] {
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) load_same(weight[v], p.weight, first + v * stride, 1.0f);
-  }
+  };
+  // Weights are constant: they may come while the kernel before still runs. With 4 vectors a thread the registers are
+  // needed for the loads of h first, and other blocks hide the wait.
+  if (SAME && VECTORS == 1) load_weight();
   ptx::grid_wait();
   ptx::grid_release();
   if (m >= p.m) return;  // a whole warp, and only where no other warp works on its row
@@ -175,6 +177,9 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   }
   auto centred = [&](float h) { return LAYER ? __fsub_rn(h, mean) : h; };
   auto square = [&](float h) { return __fmul_rn(centred(h), centred(h)); };
+  if (SAME && VECTORS > 1) load_weight();
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) kept[v].stay_packed();
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) of_vector[v] = sum_of(kept[v], first + v * stride, square);
   const float squares =
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
       for (int e = 0; e < COUNT; ++e) w[e] = from && c + e < k ? load_float(from, dtype, c + e) : absent;
     }
   };
-  auto normalise = [&](Row& row, uint32_t c, const Row& early_weight) {
+  auto normalise = [&](Row& row, uint32_t c, const Row& its_weight) {
     if (c >= k) return;
     float y[COUNT], w[COUNT];
     row.values(y);
@@ -201,14 +206,14 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
     for (int e = 0; e < COUNT; ++e) y[e] = __fmul_rn(centred(y[e]), r);
     if (SAME && NORM == Norm::kRmsRounded) {
       row.set(y);
-      row.multiply(early_weight);
+      row.multiply(its_weight);
     } else {
       if (NORM == Norm::kRmsRounded) {
         row.set(y);
         row.values(y);
       }
-      if (EARLY) {
-        early_weight.values(w);
+      if (SAME) {
+        its_weight.values(w);
       } else {
         affine(w, p.weight, p.weight_dtype, c, 1.0f);
       }
@@ -229,8 +234,10 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   };
   Largest<T> largest;
 #pragma unroll
+  for (int v = 0; v < VECTORS; ++v) kept[v].stay_packed();
+#pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
-    normalise(kept[v], first + v * stride, weight[EARLY ? v : 0]);
+    normalise(kept[v], first + v * stride, weight[v]);
     largest.add(kept[v]);
   }
   if constexpr (!SAME) {

@@ -14,8 +14,7 @@ namespace {
 // blockDim = (threads of a row, rows of a block); blockDim.y > 1 only with blockDim.x == 32. WHOLE: rows are whole (see
 // RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything goes.
 template <typename T, int VECTORS, bool WHOLE>
-__global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
-    quantize_per_token_kernel(const Quantize p, const bool rows_aligned) {
+__global__ void __launch_bounds__(MAX_THREADS, 1) quantize_per_token_kernel(const Quantize p, const bool rows_aligned) {
   using Row = RowVector<T>;
   const bool aligned = WHOLE || rows_aligned;
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -51,42 +50,34 @@ __global__ void __launch_bounds__(kMaxThreads<VECTORS>, 1)
   }
 }
 
-// One vector column a thread, over `rounds` groups of STATIC_ROWS consecutive rows each. With a scale per column the 4 or
-// 8 reciprocals, some 15 instructions each, are computed once for all of them.
+// One vector of STATIC_ROWS consecutive rows a thread, so that the 4 or 8 reciprocals of its columns, some 15 instructions
+// each, are computed once for all of them; blockIdx.x walks the rows, blockIdx.y the columns.
 constexpr int STATIC_ROWS = 4;
 
 template <typename T, bool PER_COLUMN, bool WHOLE>
 __global__ void __launch_bounds__(256)
-    quantize_static_kernel(const Quantize p, ScaleAxis axis, int rounds, const bool rows_aligned) {
+    quantize_static_kernel(const Quantize p, ScaleAxis axis, const bool rows_aligned) {
   using Row = RowVector<T>;
   const bool aligned = WHOLE || rows_aligned;
   const uint32_t c = (blockIdx.y * blockDim.x + threadIdx.x) * Row::COUNT;
   if (c >= p.ldq) return;
   const T* x = static_cast<const T*>(p.x);
-  const int64_t group_rows = int64_t(blockDim.y) * STATIC_ROWS;
-  int64_t m0 = int64_t(blockIdx.x) * rounds * group_rows + threadIdx.y * STATIC_ROWS;
+  const int64_t m0 = (int64_t(blockIdx.x) * blockDim.y + threadIdx.y) * STATIC_ROWS;
   Row row[STATIC_ROWS];
-  auto load_rows = [&] {
 #pragma unroll
-    for (int r = 0; r < STATIC_ROWS; ++r)
-      if (m0 + r < p.m) row[r].template load<WHOLE>(x + (m0 + r) * p.ldx, c, p.k, aligned);
-  };
-  load_rows();  // on their way while the reciprocals are computed
+  for (int r = 0; r < STATIC_ROWS; ++r)
+    if (m0 + r < p.m) row[r].template load<WHOLE>(x + (m0 + r) * p.ldx, c, p.k, aligned);
+  // While the rows are on their way:
   float inverse[Row::COUNT];  // of the columns; or one, of the tensor or the row
 #pragma unroll
   for (int e = 0; e < (PER_COLUMN ? Row::COUNT : 1); ++e)
     inverse[e] = !PER_COLUMN || c + e < p.k ? __frcp_rn(p.scale[PER_COLUMN ? c + e : 0]) : 0.0f;
-  for (int round = 0;;) {
 #pragma unroll
-    for (int r = 0; r < STATIC_ROWS; ++r) {
-      if (m0 + r >= p.m) return;
-      if (!PER_COLUMN && axis == ScaleAxis::kRow) inverse[0] = __frcp_rn(p.scale[m0 + r]);
-      row[r].template quantize<WHOLE>(p.q + (m0 + r) * p.ldq, c, p.ldq, aligned,
-                                      [&](int e) { return inverse[PER_COLUMN ? e : 0]; });
-    }
-    if (++round == rounds) return;
-    m0 += group_rows;
-    load_rows();
+  for (int r = 0; r < STATIC_ROWS; ++r) {
+    if (m0 + r >= p.m) break;
+    if (!PER_COLUMN && axis == ScaleAxis::kRow) inverse[0] = __frcp_rn(p.scale[m0 + r]);
+    row[r].template quantize<WHOLE>(p.q + (m0 + r) * p.ldq, c, p.ldq, aligned,
+                                    [&](int e) { return inverse[PER_COLUMN ? e : 0]; });
   }
 }
 
@@ -150,23 +141,17 @@ Status launch_quantize_per_token(const Quantize& p, Stream stream) {
 }
 
 Status launch_quantize_static(const Quantize& p, ScaleAxis axis, Stream stream) {
-  Device device;
-  if (const Status status = current_device(&device); !status.ok()) return status;
   return with_float_type(p.x_dtype, [&](auto zero) {
     using T = decltype(zero);
-    VectorGrid g(ceil_div(p.m, STATIC_ROWS), ceil_div(p.ldq, RowVector<T>::COUNT));
+    const VectorGrid g(ceil_div(p.m, STATIC_ROWS), ceil_div(p.ldq, RowVector<T>::COUNT));
     if (!g.fits()) return invalid("quantize: a row is too long for one launch");
-    // As many rounds as leave each SM 16 blocks, two or three times what runs at once; more than 8 save nothing.
-    const int64_t blocks = int64_t{g.grid.x} * g.grid.y, enough = int64_t{16} * device.sm_count;
-    const int rounds = static_cast<int>(blocks >= 8 * enough ? 8 : blocks >= enough ? blocks / enough : 1);
-    g.grid.x = static_cast<unsigned>(ceil_div(g.grid.x, rounds));
     const bool aligned = rows_aligned<T>(p), whole = aligned && p.k % RowVector<T>::COUNT == 0;
     const Launch at{g.grid, g.block};
     if (axis == ScaleAxis::kColumn)
-      return whole ? launch<quantize_static_kernel<T, true, true>>(at, stream, p, axis, rounds, true)
-                   : launch<quantize_static_kernel<T, true, false>>(at, stream, p, axis, rounds, aligned);
-    return whole ? launch<quantize_static_kernel<T, false, true>>(at, stream, p, axis, rounds, true)
-                 : launch<quantize_static_kernel<T, false, false>>(at, stream, p, axis, rounds, aligned);
+      return whole ? launch<quantize_static_kernel<T, true, true>>(at, stream, p, axis, true)
+                   : launch<quantize_static_kernel<T, true, false>>(at, stream, p, axis, aligned);
+    return whole ? launch<quantize_static_kernel<T, false, true>>(at, stream, p, axis, true)
+                 : launch<quantize_static_kernel<T, false, false>>(at, stream, p, axis, aligned);
   });
 }
 

@@ -10,6 +10,7 @@
 #include "core/float_types.cuh"
 #include "hwkern.h"
 #include "ptx/convert.cuh"
+#include "ptx/opaque.cuh"
 
 namespace hwkern {
 
@@ -141,6 +142,12 @@ struct RowVector {
     for (int w = 0; w < 4; ++w) raw.v[w] = Word<T>::pack(x + w * Word<T>::COUNT);
   }
 
+  // Between two passes over a row: without it the compiler keeps what it unpacked, and what it made of that, in registers.
+  __device__ __forceinline__ void stay_packed() {
+#pragma unroll
+    for (uint32_t& word : raw.v) ptx::opaque(word);
+  }
+
   __device__ __forceinline__ void add(const RowVector& other) {
 #pragma unroll
     for (int w = 0; w < 4; ++w) raw.v[w] = Word<T>::sum(raw.v[w], other.raw.v[w]);
@@ -213,13 +220,12 @@ struct TokenScale {
 };
 
 // How many threads and vectors a row gets, where all of it is kept in registers (`whole`, see RowVector):
-// a warp while that takes at most 4 vectors a lane, then as many warps as 4 vectors a thread take. Few rows leave most of
-// the GPU idle: then a vector a thread, for the shortest way from load to store. Rows that are not whole, or longer than
-// that, get a vector a thread and go round.
-constexpr int MAX_THREADS = 1024, MAX_THREADS_OF_4 = 768;  // 4 vectors a thread take up to 80 registers
-
-template <int VECTORS>
-constexpr int kMaxThreads = VECTORS == 4 ? MAX_THREADS_OF_4 : MAX_THREADS;
+// a warp while that takes at most 4 vectors a lane, then as many warps as 4 vectors a thread take. No more rows than SMs
+// leave most of the GPU idle: then a vector a thread, for the shortest way from load to store. Rows that are not whole,
+// or longer than that, get a vector a thread and go round.
+// NOTE: kernels are compiled for MAX_THREADS, and so for 64 registers: with 80, at 6 blocks of 128 threads an SM instead
+// of 8, too few loads are in flight.
+constexpr int MAX_THREADS = 1024;
 
 struct RowShape {
   bool whole;
@@ -227,9 +233,8 @@ struct RowShape {
   dim3 block, grid;
 
   RowShape(bool aligned_rows, int64_t m, int64_t row_vectors, int sm_count) {
-    const bool few = m <= sm_count && row_vectors > 128;
-    whole = aligned_rows && row_vectors <= 4 * MAX_THREADS_OF_4;
-    vectors = !whole || row_vectors <= 32 || (few && row_vectors <= MAX_THREADS) ? 1 : 4;
+    whole = aligned_rows && row_vectors <= 4 * MAX_THREADS;
+    vectors = !whole || row_vectors <= 32 || (m <= sm_count && row_vectors <= MAX_THREADS) ? 1 : 4;
     if (row_vectors <= 32 * vectors) {
       block = dim3(32, 4);
     } else {
