@@ -174,7 +174,7 @@ enum class Norm : int32_t {
 struct NormQuantize {
   const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
   const void* residual;      // [M, K] of x_dtype, or null
-  const void* weight;        // [K] of weight_dtype, or null
+  const void* weight;        // [K] of weight_dtype, or null; not written by the kernel that precedes this call
   const void* bias;          // [K] of bias_dtype, or null; kLayer only
   void* h;                   // [M, K] of x_dtype, with a residual and only then; may be x or residual itself; or null
   void* y;                   // [M, K] of x_dtype, may be x itself when h is not; or null
