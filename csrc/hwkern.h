@@ -170,7 +170,7 @@ enum class Norm : int32_t {
 // The sum has one fixed order, so that its bits depend on the row alone and not on M, an alignment or the GPU: with
 // E = 16 / sizeof(x) and fold(v) adding the upper half of v to the lower until one element is left, the row is padded
 // with zeros to chunks of 32·E; each is folded over E, then over the 32; of the chunks' sums every 32nd are added in
-// order of the row, and the 32 totals folded. Its error is below (E + 12 + K / 2¹²) units in the last place, 2⁻²⁴.
+// order of the row, and the 32 totals folded. Its relative error is below (14 + K / 2¹²) · 2⁻²⁴.
 struct NormQuantize {
   const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
   const void* residual;      // [M, K] of x_dtype, or null

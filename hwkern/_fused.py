@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from hwkern import _cpu
-from hwkern._checks import DTYPES, FLOATS, check, check_float, check_k, check_same_device
+from hwkern._checks import ACTIVATIONS, DTYPES, FLOATS, check, check_float, check_k, check_same_device
 from hwkern._cuda import current_stream, extension, on_device
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
 
 NORMS = {"layer": 0, "rms": 1, "rms_rounded": 2}  # hwkern.h Norm
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # hwkern.h Activation
 
 _lib = Library("hwkern", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)

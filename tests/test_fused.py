@@ -267,8 +267,8 @@ def assert_activation(device: str, x: Tensor, up: Tensor | None, name: str, scal
     info = torch.finfo(x.dtype)
     half_ulp, tiny = info.eps / 2, info.smallest_normal * info.eps
     factor = torch.ones_like(x).double() if up is None else up.double()
-    true = reference.activation(x.double(), name)
-    error = 2.0**-21 * x.double().abs()
+    true = reference.activate(x.float(), name).double()  # itself rounded to float32: half an ulp
+    error = 2.0**-21 * x.double().abs() + 2.0**-24 * true.abs()
     error = error + half_ulp * (true.abs() + error) + tiny
     true, error = true * factor, error * factor.abs()
     if up is not None:
