@@ -152,6 +152,61 @@ struct Dequantize {
 
 Status dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
 
+// ---- Fused: norm or activation, then quantize ---------------------------------------------------------------------
+
+// What an unfused model in x's dtype would have quantized, without the trip through memory: each value that the model
+// would have stored is rounded to x's dtype (`round` below) and then quantized as in Quantize, special values included.
+// All else is float32, one IEEE operation each, in the order written.
+
+enum class Norm : int32_t {
+  kLayer = 0,     // y = round(((h - mean) · r) · w + b): torch.nn.LayerNorm
+  kRms = 1,       // y = round((h · r) · w): torch.nn.RMSNorm, Gemma (with offset 1)
+  kRmsRounded = 2,  // y = round(round(h · r) · w): transformers' Llama, Qwen, Mistral, T5
+};
+
+// h = round(x + residual), or x; r = 1 / sqrt(sum(h²) / K + eps), for kLayer of h - mean with mean = sum(h) / K;
+// w = offset + weight, or 1 without a weight. A missing bias adds nothing.
+//
+// The sum has one fixed order, so that its bits depend on the row alone and not on M, an alignment or the GPU: with
+// E = 16 / sizeof(x) and fold(v) adding the upper half of v to the lower until one element is left, the row is padded
+// with zeros to chunks of 32·E; each is folded over E, then over the 32; of the chunks' sums every 32nd are added in
+// order of the row, and the 32 totals folded. Its relative error is below (14 + K / 2¹²) · 2⁻²⁴.
+struct NormQuantize {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
+  const void* residual;      // [M, K] of x_dtype, or null
+  const void* weight;        // [K] of weight_dtype, or null; not written by the kernel that precedes this call
+  const void* bias;          // [K] of bias_dtype, or null; kLayer only
+  void* h;                   // [M, K] of x_dtype, with a residual and only then; may be x or residual itself; or null
+  void* y;                   // [M, K] of x_dtype, may be x itself when h is not; or null
+  int8_t* q;                 // [M, ldq]; columns K … ldq-1 are written with zeros
+  float* scale;              // [M] written; or with is_static read: [1]
+  int64_t ldx, ldr, ldh, ldy, ldq;
+  int64_t m, k;
+  float eps, offset;
+  DType x_dtype, weight_dtype, bias_dtype;  // kFloat32, kFloat16 or kBFloat16
+  Norm norm;
+  bool is_static;
+};
+
+Status norm_quantize(const NormQuantize& problem, Stream stream);
+
+// y = round(activation(x)), or gated: y = round(round(activation(x)) · up). The halves of a [M, 2K] gate-and-up product
+// are x and up = x + K with the same leading dimension. An activation is within 4 float32 ulp of the size of x before it
+// is rounded; kNone and kRelu are exact.
+struct ActivationQuantize {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
+  const void* up;            // [M, K] of x_dtype, or null
+  int8_t* q;                 // [M, ldq]; columns K … ldq-1 are written with zeros
+  float* scale;              // [M] written; or with is_static read: [1]
+  int64_t ldx, ldup, ldq;
+  int64_t m, k;
+  DType x_dtype;             // kFloat32, kFloat16 or kBFloat16
+  Activation activation;
+  bool is_static;
+};
+
+Status activation_quantize(const ActivationQuantize& problem, Stream stream);
+
 // ---- Linear: quantize x per token, then GEMM ----------------------------------------------------------------------
 
 struct Linear {

@@ -1,38 +1,16 @@
 // hwkern._C: the entry points of hwkern.h as Python functions over plain integers, and Status as exceptions.
-#include <pybind11/pybind11.h>
-
+#include "bindings/call.h"
 #include "core/device.h"
 #include "cpu/cpu.h"
 #include "hwkern.h"
 
 namespace py = pybind11;
 using namespace hwkern;
+using namespace hwkern::bindings;
+
+void bind_fused(py::module_& m);
 
 namespace {
-
-void check(Status status) {
-  switch (status.code) {
-    case StatusCode::kOk: return;
-    case StatusCode::kInvalidArgument: throw py::value_error(status.what);
-    default: throw std::runtime_error(status.what);
-  }
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Launches release the GIL: a full launch queue blocks, and must not block other Python threads. So does CPU work.
-template <typename F>
-void run(F&& enqueue) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = enqueue();
-  }
-  check(status);
-}
 
 void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale_m, uintptr_t scale_n, uintptr_t bias,
              int bias_dtype, uintptr_t d, int64_t ldd, int d_dtype, int64_t m, int64_t n, int64_t k, int config,
@@ -230,4 +208,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_quantize_rows", &py_cpu_quantize_rows);
   m.def("cpu_rescale", &py_cpu_rescale);
+
+  bind_fused(m);
 }

@@ -21,5 +21,7 @@ Status launch_gemm_sm90(const Gemm&, int, int, Stream) { return kNoCuda; }
 Status launch_quantize_per_token(const Quantize&, Stream) { return kNoCuda; }
 Status launch_quantize_static(const Quantize&, ScaleAxis, Stream) { return kNoCuda; }
 Status launch_dequantize(const Dequantize&, ScaleAxis, Stream) { return kNoCuda; }
+Status launch_norm_quantize(const NormQuantize&, const Device&, Stream) { return kNoCuda; }
+Status launch_activation_quantize(const ActivationQuantize&, const Device&, Stream) { return kNoCuda; }
 
 }  // namespace hwkern
