@@ -3,14 +3,14 @@
 //
 // For few tokens the time is that of reading the weights once, so everything serves the stream of weights:
 //   - Weight rows are the mma's 16-row side (A) and tokens its 8-column side (B): one token wastes no memory traffic.
-//   - A lane copies with cp.async the 16 bytes that it will multiply itself: row g of 16, bytes 16·t … 16·t + 15 of a
-//     64-byte step, for lane 4·g + t. Shared memory is a queue of STAGES steps private to each lane, so that the main
-//     loop has no barrier at all. The order of k in a sum is free as long as both operands agree: word s of the 16 bytes
-//     goes into the s-th of four mma's, and x[k + 4·s … k + 4·s + 3] beside it, which a lane finds in 32 bytes of x.
-//   - The block's warps share K, and so do the CLUSTER blocks of a cluster (Hopper), so that few rows a block keep every
-//     SM busy and x is read once a block. Their sums are added in a fixed order: the same bits in every run.
-//   - Blocks are persistent: the queue runs ahead into the next tile while the sums of the last one are added. Launched
-//     with overlap it is filled with weights before the preceding kernel has ended.
+//   - The warps of a block share K, and so do the CLUSTER blocks of a cluster (Hopper), so that few rows a block keep
+//     every SM busy and x is read once a block. Each warp has queues of its own in shared memory for weights and x, in
+//     steps of 64 k, so the main loop has no block-wide barrier. Sums are added in a fixed order: the same bits always.
+//   - The order of k in a sum is free as long as both operands agree. Lane 4·g + t of a warp takes bytes 16·t … 16·t + 15
+//     of rows g and g + 8: word s of the 16 bytes goes into the s-th of four mma's, and x[k + 4·s … k + 4·s + 3] beside it.
+//     So weights come in 16-byte loads, four rows to a wavefront, and need no ldmatrix.
+//   - Blocks are persistent: the queues run ahead into the next tile while the sums of the last one are added. Launched
+//     with overlap they are filled with weights before the preceding kernel has ended.
 //
 // int8 to 16 bits, two weights in 2.5 instructions: u = w + 128 (one xor for four), a byte permutation that puts u in
 // the low mantissa bits, one fused multiply-add. In float16 0x6400 + u is 1024 + u. In bfloat16, with 7 bits of mantissa,
@@ -19,55 +19,67 @@
 #include "core/activation.cuh"
 #include "core/float_types.cuh"
 #include "core/launch.cuh"
+#include "gemm/tensor_map.h"
 #include "gemm/w8a16.h"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/tma.cuh"
 
 namespace hwkern {
 namespace {
 
 constexpr int MMA_M = 16, MMA_N = 8, MMA_K = 16;
-constexpr int CHUNK = 16;                      // bytes of a weight row that one lane takes of a step
-constexpr int STEP = kW8A16StepBytes;          // bytes of a weight row that a warp takes at once
-constexpr int STEP_MMAS = STEP / MMA_K;
+constexpr int STEP = kW8A16Step, STEP_MMAS = STEP / MMA_K;
+constexpr int CHUNK = 16;                      // bytes: one cp.async, and one lane's part of a weight row's step
+constexpr int X_CHUNK = CHUNK / 2;             // values of x in as many bytes
+constexpr int X_GROUP_BYTES = MMA_N * STEP * 2;  // a step of x for 8 tokens
 
-template <typename X_, int BLOCK_M_, int BLOCK_N_, int WARPS_N_, int WARPS_K_, int STAGES_, int CLUSTER_, int BLOCKS_>
+template <typename X_, int BLOCK_M_, int BLOCK_N_, int WARPS_N_, int WARPS_K_, int STAGES_, int X_STAGES_, bool TMA_,
+          int CLUSTER_, int BLOCKS_, bool LATE_>
 struct Config {
   using X = X_;
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, WARPS_N = WARPS_N_, WARPS_K = WARPS_K_;
-  static constexpr int STAGES = STAGES_, CLUSTER = CLUSTER_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr int STAGES = STAGES_, X_STAGES = X_STAGES_, CLUSTER = CLUSTER_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr bool TMA = TMA_, LATE = LATE_;
 
   static constexpr int WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32;
   static constexpr int WARP_N = BLOCK_N / WARPS_N;
   static constexpr int MMAS_W = WARP_N / MMA_M, MMAS_X = BLOCK_M / MMA_N;
-  static constexpr int SLICES = CLUSTER * WARPS_K;  // warps that share the K of one row
+  static constexpr int STRIDE = STEP * CLUSTER * WARPS_K;  // k from one step of a warp to the next
 
-  static constexpr int STAGE_BYTES = WARP_N * STEP;  // of one warp
-  static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
-  static constexpr int PIECE = BLOCK_M < kW8A16PieceTokens ? BLOCK_M : kW8A16PieceTokens;
+  static constexpr int STAGE_BYTES = WARP_N * STEP, X_STAGE_BYTES = MMAS_X * X_GROUP_BYTES;  // of one warp
+  static constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES, X_RING_BYTES = WARPS * X_STAGES * X_STAGE_BYTES;
+  static constexpr int PIECE = kW8A16PieceTokens;
   static constexpr int PITCH = w8a16_pitch(BLOCK_N);
   static constexpr int PARTIAL_BYTES = WARPS_K * PIECE * PITCH * 4;
   static constexpr int EXCHANGE_BYTES = CLUSTER > 1 ? BLOCK_M * BLOCK_N * 4 : 0;  // of one of the two
   static constexpr int OWN_ROWS = BLOCK_N / CLUSTER;  // rows of the tile that one block of the cluster finishes
-  static constexpr int TERMS_BYTES = BLOCK_N * 8;  // of one of the two
-  static constexpr int SHARED_BYTES = w8a16_shared_bytes(BLOCK_M, BLOCK_N, WARPS_K, STAGES, CLUSTER);
+  static constexpr int TERMS_BYTES = BLOCK_N * 8;     // of one of the two
+  static constexpr int SHARED_BYTES =
+      w8a16_shared_bytes(BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, X_STAGES, CLUSTER);
 
-  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && BLOCK_M % PIECE == 0 && PIECE % MMA_N == 0);
-  static_assert(SLICES >= WARPS_K && STAGES >= 2);
+  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0 && LATE >= 0);
   static_assert(BLOCK_N <= THREADS && OWN_ROWS % 4 == 0, "four rows of a token go to one block at once");
-  static_assert(RING_BYTES + PARTIAL_BYTES + 2 * EXCHANGE_BYTES + 2 * TERMS_BYTES + 16 == SHARED_BYTES);
+  static_assert(STAGES >= 2 && X_STAGES >= 2 && (TMA || STAGES == X_STAGES), "without TMA one cp.async group has both");
+  static_assert(RING_BYTES + X_RING_BYTES + PARTIAL_BYTES + 2 * EXCHANGE_BYTES + 2 * TERMS_BYTES + 16 +
+                    WARPS * STAGES * 8 == SHARED_BYTES);
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMaxCluster = 1;
+constexpr bool kHopper = false;
 #else
-constexpr int kMaxCluster = 16;
+constexpr bool kHopper = true;
 #endif
 
-// Four weights, k in order, as the two registers of an A fragment.
+struct Params {
+  CUtensorMap weight;  // in boxes of WARP_N rows × STEP bytes, with the 64-byte swizzle; only for TMA
+  WeightOnlyLinear p;
+};
+
+// Four weights, k in order, as two registers of an A fragment.
 __device__ __forceinline__ void widen(__half, uint32_t w, uint32_t* low, uint32_t* high) {
   const uint32_t u = w ^ 0x80808080u;
   const __half2 bias = __float2half2_rn(1152.0f);
@@ -92,34 +104,14 @@ __device__ __forceinline__ void widen(__nv_bfloat16, uint32_t w, uint32_t* low, 
 __device__ __forceinline__ float widen_unit(__half) { return 1.0f; }
 __device__ __forceinline__ float widen_unit(__nv_bfloat16) { return 64.0f; }
 
-// This lane's 16 values of x for each of the warp's MMAS_X groups of 8 tokens, in the order of k; zeros past K and M.
-// `row`: x[token, 0] of the lane's token in the first group. `tokens`: how many tokens there are from that one on.
-template <int MMAS_X>
-struct Activations {
-  uint4 v[MMAS_X][2];
-
-  template <typename X>
-  __device__ __forceinline__ void load(const X* row, int64_t ldx, int tokens, int k, int k_end, bool aligned) {
-#pragma unroll
-    for (int j = 0; j < MMAS_X; ++j) {
-      const X* from = row + j * MMA_N * ldx + k;
-      v[j][0] = v[j][1] = uint4{0, 0, 0, 0};
-      if (j * MMA_N >= tokens || k >= k_end) continue;
-      if (aligned && k + CHUNK <= k_end) {
-        v[j][0] = reinterpret_cast<const uint4*>(from)[0];
-        v[j][1] = reinterpret_cast<const uint4*>(from)[1];
-      } else {
-        const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
-        uint32_t* words = reinterpret_cast<uint32_t*>(v[j]);
-#pragma unroll
-        for (int e = 0; e < CHUNK; ++e)
-          if (k + e < k_end) words[e / 2] |= uint32_t(bits[e]) << (e % 2 * 16);
-      }
-    }
+// A position in the sequence of a block's steps: tiles first, first + by, …, each in `steps` steps.
+struct Cursor {
+  int tile_n, tile_m, step = 0;
+  __device__ __forceinline__ void advance(int steps, int by_n, int by_m, int tiles_m) {
+    if (++step < steps) return;
+    step = 0, tile_n += by_n, tile_m += by_m;
+    if (tile_m >= tiles_m) tile_m -= tiles_m, ++tile_n;
   }
-  // The two B registers of mma `s` of the step.
-  __device__ __forceinline__ uint32_t low(int j, int s) const { return s % 2 == 0 ? v[j][s / 2].x : v[j][s / 2].z; }
-  __device__ __forceinline__ uint32_t high(int j, int s) const { return s % 2 == 0 ? v[j][s / 2].y : v[j][s / 2].w; }
 };
 
 // `sum` to y[m, n]; `terms`: weight_scale and bias of column n.
@@ -136,106 +128,156 @@ __device__ __forceinline__ void finish(const WeightOnlyLinear& p, int64_t m, int
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __grid_constant__ WeightOnlyLinear p) {
-  using X = typename C::X;
-  if constexpr (C::CLUSTER <= kMaxCluster) {
-    extern __shared__ __align__(128) uint8_t smem[];
-    float* partials = reinterpret_cast<float*>(smem + C::RING_BYTES);
-    uint8_t* exchange = smem + C::RING_BYTES + C::PARTIAL_BYTES;
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __grid_constant__ Params params) {
+  if constexpr (kHopper || (C::CLUSTER == 1 && !C::TMA)) {
+    using X = typename C::X;
+    const WeightOnlyLinear& p = params.p;
+    extern __shared__ __align__(1024) uint8_t smem[];
+    float* partials = reinterpret_cast<float*>(smem + C::RING_BYTES + C::X_RING_BYTES);
+    uint8_t* exchange = reinterpret_cast<uint8_t*>(partials) + C::PARTIAL_BYTES;
     float2* all_terms = reinterpret_cast<float2*>(exchange + 2 * C::EXCHANGE_BYTES);
-    const uint32_t barriers = ptx::shared_address(all_terms + 2 * C::BLOCK_N);
+    const uint32_t exchange_barriers = ptx::shared_address(all_terms + 2 * C::BLOCK_N);
 
     const int thread = threadIdx.x, lane_id = thread % 32, warp_id = thread / 32;
     const int warp_n = warp_id % C::WARPS_N, warp_k = warp_id / C::WARPS_N;
     const int group = lane_id / 4, quad = lane_id % 4;
     const int rank = C::CLUSTER > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
-    const int first_tile = blockIdx.x / C::CLUSTER, tile_step = gridDim.x / C::CLUSTER;
+    const uint32_t ring = ptx::shared_address(smem) + warp_id * C::STAGES * C::STAGE_BYTES;
+    uint8_t* x_slots = smem + C::RING_BYTES + warp_id * C::X_STAGES * C::X_STAGE_BYTES;
+    const uint32_t x_ring = ptx::shared_address(x_slots);
+    const uint32_t full = exchange_barriers + 16 + warp_id * C::STAGES * 8;  // this warp's barriers, one a stage
 
     const int tiles_m = static_cast<int>((p.m + C::BLOCK_M - 1) / C::BLOCK_M);
-    const int tiles = tiles_m * static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N);
-    const int own_tiles = (tiles - first_tile + tile_step - 1) / tile_step;
-    // Every warp takes the same number of steps of a tile, those past K as zeros.
-    constexpr int STRIDE = STEP * C::SLICES;
-    const int k_end = static_cast<int>(p.k), steps = (k_end + STRIDE - 1) / STRIDE;
-    const int k_first = (rank * C::WARPS_K + warp_k) * STEP + quad * CHUNK;
-    const int total = own_tiles * steps;
+    const int tiles_n = static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N);
+    const int first = blockIdx.x / C::CLUSTER, by = gridDim.x / C::CLUSTER;
+    const int by_n = by / tiles_m, by_m = by % tiles_m;
+    // Every warp takes the same number of steps of a tile; x is zero in those past K.
+    const int k_end = static_cast<int>(p.k), steps = (k_end + C::STRIDE - 1) / C::STRIDE;
+    const int k_first = (rank * C::WARPS_K + warp_k) * STEP;
 
+    if constexpr (C::TMA) {
+      if (lane_id == 0) {
+#pragma unroll
+        for (int s = 0; s < C::STAGES; ++s) ptx::mbarrier_init(full + s * 8, 1);
+        ptx::mbarrier_init_fence();
+      }
+      __syncwarp();
+    }
     if constexpr (C::CLUSTER > 1) {
       if (thread == 0) {
-        ptx::mbarrier_init(barriers, 1);
-        ptx::mbarrier_init(barriers + 8, 1);
+        ptx::mbarrier_init(exchange_barriers, 1);
+        ptx::mbarrier_init(exchange_barriers + 8, 1);
         ptx::mbarrier_init_fence();
       }
       ptx::cluster_arrive_relaxed();
     }
 
-    // The queue: slot `stage` of this lane, chunk c at 512·c. Loads run STAGES - 1 steps ahead of the multiplication.
-    const uint32_t queue = ptx::shared_address(smem) + warp_id * C::STAGES * C::STAGE_BYTES + lane_id * CHUNK;
-    int load_tile = first_tile, load_step = 0, load_stage = 0, load_rows = 0;
-    const int8_t* load_from = nullptr;
-    auto load_next = [&] {
-      if (load_tile < tiles) {
-        if (load_step == 0) {
-          const int64_t row = int64_t(load_tile / tiles_m) * C::BLOCK_N + warp_n * C::WARP_N + group;
-          load_rows = static_cast<int>(p.n - row);  // from this lane's first row on
-          load_from = p.weight + row * p.ldb + k_first;
+    // One step of weights into its place in the queue, rows of 64 bytes. What lies past N or K is not used.
+    const int swizzled = quad ^ (group / 2 % 4);  // where 16-byte chunk `quad` lies in rows group, group + 8, …
+    Cursor w_next{first / tiles_m, first % tiles_m};
+    int w_stage = 0;
+    auto load_w = [&] {
+      if (w_next.tile_n >= tiles_n) return;
+      const int64_t row0 = int64_t(w_next.tile_n) * C::BLOCK_N + warp_n * C::WARP_N;
+      const int k = k_first + w_next.step * C::STRIDE;
+      if constexpr (C::TMA) {
+        if (lane_id == 0) {
+          ptx::mbarrier_arrive_expect(full + w_stage * 8, C::STAGE_BYTES);
+          ptx::tma_load(ring + w_stage * C::STAGE_BYTES, &params.weight, full + w_stage * 8, k, static_cast<int>(row0));
         }
-        const int rows = k_first + load_step * STRIDE < k_end ? load_rows : 0;
-        const int8_t* from = load_from;
+      } else {
+        const int rows = k + quad * CHUNK < k_end ? static_cast<int>(p.n - row0 - group) : 0;
+        const int8_t* from = p.weight + (row0 + group) * p.ldb + k + quad * CHUNK;
+        const uint32_t to = ring + w_stage * C::STAGE_BYTES + group * STEP + swizzled * CHUNK;
 #pragma unroll
-        for (int c = 0; c < 2 * C::MMAS_W; ++c, from += 8 * p.ldb)
-          ptx::cp_async_16(queue + load_stage * C::STAGE_BYTES + c * 512, from, c * 8 < rows ? CHUNK : 0);
-        load_from += STRIDE;
-        if (++load_step == steps) load_step = 0, load_tile += tile_step;
-        if (++load_stage == C::STAGES) load_stage = 0;
+        for (int i = 0; i < 2 * C::MMAS_W; ++i, from += 8 * p.ldb)
+          if (i * 8 < rows) ptx::cp_async_16(to + i * 8 * STEP, from, CHUNK);
+      }
+      w_next.advance(steps, by_n, by_m, tiles_m);
+      if (++w_stage == C::STAGES) w_stage = 0;
+    };
+
+    // One step of x: 128 bytes a token, the 16-byte chunk c at c ^ (token % 2), so that the two tokens whose fragments a
+    // wavefront reads lie in different banks. Tokens past M are left out: they only make sums that nobody stores.
+    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % CHUNK == 0 && p.ldx % X_CHUNK == 0;
+    const int x_token = lane_id / 8, x_chunk = lane_id % 8;
+    Cursor x_next = w_next;
+    int x_stage = 0, x_tokens = 0;  // tokens from this lane's first on
+    const X* x_row = nullptr;
+    auto locate_x = [&] {
+      const int64_t m = int64_t(x_next.tile_m) * C::BLOCK_M + x_token;
+      x_tokens = static_cast<int>(p.m - m);
+      x_row = static_cast<const X*>(p.x) + m * p.ldx;
+    };
+    auto load_x = [&] {
+      if (x_next.tile_n < tiles_n) {
+        const int k = k_first + x_next.step * C::STRIDE + x_chunk * X_CHUNK;
+        const X* from = x_row + k;
+        const uint32_t to = x_stage * C::X_STAGE_BYTES + x_token * (STEP * 2) + (x_chunk ^ (x_token % 2)) * CHUNK;
+        const bool whole = aligned && k + X_CHUNK <= k_end;
+#pragma unroll
+        for (int i = 0; i < 2 * C::MMAS_X; ++i, from += 4 * p.ldx) {
+          if (i * 4 >= x_tokens) continue;
+          if (whole) {
+            ptx::cp_async_16(x_ring + to + i * 4 * STEP * 2, from, CHUNK);
+          } else {
+            uint16_t* out = reinterpret_cast<uint16_t*>(x_slots + to + i * 4 * STEP * 2);
+#pragma unroll 1
+            for (int e = 0; e < X_CHUNK; ++e) out[e] = k + e < k_end ? reinterpret_cast<const uint16_t*>(from)[e] : 0;
+          }
+        }
+        const int tile_m = x_next.tile_m;
+        x_next.advance(steps, by_n, by_m, tiles_m);
+        if (x_next.tile_m != tile_m) locate_x();
+        if (++x_stage == C::X_STAGES) x_stage = 0;
       }
       ptx::cp_async_commit();  // empty past the end, so that the count of groups stays the same
     };
 
     if (!p.weight_is_constant) ptx::grid_wait();
 #pragma unroll
-    for (int s = 0; s < C::STAGES - 1; ++s) load_next();
+    for (int s = 0; s < C::STAGES; ++s) load_w();
     ptx::grid_wait();
-    ptx::grid_release();
-
-    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.ldx % 8 == 0;
-    int next_tile = first_tile, next_step = 0, next_tokens = 0;  // of the x that load_x brings
-    const X* next_row = nullptr;
-    auto load_x = [&](Activations<C::MMAS_X>& x) {
-      if (next_tile >= tiles) return;
-      if (next_step == 0) {
-        const int64_t m = int64_t(next_tile % tiles_m) * C::BLOCK_M + group;
-        next_tokens = static_cast<int>(p.m - m);
-        next_row = static_cast<const X*>(p.x) + m * p.ldx;
-      }
-      x.load(next_row, p.ldx, next_tokens, k_first + next_step * STRIDE, k_end, aligned);
-      if (++next_step == steps) next_step = 0, next_tile += tile_step;
-    };
+    if (!C::LATE) ptx::grid_release();
+    locate_x();
+#pragma unroll
+    for (int s = 0; s < C::X_STAGES; ++s) load_x();
+    bool released = !C::LATE;
 
     float acc[C::MMAS_W][C::MMAS_X][4] = {};
     float2 own_terms = {};
-    Activations<C::MMAS_X> x, x_next = {};
-    load_x(x);
     if constexpr (C::CLUSTER > 1) ptx::cluster_wait();  // the other blocks' barriers are there
 
-    int tile = first_tile, step = 0, stage = 0, parity = 0;
-    int64_t n0 = 0, m0 = 0;
-    // Invariant at the top: STAGES - 1 groups from this step on have been committed, and x holds this step's tokens.
-    for (int i = 0; i < total; ++i) {
-      load_x(x_next);
-      if (step == 0) {
-        n0 = int64_t(tile / tiles_m) * C::BLOCK_N, m0 = int64_t(tile % tiles_m) * C::BLOCK_M;
-        if (thread < C::BLOCK_N && n0 + thread < p.n)
-          own_terms = {p.weight_scale[n0 + thread], p.bias ? load_float(p.bias, p.bias_dtype, n0 + thread) : -0.0f};
+    Cursor at{first / tiles_m, first % tiles_m};
+    int stage = 0, read_x_stage = 0, parity = 0;
+    uint32_t phase = 0;
+    // Invariant at the top: weights of this step and the STAGES - 1 after it have been asked for, x of this step and the
+    // X_STAGES - 1 after it, one cp.async group a step.
+    while (at.tile_n < tiles_n) {
+      const int64_t n0 = int64_t(at.tile_n) * C::BLOCK_N, m0 = int64_t(at.tile_m) * C::BLOCK_M;
+      if (at.step == 0 && thread < C::BLOCK_N && n0 + thread < p.n)
+        own_terms = {p.weight_scale[n0 + thread], p.bias ? load_float(p.bias, p.bias_dtype, n0 + thread) : -0.0f};
+      if (!released && w_next.tile_n >= tiles_n) {
+        released = true;
+        ptx::grid_release();
       }
-      ptx::cp_async_wait<C::STAGES - 2>();
-      load_next();  // into the slot that the last step has read
+      ptx::cp_async_wait<C::X_STAGES - 1>();
+      if constexpr (C::TMA) ptx::mbarrier_wait(full + stage * 8, phase);
+      __syncwarp();  // all lanes' copies are there
 
-      const uint8_t* slot = smem + (warp_id * C::STAGES + stage) * C::STAGE_BYTES + lane_id * CHUNK;
+      uint4 x[C::MMAS_X][2];
+#pragma unroll
+      for (int j = 0; j < C::MMAS_X; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          x[j][h] = *reinterpret_cast<const uint4*>(
+              x_slots + read_x_stage * C::X_STAGE_BYTES + j * X_GROUP_BYTES + group * (STEP * 2) +
+              ((quad * 2 + h) ^ (group % 2)) * CHUNK);
+      const uint8_t* w = smem + (warp_id * C::STAGES + stage) * C::STAGE_BYTES + group * STEP + swizzled * CHUNK;
 #pragma unroll
       for (int r = 0; r < C::MMAS_W; ++r) {
-        const uint4 upper = *reinterpret_cast<const uint4*>(slot + r * 1024);
-        const uint4 lower = *reinterpret_cast<const uint4*>(slot + r * 1024 + 512);
+        const uint4 upper = *reinterpret_cast<const uint4*>(w + r * MMA_M * STEP);
+        const uint4 lower = *reinterpret_cast<const uint4*>(w + (r * MMA_M + 8) * STEP);
         const uint32_t words[2][STEP_MMAS] = {{upper.x, upper.y, upper.z, upper.w}, {lower.x, lower.y, lower.z, lower.w}};
 #pragma unroll
         for (int s = 0; s < STEP_MMAS; ++s) {
@@ -243,32 +285,37 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
           widen(X{}, words[0][s], &a[0], &a[2]);
           widen(X{}, words[1][s], &a[1], &a[3]);
 #pragma unroll
-          for (int j = 0; j < C::MMAS_X; ++j) ptx::mma_m16n8k16(X{}, acc[r][j], a, x.low(j, s), x.high(j, s));
+          for (int j = 0; j < C::MMAS_X; ++j) {
+            const uint4& v = x[j][s / 2];
+            ptx::mma_m16n8k16(X{}, acc[r][j], a, s % 2 == 0 ? v.x : v.z, s % 2 == 0 ? v.y : v.w);
+          }
         }
       }
-      x = x_next;
-      if (++stage == C::STAGES) stage = 0;
-      if (++step < steps) continue;
+      __syncwarp();  // all have read the places that are filled next
+      load_w();
+      load_x();
+      if (++stage == C::STAGES) stage = 0, phase ^= 1;
+      if (++read_x_stage == C::X_STAGES) read_x_stage = 0;
+      const bool tile_is_done = at.step == steps - 1;
+      at.advance(steps, by_n, by_m, tiles_m);
+      if (!tile_is_done) continue;
 
       // The tile's sums: of the warps, then of the cluster's blocks, each in order.
       float2* terms = all_terms + parity % 2 * C::BLOCK_N;
       if (thread < C::BLOCK_N) terms[thread] = own_terms;
       const int tokens = static_cast<int>(min(int64_t{C::BLOCK_M}, p.m - m0));
-      const uint32_t barrier = barriers + parity % 2 * 8;
+      const uint32_t barrier = exchange_barriers + parity % 2 * 8;
       uint8_t* received = exchange + parity % 2 * C::EXCHANGE_BYTES;
       if constexpr (C::CLUSTER > 1)
         if (thread == 0) ptx::mbarrier_arrive_expect(barrier, C::EXCHANGE_BYTES);
 #pragma unroll
-      for (int piece = 0; piece < C::BLOCK_M / C::PIECE; ++piece) {
+      for (int piece = 0; piece < C::MMAS_X; ++piece) {
         float* warp_partials = partials + warp_k * C::PIECE * C::PITCH + warp_n * C::WARP_N;
 #pragma unroll
         for (int r = 0; r < C::MMAS_W; ++r)
 #pragma unroll
-          for (int j = 0; j < C::PIECE / MMA_N; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)  // row g or g + 8, token 2·t or 2·t + 1
-              warp_partials[(j * MMA_N + quad * 2 + e % 2) * C::PITCH + r * MMA_M + e / 2 * 8 + group] =
-                  acc[r][piece * (C::PIECE / MMA_N) + j][e];
+          for (int e = 0; e < 4; ++e)  // row g or g + 8, token 2·t or 2·t + 1
+            warp_partials[(quad * 2 + e % 2) * C::PITCH + r * MMA_M + e / 2 * 8 + group] = acc[r][piece][e];
         __syncthreads();
         if constexpr (C::CLUSTER == 1) {
           for (int i = thread; i < C::PIECE * C::BLOCK_N; i += C::THREADS) {
@@ -307,7 +354,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
           if (n0 + row < p.n) finish(p, m0 + i / C::OWN_ROWS, n0 + row, sum * widen_unit(X{}), terms[row]);
         }
         // NOTE: two tiles later others write here again: after they have received this block's sums of the next tile,
-        // which it sends after a __syncthreads that follows these reads. The same holds for the terms.
+        // which it sends after a __syncthreads that follows these reads.
       }
       ++parity;
 #pragma unroll
@@ -316,7 +363,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
         for (int j = 0; j < C::MMAS_X; ++j)
 #pragma unroll
           for (int e = 0; e < 4; ++e) acc[r][j][e] = 0;
-      step = 0, tile += tile_step;
     }
     ptx::cp_async_wait<0>();
   }
@@ -326,12 +372,19 @@ template <typename C>
 Status launch_config(const WeightOnlyLinear& p, const Device& device, Stream stream) {
   const int64_t tiles = ceil_div(p.m, C::BLOCK_M) * ceil_div(p.n, C::BLOCK_N);
   if (tiles > INT32_MAX / 2) return invalid("weight_only_linear: M x N is too large for one launch");
+  Params params{{}, p};
+  if constexpr (C::TMA) {
+    if (!encode_tiled()) return kNoTensorMaps;
+    if (!make_map(&params.weight, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.weight, p.n, round_up(p.k, kRowAlignment), p.ldb,
+                  C::WARP_N, STEP))
+      return kTensorMapRefused;
+  }
   // One block an SM, and no more clusters than share the tiles evenly: 96 tiles on 33 clusters are 32 times three.
   const int64_t clusters = std::max(1, device.sm_count / C::CLUSTER), rounds = ceil_div(tiles, clusters);
   const int64_t grid = (C::CLUSTER > 1 ? ceil_div(tiles, rounds) : std::min(tiles, clusters)) * C::CLUSTER;
   Launch shape{dim3(static_cast<unsigned>(grid)), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER};
   shape.overlap = device.compute >= 90;
-  return launch<w8a16<C>>(shape, stream, p);
+  return launch<w8a16<C>>(shape, stream, params);
 }
 
 }  // namespace

@@ -3,43 +3,53 @@
 
 #include "hwkern.h"
 
-// X(id, BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, CLUSTER, BLOCKS_PER_SM)
-// BLOCK_M tokens and BLOCK_N weight rows a tile; CLUSTER · WARPS_K warps share the tile's K.
-#define HWKERN_W8A16_CONFIGS(X)   \
-  X(300, 8, 16, 1, 8, 10, 1, 2)   \
-  X(301, 8, 32, 1, 8, 5, 1, 2)    \
-  X(302, 8, 32, 1, 8, 5, 2, 2)    \
-  X(303, 8, 64, 1, 8, 2, 4, 2)    \
-  X(304, 8, 64, 2, 4, 5, 4, 2)    \
-  X(305, 8, 64, 2, 4, 5, 2, 2)    \
-  X(306, 8, 32, 1, 8, 3, 2, 3)    \
-  X(307, 8, 64, 4, 4, 5, 4, 2)    \
-  X(310, 16, 16, 1, 8, 8, 1, 2)   \
-  X(311, 16, 32, 1, 8, 4, 1, 2)   \
-  X(312, 16, 32, 1, 8, 5, 2, 2)   \
-  X(313, 16, 64, 1, 8, 2, 4, 2)   \
-  X(314, 16, 64, 2, 4, 5, 4, 2)   \
-  X(315, 16, 64, 2, 4, 5, 2, 2)   \
-  X(320, 32, 64, 2, 4, 4, 1, 1)   \
-  X(321, 32, 64, 2, 4, 4, 2, 1)   \
-  X(322, 32, 64, 2, 4, 4, 4, 1)   \
-  X(330, 64, 64, 2, 4, 4, 1, 1)   \
-  X(331, 64, 128, 4, 2, 4, 1, 1)
+// X(id, BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS_PER_SM, LATE)
+// BLOCK_M tokens and BLOCK_N weight rows a tile; CLUSTER · WARPS_K warps share the tile's K. Each has a queue of STAGES
+// steps of weights and one of X_STAGES steps of x. TMA: the copy engine brings the weights (Hopper and newer).
+#define HWKERN_W8A16_CONFIGS(X)          \
+  X(300, 8, 16, 1, 8, 8, 8, 0, 1, 2, 1)  \
+  X(301, 8, 32, 1, 8, 4, 4, 0, 1, 2, 1)  \
+  X(302, 8, 32, 1, 8, 4, 4, 0, 1, 2, 0)  \
+  X(303, 8, 64, 1, 8, 2, 2, 0, 4, 2, 1)  \
+  X(304, 8, 64, 1, 8, 2, 2, 1, 4, 2, 0)  \
+  X(305, 8, 64, 1, 8, 2, 2, 1, 4, 2, 1)  \
+  X(306, 8, 64, 1, 4, 5, 3, 1, 4, 2, 1)  \
+  X(307, 8, 64, 1, 4, 5, 3, 1, 2, 2, 1)  \
+  X(308, 8, 32, 1, 8, 4, 2, 1, 2, 2, 1)  \
+  X(309, 8, 32, 1, 8, 4, 2, 1, 1, 2, 1)  \
+  X(350, 8, 32, 1, 8, 4, 2, 1, 4, 2, 1)  \
+  X(351, 8, 64, 2, 4, 4, 2, 1, 4, 2, 1)  \
+  X(352, 8, 32, 1, 4, 8, 3, 1, 2, 2, 1)  \
+  X(353, 8, 64, 1, 8, 5, 2, 1, 4, 1, 1)  \
+  X(310, 16, 32, 1, 8, 3, 3, 0, 1, 2, 1) \
+  X(311, 16, 32, 1, 8, 3, 3, 0, 2, 2, 1) \
+  X(312, 16, 64, 1, 4, 4, 3, 1, 4, 2, 1) \
+  X(313, 16, 64, 1, 4, 4, 2, 1, 2, 2, 1) \
+  X(314, 16, 64, 2, 4, 3, 2, 1, 4, 2, 1) \
+  X(315, 16, 32, 1, 8, 3, 2, 1, 2, 2, 1) \
+  X(316, 16, 64, 1, 8, 4, 2, 1, 4, 1, 1) \
+  X(320, 32, 64, 2, 4, 3, 3, 0, 1, 1, 1) \
+  X(321, 32, 64, 2, 4, 4, 2, 1, 2, 1, 1) \
+  X(330, 64, 64, 2, 4, 2, 2, 0, 1, 1, 1) \
+  X(331, 64, 64, 2, 4, 3, 2, 1, 1, 1, 1)
 
 namespace hwkern {
 
 constexpr int kFirstW8A16Id = 300;
-constexpr int kW8A16StepBytes = 64;    // of a weight row that a warp takes at once: 16 a lane
-constexpr int kW8A16PieceTokens = 16;  // tokens whose partial sums are added at once
+constexpr int kW8A16Step = 64;         // k that a warp takes at once: 16 a lane
+constexpr int kW8A16PieceTokens = 8;   // tokens whose partial sums are added at once
 
 // Floats between two tokens of partial sums: 2·t·pitch + g are 32 banks for the lanes (g, t) of a fragment.
 constexpr int w8a16_pitch(int block_n) { return block_n + 4; }
 
-// The ring, the partial sums of the warps, those of the cluster's blocks and the column terms (twice), two barriers.
-constexpr int w8a16_shared_bytes(int block_m, int block_n, int warps_k, int stages, int cluster) {
-  const int piece = block_m < kW8A16PieceTokens ? block_m : kW8A16PieceTokens;
-  return warps_k * stages * block_n * kW8A16StepBytes + warps_k * piece * w8a16_pitch(block_n) * 4 +
-         (cluster > 1 ? 2 * block_m * block_n * 4 : 0) + 2 * block_n * 8 + 16;
+// The queues of weights and of x, the partial sums of the warps, those of the cluster's blocks and the column terms
+// (twice), the barriers.
+constexpr int w8a16_shared_bytes(int block_m, int block_n, int warps_n, int warps_k, int stages, int x_stages,
+                                 int cluster) {
+  const int warps = warps_n * warps_k;
+  return warps_k * stages * block_n * kW8A16Step + warps * x_stages * block_m * kW8A16Step * 2 +
+         warps_k * kW8A16PieceTokens * w8a16_pitch(block_n) * 4 + (cluster > 1 ? 2 * block_m * block_n * 4 : 0) +
+         2 * block_n * 8 + 16 + warps * stages * 8;
 }
 
 // Predicted microseconds of a weight-only row; see gemm_predict_us.
