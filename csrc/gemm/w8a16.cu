@@ -61,7 +61,7 @@ struct Config {
   static constexpr int SHARED_BYTES =
       w8a16_shared_bytes(BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, X_STAGES, CLUSTER);
 
-  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0 && LATE >= 0);
+  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0 && (LATE || !LATE));
   static_assert(BLOCK_N <= THREADS && OWN_ROWS % 4 == 0, "four rows of a token go to one block at once");
   static_assert(STAGES >= 2 && X_STAGES >= 2 && (TMA || STAGES == X_STAGES), "without TMA one cp.async group has both");
   static_assert(RING_BYTES + X_RING_BYTES + PARTIAL_BYTES + 2 * EXCHANGE_BYTES + 2 * TERMS_BYTES + 16 +
