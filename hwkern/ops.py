@@ -35,6 +35,7 @@ from hwkern._checks import (
 )
 from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._weight_only import weight_only_linear
 
 __all__ = [
     "CHOOSE",
@@ -50,6 +51,7 @@ __all__ = [
     "pad_weight",
     "padded",
     "quantize",
+    "weight_only_linear",
 ]
 
 _lib = Library("hwkern", "DEF")

@@ -1,19 +1,11 @@
 // hwkern._C's weight-only functions: those of hwkern.h over plain integers.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
-#include "hwkern.h"
+#include "bindings/call.h"
 
 namespace py = pybind11;
 using namespace hwkern;
+using hwkern::bindings::pointer;
 
 namespace {
-
-template <typename T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
 
 // On every layer's path, so a plain CPython function as `linear` is: 21 integers in the order read here.
 PyObject* py_weight_only_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {

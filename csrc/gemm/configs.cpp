@@ -29,9 +29,9 @@ constexpr int kAnyNewer = 999;
              sm90_shared_bytes(BN, STAGES),                  \
              1},
 // A cluster or the copy engine needs Hopper or newer.
-#define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS, LATE)     \
+#define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, PREFETCH, CLUSTER, BLOCKS, LATE) \
   GemmConfig{ID,                                                                         \
-             "w8a16_" #BM "x" #BN "_w" #WN "x" #WK "_c" #CLUSTER "_s" #STAGES "x" #X_STAGES "_t" #TMA "_l" #LATE, \
+             "w8a16_" #BM "x" #BN "_w" #WN "x" #WK "_c" #CLUSTER "_s" #STAGES "x" #X_STAGES "_t" #TMA "_p" #PREFETCH "_l" #LATE, \
              TMA || CLUSTER > 1 ? 90 : 80,                                               \
              kAnyNewer,                                                                  \
              BM,                                                                         \

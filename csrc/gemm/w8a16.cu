@@ -38,11 +38,11 @@ constexpr int X_CHUNK = CHUNK / 2;             // values of x in as many bytes
 constexpr int X_GROUP_BYTES = MMA_N * STEP * 2;  // a step of x for 8 tokens
 
 template <typename X_, int BLOCK_M_, int BLOCK_N_, int WARPS_N_, int WARPS_K_, int STAGES_, int X_STAGES_, bool TMA_,
-          int CLUSTER_, int BLOCKS_, bool LATE_>
+          int PREFETCH_, int CLUSTER_, int BLOCKS_, bool LATE_>
 struct Config {
   using X = X_;
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, WARPS_N = WARPS_N_, WARPS_K = WARPS_K_;
-  static constexpr int STAGES = STAGES_, X_STAGES = X_STAGES_, CLUSTER = CLUSTER_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr int STAGES = STAGES_, X_STAGES = X_STAGES_, PREFETCH = PREFETCH_, CLUSTER = CLUSTER_, BLOCKS_PER_SM = BLOCKS_;
   static constexpr bool TMA = TMA_, LATE = LATE_;
 
   static constexpr int WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32;
@@ -61,7 +61,7 @@ struct Config {
   static constexpr int SHARED_BYTES =
       w8a16_shared_bytes(BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, X_STAGES, CLUSTER);
 
-  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0 && (LATE || !LATE));
+  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0 && (LATE || PREFETCH >= 0));
   static_assert(BLOCK_N <= THREADS && OWN_ROWS % 4 == 0, "four rows of a token go to one block at once");
   static_assert(STAGES >= 2 && X_STAGES >= 2 && (TMA || STAGES == X_STAGES), "without TMA one cp.async group has both");
   static_assert(RING_BYTES + X_RING_BYTES + PARTIAL_BYTES + 2 * EXCHANGE_BYTES + 2 * TERMS_BYTES + 16 +
@@ -116,8 +116,8 @@ struct Cursor {
 
 // `sum` to y[m, n]; `terms`: weight_scale and bias of column n.
 __device__ __forceinline__ void finish(const WeightOnlyLinear& p, int64_t m, int64_t n, float sum, float2 terms) {
-  float y = __fadd_rn(__fmul_rn(sum, terms.x), terms.y);
-  if (p.activation != Activation::kNone) y = activate(p.activation, y);
+  float value[1] = {__fadd_rn(__fmul_rn(sum, terms.x), terms.y)}, &y = value[0];
+  if (p.activation != Activation::kNone) activate(p.activation, value);
   if (p.residual) y = __fadd_rn(y, load_float(p.residual, p.residual_dtype, m * p.ldr + n));
   const int64_t i = m * p.ldy + n;
   switch (p.y_dtype) {
@@ -174,8 +174,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
 
     // One step of weights into its place in the queue, rows of 64 bytes. What lies past N or K is not used.
     const int swizzled = quad ^ (group / 2 % 4);  // where 16-byte chunk `quad` lies in rows group, group + 8, …
-    Cursor w_next{first / tiles_m, first % tiles_m};
+    Cursor w_next{first / tiles_m, first % tiles_m}, l2_next = w_next;
     int w_stage = 0;
+    // The copy engine also brings into L2 what is PREFETCH steps further on: more than fits here beside another block.
+    auto prefetch_w = [&] {
+      if (l2_next.tile_n >= tiles_n) return;
+      if (C::TMA && lane_id == 0)
+        ptx::tma_prefetch(&params.weight, k_first + l2_next.step * C::STRIDE, l2_next.tile_n * C::BLOCK_N + warp_n * C::WARP_N);
+      l2_next.advance(steps, by_n, by_m, tiles_m);
+    };
     auto load_w = [&] {
       if (w_next.tile_n >= tiles_n) return;
       const int64_t row0 = int64_t(w_next.tile_n) * C::BLOCK_N + warp_n * C::WARP_N;
@@ -237,6 +244,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
     if (!p.weight_is_constant) ptx::grid_wait();
 #pragma unroll
     for (int s = 0; s < C::STAGES; ++s) load_w();
+    if constexpr (C::PREFETCH > 0) {
+      l2_next = w_next;
+#pragma unroll
+      for (int s = 0; s < C::PREFETCH; ++s) prefetch_w();
+    }
     ptx::grid_wait();
     if (!C::LATE) ptx::grid_release();
     locate_x();
@@ -257,8 +269,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       const int64_t n0 = int64_t(at.tile_n) * C::BLOCK_N, m0 = int64_t(at.tile_m) * C::BLOCK_M;
       if (at.step == 0 && thread < C::BLOCK_N && n0 + thread < p.n)
         own_terms = {p.weight_scale[n0 + thread], p.bias ? load_float(p.bias, p.bias_dtype, n0 + thread) : -0.0f};
-      if (!released && w_next.tile_n >= tiles_n) {
-        released = true;
+      if (!released && (C::PREFETCH > 0 ? l2_next : w_next).tile_n >= tiles_n) {
+        released = true;  // the last weights are on their way: time for those of the next kernel
         ptx::grid_release();
       }
       ptx::cp_async_wait<C::X_STAGES - 1>();
@@ -293,6 +305,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       }
       __syncwarp();  // all have read the places that are filled next
       load_w();
+      if constexpr (C::PREFETCH > 0) prefetch_w();
       load_x();
       if (++stage == C::STAGES) stage = 0, phase ^= 1;
       if (++read_x_stage == C::X_STAGES) read_x_stage = 0;
