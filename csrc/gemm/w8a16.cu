@@ -241,19 +241,25 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       ptx::cp_async_commit();  // empty past the end, so that the count of groups stays the same
     };
 
-    if (!p.weight_is_constant) ptx::grid_wait();
-#pragma unroll
-    for (int s = 0; s < C::STAGES; ++s) load_w();
-    if constexpr (C::PREFETCH > 0) {
-      l2_next = w_next;
-#pragma unroll
-      for (int s = 0; s < C::PREFETCH; ++s) prefetch_w();
-    }
-    ptx::grid_wait();
-    if (!C::LATE) ptx::grid_release();
     locate_x();
+    if constexpr (C::TMA) {
+      if (!p.weight_is_constant) ptx::grid_wait();
 #pragma unroll
-    for (int s = 0; s < C::X_STAGES; ++s) load_x();
+      for (int s = 0; s < C::STAGES; ++s) load_w();
+      if constexpr (C::PREFETCH > 0) {
+        l2_next = w_next;
+#pragma unroll
+        for (int s = 0; s < C::PREFETCH; ++s) prefetch_w();
+      }
+      ptx::grid_wait();
+      if (!C::LATE) ptx::grid_release();
+#pragma unroll
+      for (int s = 0; s < C::X_STAGES; ++s) load_x();
+    } else {
+      ptx::grid_wait();
+#pragma unroll
+      for (int s = 0; s < C::STAGES; ++s) load_w(), load_x();
+    }
     bool released = !C::LATE;
 
     float acc[C::MMAS_W][C::MMAS_X][4] = {};
