@@ -1,4 +1,4 @@
-"""The weight-only linear (W8A16): every config id, edge shapes, float32 sums within their bound, guard bytes, overlap."""
+"""The weight-only linear (W8A16): every config id, edge shapes, sums within their bound, guard bytes, overlap."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def edge_shapes() -> list[tuple[int, int, int]]:
 def allowed(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, exact: Tensor, dtype: torch.dtype) -> Tensor:
     """How far a result may lie from the exact value.
 
-    K products, each exact in float32, summed in any order: at most (K - 1) · 2⁻²⁴ · Σ|x·w|. (Tensor cores add a group of
-    at least 8 products with one truncation, 2⁻²³ of their size: K / 8 of those, so less in total.) The product with the
-    scale, the bias, the activation (2 ulp, derivative below 1.13) and the residual: fewer than 8 · 2⁻²⁴ of their sizes.
-    Then half an ulp of the output's type.
+    K products, each exact in float32, summed in any order: at most (K - 1) · 2⁻²⁴ · Σ|x·w|. (Tensor cores add a group
+    of at least 8 products with one truncation, 2⁻²³ of their size: K / 8 of those, so less in total.) The product with
+    the scale, the bias, the activation (2 ulp, derivative below 1.13) and the residual: fewer than 8 · 2⁻²⁴ of their
+    sizes. Then half an ulp of the output's type.
     """
     k = weight.shape[1]
     size = (x.double().abs() @ weight.double().abs().t()) * scale.double().abs()
@@ -295,8 +295,10 @@ H100 = {"sm_count": 132, "compute": 90, "shared_bytes": 232448}
 def test_the_table_has_portable_rows_for_every_gpu():
     assert all(300 <= c["id"] < 400 for c in CONFIGS)
     assert len(CONFIGS) <= 12
-    small = [c for c in CONFIGS if c["min_compute"] == 80 and c["shared_bytes"] <= 101376]  # compute capability 8.6, 12.0
-    assert {c["block_m"] for c in small} == {8, 16, 32, 64}
+    small = [
+        c for c in CONFIGS if c["min_compute"] == 80 and c["shared_bytes"] <= 101376
+    ]  # compute capability 8.6, 12.0
+    assert {c["block_m"] for c in small} == {8, 16, 32}
 
 
 def test_the_choice_stays_within_the_scheme_and_the_device():
@@ -425,7 +427,9 @@ def test_gradients_are_those_of_the_dequantized_weight(device: str, activation: 
     got = torch.autograd.grad(y, (x, bias, residual), grad)
     want = torch.autograd.grad(functions[activation](x.float() @ w.t() + bias) + residual, (x, bias, residual), grad)
     for g, wanted in zip(got, want, strict=True):
-        tolerance = 2 * torch.finfo(g.dtype).eps  # another order of summation may turn a rounding to bfloat16
+        # Another order of summation moves the activation's input by K · 2⁻²⁴ · Σ|x·w|, with K = 70 and Σ|x·w| < 100,
+        # and its derivative by as much; in bfloat16 it may turn a rounding.
+        tolerance = max(70 * 2.0**-24 * 100, 2 * torch.finfo(g.dtype).eps)
         torch.testing.assert_close(g, wanted.to(g.dtype), rtol=tolerance, atol=tolerance)
 
 

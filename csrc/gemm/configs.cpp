@@ -29,21 +29,21 @@ constexpr int kAnyNewer = 999;
              sm90_shared_bytes(BN, STAGES),                  \
              1},
 // A cluster or the copy engine needs Hopper or newer.
-#define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, PREFETCH, CLUSTER, BLOCKS, LATE) \
-  GemmConfig{ID,                                                                         \
-             "w8a16_" #BM "x" #BN "_w" #WN "x" #WK "_c" #CLUSTER "_s" #STAGES "x" #X_STAGES "_t" #TMA "_p" #PREFETCH "_l" #LATE, \
-             TMA || CLUSTER > 1 ? 90 : 80,                                               \
-             kAnyNewer,                                                                  \
-             BM,                                                                         \
-             BN,                                                                         \
-             kW8A16Step,                                                                 \
-             1,                                                                          \
-             WN,                                                                         \
-             WK,                                                                         \
-             STAGES,                                                                     \
-             CLUSTER,                                                                    \
-             w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),              \
-             BLOCKS,                                                                     \
+#define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS) \
+  GemmConfig{ID,                                                                     \
+             "w8a16_" #BM "x" #BN "_k" #WK "_c" #CLUSTER "_s" #STAGES,               \
+             TMA || CLUSTER > 1 ? 90 : 80,                                           \
+             kAnyNewer,                                                              \
+             BM,                                                                     \
+             BN,                                                                     \
+             kW8A16Step,                                                             \
+             1,                                                                      \
+             WN,                                                                     \
+             WK,                                                                     \
+             STAGES,                                                                 \
+             CLUSTER,                                                                \
+             w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
+             BLOCKS,                                                                 \
              Scheme::kW8A16},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
                                        HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};

@@ -33,17 +33,17 @@ namespace {
 
 constexpr int MMA_M = 16, MMA_N = 8, MMA_K = 16;
 constexpr int STEP = kW8A16Step, STEP_MMAS = STEP / MMA_K;
-constexpr int CHUNK = 16;                      // bytes: one cp.async, and one lane's part of a weight row's step
-constexpr int X_CHUNK = CHUNK / 2;             // values of x in as many bytes
+constexpr int CHUNK = 16;  // bytes: one cp.async, and one lane's part of a weight row's step
+constexpr int X_CHUNK = CHUNK / 2;  // values of x in as many bytes
 constexpr int X_GROUP_BYTES = MMA_N * STEP * 2;  // a step of x for 8 tokens
 
 template <typename X_, int BLOCK_M_, int BLOCK_N_, int WARPS_N_, int WARPS_K_, int STAGES_, int X_STAGES_, bool TMA_,
-          int PREFETCH_, int CLUSTER_, int BLOCKS_, bool LATE_>
+          int CLUSTER_, int BLOCKS_>
 struct Config {
   using X = X_;
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, WARPS_N = WARPS_N_, WARPS_K = WARPS_K_;
-  static constexpr int STAGES = STAGES_, X_STAGES = X_STAGES_, PREFETCH = PREFETCH_, CLUSTER = CLUSTER_, BLOCKS_PER_SM = BLOCKS_;
-  static constexpr bool TMA = TMA_, LATE = LATE_;
+  static constexpr int STAGES = STAGES_, X_STAGES = X_STAGES_, CLUSTER = CLUSTER_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr bool TMA = TMA_;
 
   static constexpr int WARPS = WARPS_N * WARPS_K, THREADS = WARPS * 32;
   static constexpr int WARP_N = BLOCK_N / WARPS_N;
@@ -57,15 +57,15 @@ struct Config {
   static constexpr int PARTIAL_BYTES = WARPS_K * PIECE * PITCH * 4;
   static constexpr int EXCHANGE_BYTES = CLUSTER > 1 ? BLOCK_M * BLOCK_N * 4 : 0;  // of one of the two
   static constexpr int OWN_ROWS = BLOCK_N / CLUSTER;  // rows of the tile that one block of the cluster finishes
-  static constexpr int TERMS_BYTES = BLOCK_N * 8;     // of one of the two
-  static constexpr int SHARED_BYTES =
-      w8a16_shared_bytes(BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, X_STAGES, CLUSTER);
+  static constexpr int TERMS_BYTES = BLOCK_N * 8;  // of one of the two
+  static constexpr int SHARED_BYTES = w8a16_shared_bytes(BLOCK_M, BLOCK_N, WARPS_N, WARPS_K, STAGES, X_STAGES, CLUSTER);
 
-  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0 && (LATE || PREFETCH >= 0));
+  static_assert(MMAS_W * MMA_M == WARP_N && MMAS_X * MMA_N == BLOCK_M && PIECE == MMA_N && STRIDE > 0);
   static_assert(BLOCK_N <= THREADS && OWN_ROWS % 4 == 0, "four rows of a token go to one block at once");
   static_assert(STAGES >= 2 && X_STAGES >= 2 && (TMA || STAGES == X_STAGES), "without TMA one cp.async group has both");
   static_assert(RING_BYTES + X_RING_BYTES + PARTIAL_BYTES + 2 * EXCHANGE_BYTES + 2 * TERMS_BYTES + 16 +
-                    WARPS * STAGES * 8 == SHARED_BYTES);
+                    WARPS * STAGES * 8 ==
+                SHARED_BYTES);
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -92,7 +92,7 @@ __device__ __forceinline__ void widen(__half, uint32_t w, uint32_t* low, uint32_
 __device__ __forceinline__ void widen(__nv_bfloat16, uint32_t w, uint32_t* low, uint32_t* high) {
   const uint32_t u = w ^ 0x80808080u;
   const __nv_bfloat162 scale = __nv_bfloat162(__ushort_as_bfloat16(0x7f00), __ushort_as_bfloat16(0x7f00));  // 2¹²⁷
-  const __nv_bfloat162 bias = __nv_bfloat162(__ushort_as_bfloat16(0xc000), __ushort_as_bfloat16(0xc000));   // -2
+  const __nv_bfloat162 bias = __nv_bfloat162(__ushort_as_bfloat16(0xc000), __ushort_as_bfloat16(0xc000));  // -2
   uint32_t words[2] = {__byte_perm(u, 0, 0x4140), __byte_perm(u, 0, 0x4342)};
   __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(words);
   pairs[0] = __hfma2(pairs[0], scale, bias);
@@ -174,15 +174,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
 
     // One step of weights into its place in the queue, rows of 64 bytes. What lies past N or K is not used.
     const int swizzled = quad ^ (group / 2 % 4);  // where 16-byte chunk `quad` lies in rows group, group + 8, …
-    Cursor w_next{first / tiles_m, first % tiles_m}, l2_next = w_next;
+    Cursor w_next{first / tiles_m, first % tiles_m};
     int w_stage = 0;
-    // The copy engine also brings into L2 what is PREFETCH steps further on: more than fits here beside another block.
-    auto prefetch_w = [&] {
-      if (l2_next.tile_n >= tiles_n) return;
-      if (C::TMA && lane_id == 0)
-        ptx::tma_prefetch(&params.weight, k_first + l2_next.step * C::STRIDE, l2_next.tile_n * C::BLOCK_N + warp_n * C::WARP_N);
-      l2_next.advance(steps, by_n, by_m, tiles_m);
-    };
     auto load_w = [&] {
       if (w_next.tile_n >= tiles_n) return;
       const int64_t row0 = int64_t(w_next.tile_n) * C::BLOCK_N + warp_n * C::WARP_N;
@@ -246,13 +239,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       if (!p.weight_is_constant) ptx::grid_wait();
 #pragma unroll
       for (int s = 0; s < C::STAGES; ++s) load_w();
-      if constexpr (C::PREFETCH > 0) {
-        l2_next = w_next;
-#pragma unroll
-        for (int s = 0; s < C::PREFETCH; ++s) prefetch_w();
-      }
       ptx::grid_wait();
-      if (!C::LATE) ptx::grid_release();
 #pragma unroll
       for (int s = 0; s < C::X_STAGES; ++s) load_x();
     } else {
@@ -260,7 +247,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
 #pragma unroll
       for (int s = 0; s < C::STAGES; ++s) load_w(), load_x();
     }
-    bool released = !C::LATE;
+    bool released = false;
 
     float acc[C::MMAS_W][C::MMAS_X][4] = {};
     float2 own_terms = {};
@@ -275,7 +262,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       const int64_t n0 = int64_t(at.tile_n) * C::BLOCK_N, m0 = int64_t(at.tile_m) * C::BLOCK_M;
       if (at.step == 0 && thread < C::BLOCK_N && n0 + thread < p.n)
         own_terms = {p.weight_scale[n0 + thread], p.bias ? load_float(p.bias, p.bias_dtype, n0 + thread) : -0.0f};
-      if (!released && (C::PREFETCH > 0 ? l2_next : w_next).tile_n >= tiles_n) {
+      if (!released && w_next.tile_n >= tiles_n) {
         released = true;  // the last weights are on their way: time for those of the next kernel
         ptx::grid_release();
       }
@@ -288,15 +275,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       for (int j = 0; j < C::MMAS_X; ++j)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          x[j][h] = *reinterpret_cast<const uint4*>(
-              x_slots + read_x_stage * C::X_STAGE_BYTES + j * X_GROUP_BYTES + group * (STEP * 2) +
-              ((quad * 2 + h) ^ (group % 2)) * CHUNK);
+          x[j][h] = *reinterpret_cast<const uint4*>(x_slots + read_x_stage * C::X_STAGE_BYTES + j * X_GROUP_BYTES +
+                                                    group * (STEP * 2) + ((quad * 2 + h) ^ (group % 2)) * CHUNK);
       const uint8_t* w = smem + (warp_id * C::STAGES + stage) * C::STAGE_BYTES + group * STEP + swizzled * CHUNK;
 #pragma unroll
       for (int r = 0; r < C::MMAS_W; ++r) {
         const uint4 upper = *reinterpret_cast<const uint4*>(w + r * MMA_M * STEP);
         const uint4 lower = *reinterpret_cast<const uint4*>(w + (r * MMA_M + 8) * STEP);
-        const uint32_t words[2][STEP_MMAS] = {{upper.x, upper.y, upper.z, upper.w}, {lower.x, lower.y, lower.z, lower.w}};
+        const uint32_t words[2][STEP_MMAS] = {{upper.x, upper.y, upper.z, upper.w},
+                                              {lower.x, lower.y, lower.z, lower.w}};
 #pragma unroll
         for (int s = 0; s < STEP_MMAS; ++s) {
           uint32_t a[4];
@@ -311,7 +298,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       }
       __syncwarp();  // all have read the places that are filled next
       load_w();
-      if constexpr (C::PREFETCH > 0) prefetch_w();
       load_x();
       if (++stage == C::STAGES) stage = 0, phase ^= 1;
       if (++read_x_stage == C::X_STAGES) read_x_stage = 0;
@@ -398,9 +384,13 @@ Status launch_config(const WeightOnlyLinear& p, const Device& device, Stream str
                   C::WARP_N, STEP))
       return kTensorMapRefused;
   }
-  // One block an SM, and no more clusters than share the tiles evenly: 96 tiles on 33 clusters are 32 times three.
-  const int64_t clusters = std::max(1, device.sm_count / C::CLUSTER), rounds = ceil_div(tiles, clusters);
-  const int64_t grid = (C::CLUSTER > 1 ? ceil_div(tiles, rounds) : std::min(tiles, clusters)) * C::CLUSTER;
+  // One block an SM while the weights are read once: the other half of its shared memory is for the next kernel's. With
+  // more tokens, when multiplying is the limit, all that fit. No more clusters than share the tiles evenly: 96 tiles on
+  // 33 clusters are 32 times three.
+  const int64_t clusters =
+      std::max<int64_t>(1, int64_t(device.sm_count) * (p.m > C::BLOCK_M ? C::BLOCKS_PER_SM : 1) / C::CLUSTER);
+  const int64_t grid =
+      (C::CLUSTER > 1 ? ceil_div(tiles, ceil_div(tiles, clusters)) : std::min(tiles, clusters)) * C::CLUSTER;
   Launch shape{dim3(static_cast<unsigned>(grid)), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER};
   shape.overlap = device.compute >= 90;
   return launch<w8a16<C>>(shape, stream, params);
@@ -411,9 +401,9 @@ Status launch_config(const WeightOnlyLinear& p, const Device& device, Stream str
 Status launch_w8a16(const WeightOnlyLinear& problem, int config_id, const Device& device, Stream stream) {
   const bool half = problem.x_dtype == DType::kFloat16;
   switch (config_id) {
-#define HWKERN_CASE(ID, ...)                                                                 \
-  case ID:                                                                                   \
-    return half ? launch_config<Config<__half, __VA_ARGS__>>(problem, device, stream)        \
+#define HWKERN_CASE(ID, ...)                                                          \
+  case ID:                                                                            \
+    return half ? launch_config<Config<__half, __VA_ARGS__>>(problem, device, stream) \
                 : launch_config<Config<__nv_bfloat16, __VA_ARGS__>>(problem, device, stream);
     HWKERN_W8A16_CONFIGS(HWKERN_CASE)
 #undef HWKERN_CASE

@@ -18,12 +18,6 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const void* map, uint32_
       : "memory");
 }
 
-// The same tile into L2 only, ahead of its load.
-__device__ __forceinline__ void tma_prefetch(const void* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(map), "r"(column), "r"(row)
-               : "memory");
-}
-
 // The same into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
 __device__ __forceinline__ void tma_load_multicast(uint32_t smem, const void* map, uint32_t barrier, int column,
                                                    int row, uint16_t blocks) {
