@@ -63,6 +63,9 @@ enum class Activation : int32_t {
 
 // ---- GEMM ---------------------------------------------------------------------------------------------------------
 
+// What a row of the config table computes: int8 activations (gemm), or 16-bit ones (weight_only_linear).
+enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1 };
+
 // One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
 // benchmark row. Ids live in caches and engines and are never reused.
 struct GemmConfig {
@@ -75,6 +78,7 @@ struct GemmConfig {
   int cluster;        // blocks along M that share the tile of B; 1 before Hopper
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
+  Scheme scheme = Scheme::kW8A8;
 };
 
 // What the choice of a config depends on.
@@ -227,5 +231,32 @@ struct Linear {
 // Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.
 size_t linear_workspace_bytes(int64_t m, int64_t k);
 Status linear(const Linear& problem, int config_id, void* workspace, size_t workspace_bytes, Stream stream);
+
+// ---- Weight-only linear (W8A16): int8 weights, 16-bit activations -------------------------------------------------
+
+// y[m, n] = round(activation((sum · weight_scale[n]) + bias[n]) + residual[m, n]),   sum = Σ_k x[m, k]·weight[n, k]
+// The products are exact (an int8 is exact in both 16-bit types) and are added in float32 in an order that the config
+// fixes: the same bits in every run, other bits with another config. NaN and ±inf propagate as in a float32 product.
+// NOTE: for bfloat16 the sums are kept at 1/64 of their value, so products below 2⁻¹²⁰ may lose bits as subnormals.
+struct WeightOnlyLinear {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous
+  const int8_t* weight;      // [N, ldb], ldb >= K rounded up to 16, rows 16-byte aligned; what lies past K is not used
+  const float* weight_scale; // [N]
+  const void* bias;          // [N] of bias_dtype, or null
+  void* y;                   // [M, N] of y_dtype, dense rows of ldy elements
+  int64_t ldx, ldb, ldy;
+  int64_t m, n, k;
+  DType x_dtype;             // kFloat16 or kBFloat16
+  DType bias_dtype, y_dtype; // kFloat32, kFloat16 or kBFloat16
+  Activation activation = Activation::kNone;
+  const void* residual = nullptr;  // [M, N] of residual_dtype, added after the activation; null for none
+  int64_t ldr = 0;
+  DType residual_dtype = DType::kFloat32;
+  bool weight_is_constant = false;  // as Gemm::b_is_constant
+};
+
+// The id, among the rows of Scheme::kW8A16, that the cost model predicts to be fastest on the device; -1 if none runs.
+int weight_only_choose(int64_t m, int64_t n, int64_t k, const Device& device);
+Status weight_only_linear(const WeightOnlyLinear& problem, int config_id, Stream stream);
 
 }  // namespace hwkern

@@ -42,6 +42,7 @@ from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._weight_only import weight_only_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -62,6 +63,7 @@ __all__ = [
     "pad_weight",
     "padded",
     "quantize",
+    "weight_only_linear",
 ]
 
 _lib = Library("hwkern", "DEF")

@@ -201,3 +201,33 @@ def activation_quantize(
 ) -> tuple[Tensor, Tensor]:
     """``(q, scale)``: :func:`gated_activation`, then :func:`quantize`."""
     return quantize(gated_activation(x, up, name), scale)
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation((x @ weight.T) * weight_scale + bias) + residual`` in float64, rounded once; ``weight [N, K]``.
+
+    Float32 sums depend on their order, so here the kernels reproduce the value and not the bits: to
+    ``K · 2⁻²⁴ · Σ|x·w| · weight_scale`` and the rounding to ``out_dtype``.
+    """
+    y = (x.double() @ weight.double().t()) * weight_scale.double()
+    if bias is not None:
+        y = y + bias.double()
+    if activation == "relu":
+        y = torch.where(y < 0, 0.0, y)
+    elif activation == "gelu":
+        y = 0.5 * y * (1 + torch.erf(y * 0.5**0.5))
+    elif activation == "gelu_tanh":
+        y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    elif activation == "silu":
+        y = y / (1 + torch.exp(-y))
+    if residual is not None:
+        y = y + residual.double()
+    return y.to(out_dtype or x.dtype)

@@ -9,6 +9,7 @@
 
 #include "core/status.h"
 #include "gemm/configs.h"
+#include "gemm/w8a16.h"
 
 namespace hwkern {
 
@@ -72,6 +73,7 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device) {
   if (m < 1 || n < 1 || k < 1) return 0;
+  if (config.scheme == Scheme::kW8A16) return predict_w8a16(config, m, n, k, device);
   return config.id >= kFirstSm90Id ? predict_wgmma(config, m, n, k, device) : predict_mma_sync(config, m, n, k, device);
 }
 
