@@ -60,8 +60,19 @@ class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
     """:class:`WeightOnlyInt8Linear` in the place of transformers' ``Conv1D``."""
 
 
+# On CUDA, with more tokens than this multiplying is the limit, and cuBLAS on the widened weight the faster way.
+_FEW_TOKENS = 64
+
+
 def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
-    """``x @ (weight * weight_scale).T + bias`` through the dequantized weight, in x's dtype."""
+    """``x @ (weight * weight_scale).T + bias`` in x's dtype (autocast's under autocast).
+
+    :func:`hwkern.ops.weight_only_linear` on the CPU, and on CUDA for few tokens in a 16-bit dtype; else a matmul on the
+    dequantized weight, which is rounded to that dtype.
+    """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
+    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= _FEW_TOKENS)):
+        return ops.weight_only_linear(x, weight, weight_scale, bias)
     w = ops.dequantize(weight, weight_scale, 0, dtype)[:, :k]
     return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
