@@ -31,8 +31,12 @@ from hwkern.nn.pack import dtype_name
 IDENTITY = ("device", "gpu", "compute", "sm_count", "cpu")
 
 ROUNDS = 9  # samples of each peer, of which the median counts
+PEER_SECONDS = 0.1  # for all samples of one peer, but at least three
+HOPELESS = 1.5  # times the float layer's time: such a peer is sampled twice only
 SAMPLE_SECONDS = 4e-4  # a sample on the CPU has as many calls as fill this
-EAGER_CALLS = 50  # on a GPU a sample has so many, and one wait at its end
+EAGER_CALLS = 50  # on a GPU a sample has at most so many, and one wait at its end
+EAGER_SECONDS = 5e-3  # and fewer, but three, when they would take longer than this
+GPU_SETS = 24  # of weights at most: layers so small that these fit into the L2 stay there in their models too
 GRAPH_SECONDS = 0.01  # of replays for each peer
 CPU_BYTES = 2**25  # weights that the CPU's calls rotate over: a model's other layers push a layer's out of the caches
 
@@ -148,7 +152,7 @@ def measure(shape: Shape, m: int, timings: Sequence[str], device: torch.device) 
             from hwkern._timing import rotations
 
             gpu = hardware.gpu(torch.cuda.current_device() if device.index is None else device.index)
-            sets = rotations(weight_bytes / 2, gpu.l2_bytes)
+            sets = min(GPU_SETS, rotations(weight_bytes / 2, gpu.l2_bytes))
         else:
             sets = max(1, min(4, CPU_BYTES // weight_bytes))
         floats = [shape.float_layer(device) for _ in range(sets)]
@@ -180,17 +184,23 @@ def eager_us(peers: dict[str, list[Callable[[], object]]], device: torch.device)
         return (time.perf_counter() - start) / count
 
     rings = {name: itertools.cycle(calls) for name, calls in peers.items()}
-    counts = {}
+    counts, rounds = {}, {}
+    first = None
     for name, ring in rings.items():
-        sample(ring, 2)
+        sample(ring, 1)
         once = sample(ring, 2)
-        counts[name] = (
-            EAGER_CALLS if device.type == "cuda" else max(1, min(200, round(SAMPLE_SECONDS / max(once, 1e-7))))
-        )
+        first = once if first is None else first
+        # Seconds that long calls take are better spent elsewhere, above all on what is far slower than the first peer.
+        rounds[name] = 2 if once > HOPELESS * first else max(3, min(ROUNDS, round(PEER_SECONDS / max(once, 1e-7))))
+        if device.type == "cuda":
+            counts[name] = max(3, min(EAGER_CALLS, round(EAGER_SECONDS / max(once, 1e-7))))
+        else:
+            counts[name] = max(1, min(200, round(SAMPLE_SECONDS / max(once, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(ROUNDS):
         for name in peers if turn % 2 == 0 else reversed(list(peers)):
-            samples[name].append(sample(rings[name], counts[name]))
+            if turn < rounds[name]:
+                samples[name].append(sample(rings[name], counts[name]))
     return {name: statistics.median(values) * 1e6 for name, values in samples.items()}
 
 

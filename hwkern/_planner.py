@@ -79,6 +79,9 @@ def make_plan(
     units = _units([layer for layer in layers if layer.names[0] not in left], seen)
     with progress("Measuring errors on your data", len(units), show) as step:
         recipes, groups = _candidates(model, units, accuracy, step)
+    for unit in units:
+        unit.judges.clear()  # the samples of a large model are gigabytes
+    seen.clear()
     clock = Clock(device, save)
     planned = _timed(units, recipes, groups, clock, show)
     result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left)

@@ -354,5 +354,6 @@ def test_a_device_without_memory_or_kernels(saved: Path) -> None:
 def test_straight_to_the_gpu(saved: Path) -> None:
     model = hwkern.load(saved, empty(), device="cuda")
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"cuda"}
-    # The float layers' products differ between devices in their last bits; the int8 ones do not.
-    assert torch.allclose(model(IDS.cuda()).cpu(), hwkern.load(saved, empty())(IDS), atol=1e-3)
+    # The norms differ between devices in their last bits, which may move a value to the next int8 step.
+    here, there = hwkern.load(saved, empty())(IDS), model(IDS.cuda()).cpu()
+    assert torch.cosine_similarity(here, there, dim=-1).min() > 0.999

@@ -221,6 +221,30 @@ def test_autocast_decides_the_dtype_of_every_scheme() -> None:
         assert all(layer(torch.randn(2, K)).dtype == torch.bfloat16 for layer in layers)
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_holds_every_scheme() -> None:
+    originals = [linear(K, K, torch.bfloat16).cuda() for _ in range(len(CALIBRATIONS) + 2)]
+    layers: list[nn.Module] = [
+        CalibratedInt8Linear.from_calibration(o, c) for o, c in zip(originals, CALIBRATIONS.values(), strict=False)
+    ]
+    layers += [WeightOnlyInt8Linear.from_float(o, max_tokens=t) for o, t in zip(originals[-2:], (None, 3), strict=True)]
+    x = torch.rand(8, K, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in layers:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                layer(x)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)
+            for _ in range(2):
+                x.uniform_(-1, 1)
+                graph.replay()
+                assert torch.equal(y, layer(x)), layer
+
+
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ operation is one IEEE float32 operation there too.
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ def device() -> Iterator[None]:
     context.push()
     load()
     yield
+    the_builder.cache_clear()  # before the context goes
     cuda.Context.pop()
 
 
@@ -117,8 +119,14 @@ def model(layers: list[Layer], dtype: Any) -> bytes:
 # ---- TensorRT 8.6 ----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def the_builder() -> Any:
+    """One for all tests: making it loads 0.8 GB of kernels."""
+    return trt.Builder(LOGGER)
+
+
 def build(data: bytes, dtype: Any, profiles: list[list[tuple[int, int]]], k: int = K) -> bytes | None:
-    builder = trt.Builder(LOGGER)
+    builder = the_builder()
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
     parser = trt.OnnxParser(network, LOGGER)
     if not parser.parse(data):
@@ -138,6 +146,14 @@ def build(data: bytes, dtype: Any, profiles: list[list[tuple[int, int]]], k: int
 
 
 ONE_PROFILE = [[(1, 1), (4, 16), (8, 64)]]
+
+
+@functools.cache
+def plain_engine() -> bytes:
+    """One layer in float16."""
+    data = build(model([Layer()], F16), F16, ONE_PROFILE)
+    assert data is not None
+    return data
 
 
 class Execution:
@@ -231,9 +247,7 @@ def test_two_contexts_on_two_streams() -> None:
 
 def test_graph_capture_of_an_engine() -> None:
     layer = Layer()
-    data = build(model([layer], F16), F16, ONE_PROFILE)
-    assert data is not None
-    run = Execution(loaded(data), 8 * 64, F16)
+    run = Execution(loaded(plain_engine()), 8 * 64, F16)
     run(random(4, 16, K, dtype=F16))  # TensorRT wants one call before a capture
     run.stream.begin_capture()
     run.enqueue()
@@ -254,7 +268,7 @@ def test_quantize_op() -> None:
     graph = onnx.helper.make_graph([node], "g", [x_info], [onnx.helper.make_tensor_value_info(*o) for o in outputs])
     imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("hwkern", 1)]
     proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
-    builder = trt.Builder(LOGGER)
+    builder = the_builder()
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
     assert trt.OnnxParser(network, LOGGER).parse(proto.SerializeToString())
     # 8.6 wants to know a range for every int8 tensor; the plugin's values do not depend on it.
@@ -303,8 +317,7 @@ print({expected!r})
 
 @pytest.mark.parametrize("how", ["register", "load_library", "no plugin", "truncated", "damaged plugin data"])
 def test_saved_engine_in_a_new_process(how: str, tmp_path: Any) -> None:
-    data = build(model([Layer()], F16), F16, ONE_PROFILE)
-    assert data is not None
+    data = plain_engine()
     if how == "truncated":
         data = data[: len(data) // 2]
     if how == "damaged plugin data":

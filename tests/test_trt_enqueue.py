@@ -148,7 +148,7 @@ def test_every_tactic_gives_the_same_bits(harness: Harness, m: int, n: int, k: i
 
 def test_every_config_id_as_a_field(harness: Harness) -> None:
     layer = Layer(77, 264, 1000, torch.bfloat16, torch.float32)
-    for config in _native.extension().gemm_configs():
+    for config in (row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"):
         compute = torch.cuda.get_device_capability()
         if not config["min_compute"] <= compute[0] * 10 + compute[1] <= config["max_compute"]:
             continue

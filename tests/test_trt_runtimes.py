@@ -86,6 +86,16 @@ def test_rtx_builds_engines_for_four_gpus_with_dynamic_shapes(folder: Path, tmp_
 
 
 @pytest.mark.parametrize("folder", cases("tensorrt_rtx", "tensorrt_rtx_libs/libtensorrt_rtx.so.*"))
+def test_rtx_builds_an_engine_with_a_fused_norm(folder: Path, tmp_path: Path) -> None:
+    needs_onnx(folder)
+    said = rtx(folder, tmp_path, "norm_engine")
+    if not hasattr(_native.extension(), "norm_quantize"):
+        pytest.skip("this build of hwkern has no fused norm")
+    assert "engine with NormLinearInt8" in said
+    assert "not found in plugin node" not in said
+
+
+@pytest.mark.parametrize("folder", cases("tensorrt_rtx", "tensorrt_rtx_libs/libtensorrt_rtx.so.*"))
 def test_rtx_gets_sentences_and_no_crash_from_absurd_models(folder: Path, tmp_path: Path) -> None:
     needs_onnx(folder)
     said = rtx(folder, tmp_path, "refusals")

@@ -159,6 +159,35 @@ def engines(trt: Any, library: str) -> None:
             print("engine", TensorProto.DataType.Name(dtype), len(engine), "bytes")
 
 
+def norm_engine(trt: Any, library: str) -> None:
+    """x → NormLinearInt8 with a skip and all its outputs."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    if load_v3(trt, library).get_creator("NormLinearInt8", "1", "hwkern") is None:
+        print("no NormLinearInt8 in this build")
+        return
+    k, n, half = 100, 64, np.float16
+    values = {"g": np.ones(k, half), "b": np.zeros(k, np.float32), "w": np.ones((n, 112), np.int8)}
+    values |= {"s": np.ones(n, np.float32)}
+    flags = dict.fromkeys(("has_bias", "has_input_scale", "has_residual"), 0)
+    flags |= dict.fromkeys(("has_norm_bias", "has_skip", "has_norm_output", "has_sum_output"), 1)
+    node = helper.make_node(
+        "NormLinearInt8", ["x", "x", *values], ["y", "normed", "sum"], domain="hwkern", plugin_namespace="hwkern",
+        plugin_version="1", in_features=k, out_features=n, scheme="w8a8_dynamic", activation="none", config=-1,
+        norm="layer", epsilon=1e-12, norm_offset=0.0, **flags,
+    )  # fmt: skip
+    outputs = [("y", n), ("normed", k), ("sum", k)]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", "S", size]) for name, size in outputs]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["B", "S", k])
+    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("hwkern", 1)]
+    graph = helper.make_graph([node], "g", [x], infos, constants)
+    engine = build(trt, helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString())
+    assert engine is not None
+    assert STATE in engine
+    print("engine with NormLinearInt8:", len(engine), "bytes")
+
+
 def refusals(trt: Any, library: str) -> None:
     from onnx import TensorProto
 
