@@ -75,6 +75,7 @@ struct GemmConfig {
   int cluster;        // blocks along M that share the tile of B; 1 before Hopper
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
+  int split_k = 1;           // blocks of a cluster that split K between them
 };
 
 // What the choice of a config depends on.

@@ -36,8 +36,8 @@ void run(F&& enqueue) {
 
 void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale_m, uintptr_t scale_n, uintptr_t bias,
              int bias_dtype, uintptr_t d, int64_t ldd, int d_dtype, int64_t m, int64_t n, int64_t k, int config,
-             uintptr_t stream) {
-  const Gemm problem{pointer<int8_t>(a),
+             uintptr_t stream, bool b_is_constant) {
+  Gemm problem{pointer<int8_t>(a),
                      pointer<int8_t>(b),
                      pointer<float>(scale_m),
                      pointer<float>(scale_n),
@@ -51,6 +51,7 @@ void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale
                      k,
                      static_cast<DType>(bias_dtype),
                      static_cast<DType>(d_dtype)};
+  problem.b_is_constant = b_is_constant;
   run([&] { return gemm(problem, config, pointer<CUstream_st>(stream)); });
 }
 
@@ -146,7 +147,8 @@ py::dict as_dict(const GemmConfig& c) {
   return py::dict("id"_a = c.id, "name"_a = c.name, "min_compute"_a = c.min_compute, "max_compute"_a = c.max_compute,
                   "cluster"_a = c.cluster, "block_m"_a = c.block_m, "block_n"_a = c.block_n, "block_k"_a = c.block_k,
                   "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k, "stages"_a = c.stages,
-                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm);
+                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm,
+                  "split_k"_a = c.split_k);
 }
 
 py::list configs() {
@@ -208,7 +210,8 @@ PYBIND11_MODULE(_C, m) {
       "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
   m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
 
-  m.def("gemm", &py_gemm);
+  m.def("gemm", &py_gemm, "a"_a, "lda"_a, "b"_a, "ldb"_a, "scale_m"_a, "scale_n"_a, "bias"_a, "bias_dtype"_a, "d"_a,
+        "ldd"_a, "d_dtype"_a, "m"_a, "n"_a, "k"_a, "config"_a, "stream"_a, "b_is_constant"_a = false);
   m.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&kLinearMethod, nullptr));
   m.def("linear_workspace_bytes", &linear_workspace_bytes, "m"_a, "k"_a);
   m.def("quantize_per_token", &py_quantize_per_token);

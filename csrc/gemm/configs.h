@@ -23,6 +23,72 @@
   X(103, 256, 1, 4)            \
   X(104, 128, 1, 6)
 
+// X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM): ROWS of B and TOKENS of A a tile, SPLIT blocks share its K
+#define HWKERN_SM90_SPLIT_CONFIGS(X) \
+  X(200, 64, 8, 1, 8, 3) \
+  X(201, 64, 8, 2, 8, 3) \
+  X(202, 64, 8, 4, 8, 3) \
+  X(203, 64, 8, 1, 12, 2) \
+  X(204, 64, 8, 2, 12, 2) \
+  X(205, 64, 8, 4, 12, 2) \
+  X(206, 128, 8, 1, 6, 2) \
+  X(207, 128, 8, 2, 6, 2) \
+  X(208, 128, 8, 4, 6, 2) \
+  X(209, 128, 8, 8, 6, 2) \
+  X(210, 64, 8, 4, 5, 4) \
+  X(211, 64, 16, 1, 7, 3) \
+  X(212, 64, 16, 2, 7, 3) \
+  X(213, 64, 16, 4, 7, 3) \
+  X(214, 64, 16, 1, 11, 2) \
+  X(215, 64, 16, 2, 11, 2) \
+  X(216, 64, 16, 4, 10, 2) \
+  X(217, 128, 16, 1, 6, 2) \
+  X(218, 128, 16, 2, 5, 2) \
+  X(219, 128, 16, 4, 5, 2) \
+  X(220, 128, 16, 8, 5, 2) \
+  X(221, 64, 16, 4, 5, 4) \
+  X(222, 64, 16, 8, 7, 3) \
+  X(223, 64, 32, 1, 6, 3) \
+  X(224, 64, 32, 2, 5, 3) \
+  X(225, 64, 32, 4, 5, 3) \
+  X(226, 64, 32, 1, 9, 2) \
+  X(227, 64, 32, 2, 9, 2) \
+  X(228, 64, 32, 4, 8, 2) \
+  X(229, 128, 32, 1, 5, 2) \
+  X(230, 128, 32, 2, 5, 2) \
+  X(231, 128, 32, 4, 4, 2) \
+  X(232, 128, 32, 8, 4, 2) \
+  X(233, 64, 32, 4, 4, 4) \
+  X(234, 64, 32, 8, 5, 3) \
+  X(235, 64, 64, 1, 4, 3) \
+  X(236, 64, 64, 2, 4, 3) \
+  X(237, 64, 64, 4, 3, 3) \
+  X(238, 64, 64, 1, 7, 2) \
+  X(239, 64, 64, 2, 6, 2) \
+  X(240, 64, 64, 4, 6, 2) \
+  X(241, 128, 64, 1, 4, 2) \
+  X(242, 128, 64, 2, 3, 2) \
+  X(243, 128, 64, 4, 3, 2) \
+  X(244, 128, 64, 8, 4, 2) \
+  X(245, 64, 64, 8, 3, 3) \
+  X(246, 64, 128, 1, 4, 2) \
+  X(247, 64, 128, 2, 3, 2) \
+  X(248, 64, 128, 4, 3, 2) \
+  X(249, 128, 128, 1, 7, 1) \
+  X(250, 128, 128, 2, 7, 1) \
+  X(251, 128, 128, 4, 7, 1) \
+  X(252, 128, 128, 1, 3, 2) \
+  X(253, 128, 128, 2, 3, 2) \
+  X(254, 128, 256, 1, 4, 1) \
+  X(255, 128, 256, 2, 4, 1) \
+  X(256, 128, 256, 4, 4, 1) \
+  X(257, 64, 256, 1, 5, 1) \
+  X(258, 64, 256, 2, 5, 1) \
+  X(259, 64, 256, 4, 5, 1) \
+  X(260, 128, 192, 1, 5, 1) \
+  X(261, 128, 192, 2, 5, 1) \
+  X(262, 128, 192, 4, 5, 1)
+
 namespace hwkern {
 
 constexpr int kColumnTermBytes = 8;  // float2: scale_n and bias of one column
@@ -42,8 +108,32 @@ constexpr int sm90_shared_bytes(int block_n, int stages) {
          16 * stages;
 }
 
+constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;
+
+// The other blocks' sums of one block's share of the tile: in memory of their own while that is little, so that they can
+// arrive while the ring is in use; else over the ring.
+constexpr int sm90_split_receive_bytes(int rows, int tokens, int split) {
+  return rows * tokens * 4 / split * (split - 1);
+}
+constexpr bool sm90_split_own_receive(int rows, int tokens, int split) {
+  return sm90_split_receive_bytes(rows, tokens, split) <= 24 * 1024;
+}
+// The ring, over it the block's own sums, and what it receives.
+constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages) {
+  const int ring = stages * (rows + tokens) * kSm90BlockK, staging = rows * tokens * 4;
+  const int receive = sm90_split_receive_bytes(rows, tokens, split);
+  const bool own = sm90_split_own_receive(rows, tokens, split);
+  const int over_ring = staging + (own ? 0 : receive);
+  return (ring > over_ring ? ring : over_ring) + (own ? receive : 0);
+}
+// That, the token scales, the column terms, two barriers a stage and two more.
+constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages) {
+  return sm90_split_data_bytes(rows, tokens, split, stages) + 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
+}
+
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
-Status launch_gemm_sm80(const Gemm& problem, int config_id, Stream stream);
+Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream);
 Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);
+Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream);
 
 }  // namespace hwkern

@@ -17,6 +17,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -148,6 +149,8 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_sm90(const __grid_constant
   } else {
     __syncthreads();
   }
+  ptx::grid_wait();
+  ptx::grid_release();
 
   RingPosition<C::STAGES> at;
   if (warpgroup == 0) {
@@ -292,7 +295,8 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   const int64_t tiles = ceil_div(p.m, C::BLOCK_M * C::CLUSTER) * ceil_div(p.n, C::BLOCK_N);
   const int64_t clusters = sm_count / C::CLUSTER;
   const unsigned blocks = static_cast<unsigned>((tiles < clusters ? tiles : clusters) * C::CLUSTER);
-  return launch<gemm_sm90<C>>({dim3(blocks), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER}, stream, params);
+  return launch<gemm_sm90<C>>({dim3(blocks), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER, /*overlap=*/true}, stream,
+                              params);
 }
 
 }  // namespace

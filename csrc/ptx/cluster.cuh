@@ -11,6 +11,20 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// The address in block `rank` of what lies at `smem` in this block.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t smem, uint32_t rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(remote) : "r"(smem), "r"(rank));
+  return remote;
+}
+
+// The two halves of cluster_sync, without its fence of ordinary memory (a MEMBAR.GPU): for hand-overs that carry no data
+// or whose data is ordered by an mbarrier. Each thread arrives and waits in turn.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory"); }
+
 // All threads of all blocks of the cluster wait for each other; memory written before is visible after.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");

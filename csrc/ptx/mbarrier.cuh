@@ -19,6 +19,11 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// One arrival on a barrier of this block.
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
 // One arrival on the same barrier of block `rank` of the cluster.
 // NOTE: without .release.cluster, which becomes a MEMBAR.GPU of some 800 cycles. What an arrival hands over here is a
 // buffer that only the copy engine and wgmma touch, and the wgmmas have been waited for.

@@ -6,9 +6,11 @@
 // A pass moves M·K·(sizeof(T) + 1) bytes; at 4096 × 4096 bfloat16 that is 50 MB, 16.5 µs at 3.05 TB/s.
 #include <cfloat>
 
+#include "core/device.h"
 #include "core/float_types.cuh"
 #include "core/launch.cuh"
 #include "ptx/convert.cuh"
+#include "ptx/grid.cuh"
 #include "quant/kernels.h"
 
 namespace hwkern {
@@ -83,6 +85,8 @@ __device__ __forceinline__ uint32_t row_max(uint32_t v) {
 template <typename T, int VECTORS, bool ALIGNED>
 __global__ void __launch_bounds__(1024) quantize_per_token_kernel(const Quantize p) {
   using Row = RowVector<T>;
+  ptx::grid_wait();
+  ptx::grid_release();
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (m >= p.m) return;
   const T* x = static_cast<const T*>(p.x) + m * p.ldx;
@@ -157,9 +161,12 @@ bool rows_aligned(const Quantize& p) {
 
 template <typename T, int VECTORS>
 Status launch_rows(const Quantize& p, dim3 block, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.m, block.y)));
-  return rows_aligned<T>(p) ? launch<quantize_per_token_kernel<T, VECTORS, true>>({grid, block}, stream, p)
-                            : launch<quantize_per_token_kernel<T, VECTORS, false>>({grid, block}, stream, p);
+  Device device;
+  if (const Status status = current_device(&device); !status.ok()) return status;
+  Launch shape{dim3(static_cast<unsigned>(ceil_div(p.m, block.y))), block};
+  shape.overlap = device.compute >= 90;
+  return rows_aligned<T>(p) ? launch<quantize_per_token_kernel<T, VECTORS, true>>(shape, stream, p)
+                            : launch<quantize_per_token_kernel<T, VECTORS, false>>(shape, stream, p);
 }
 
 // The block of a kernel with one vector a thread, and the grid that covers `m` rows of `vectors` vectors.
