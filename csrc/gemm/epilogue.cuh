@@ -2,14 +2,16 @@
 //
 //   D[m, n] = round(((float)sum * scale_m[m]) * scale_n[n] + bias[n])      or the raw sum for an int32 D
 //
-// What depends on n is brought to shared memory once a tile (ColumnTerms). A warp then takes its part of the tile in
+// What depends on n is brought to shared memory once a tile (column_terms). A warp then takes its part of the tile in
 // slabs of 16 rows: scales it in registers, lays it out row-major in a piece of shared memory of its own, and writes
 // whole rows with 16-byte stores. No other warp is involved, so __syncwarp is enough.
+// Activation, residual and int8 output (options.cuh) are applied to whole rows of float32 in that shared memory.
 #pragma once
 
 #include <type_traits>
 
 #include "core/float_types.cuh"
+#include "gemm/options.cuh"
 #include "hwkern.h"
 
 namespace hwkern {
@@ -112,6 +114,46 @@ __device__ __forceinline__ void store_tile(const Gemm& p, const int32_t (&acc)[M
       }
     }
     __syncwarp();
+  }
+}
+
+// store_tile for a problem with options. Destroys acc: rows of fragments move up, so that one copy of the code, which is
+// long, serves all of them (a register array cannot be indexed by a variable).
+template <int MMAS_M, int MMAS_N>
+__device__ __forceinline__ void store_tile_with_options(const Gemm& p, int32_t (&acc)[MMAS_M][MMAS_N][4], int64_t m0,
+                                                        int64_t n0, const float2* columns, void* smem_warp) {
+  constexpr int WARP_N = MMAS_N * 8, COUNT = 8;  // values that a lane takes at a time
+  using Slab = EpilogueSlab<float, WARP_N>;
+  const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2;
+  float* slab = static_cast<float*>(smem_warp);
+  const float inverse = inverse_d_scale(p);
+#pragma unroll 1
+  for (int i = 0; i < MMAS_M && m0 + i * 16 < p.m; ++i) {
+    const int64_t m_slab = m0 + i * 16;
+    const float scale_m[] = {row_scale(p, m_slab + group), row_scale(p, m_slab + group + 8)};
+#pragma unroll
+    for (int j = 0; j < MMAS_N; ++j) {
+      const float4 terms = *reinterpret_cast<const float4*>(&columns[j * 8 + pair]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        finish<float>(&slab[(group + half * 8) * Slab::PITCH + j * 8 + pair], acc[0][j][half * 2],
+                      acc[0][j][half * 2 + 1], scale_m[half], {terms.x, terms.y}, {terms.z, terms.w});
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int v = lane_id; v < Slab::ROWS * WARP_N / COUNT; v += 32) {
+      const int row = v / (WARP_N / COUNT), column = v % (WARP_N / COUNT) * COUNT;
+      float y[COUNT];
+      load_row(&slab[row * Slab::PITCH], column, WARP_N, true, y);
+      finish_row(p, y, m_slab + row, n0 + column, inverse);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int next = 1; next < MMAS_M; ++next)
+#pragma unroll
+      for (int j = 0; j < MMAS_N; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) acc[next - 1][j][e] = acc[next][j][e];
   }
 }
 

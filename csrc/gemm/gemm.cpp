@@ -5,6 +5,20 @@
 
 namespace hwkern {
 
+static Status validate_options(const Gemm& p) {
+  if (p.activation < Activation::kNone || p.activation > Activation::kSilu)
+    return invalid("gemm: unknown activation; hwkern.h lists them");
+  if (p.residual) {
+    if (!is_float(p.residual_dtype)) return invalid("gemm: the residual must be float32, float16 or bfloat16");
+    if (p.ldr < p.n) return invalid("gemm: the residual's leading dimension is shorter than its row");
+    if (!is_aligned(p.residual, size_of(p.residual_dtype)))
+      return invalid("gemm: the residual is not aligned to its own elements");
+  }
+  if ((p.d_dtype == DType::kInt8) != (p.d_scale != nullptr))
+    return invalid("gemm: an int8 D needs d_scale, and no other D takes one");
+  return kSuccess;
+}
+
 static Status validate(const Gemm& p) {
   if (p.m < 0 || p.n < 1 || p.k < 1) return invalid("gemm: M >= 0, N >= 1 and K >= 1 are needed");
   if (p.k > kMaxK) return invalid("gemm: K must be below 2^17, or the int32 sum could overflow");
@@ -16,12 +30,14 @@ static Status validate(const Gemm& p) {
   if (!p.a || !p.b || !p.d) return invalid("gemm: A, B and D must not be null");
   if (p.d_dtype == DType::kInt32) {
     if (p.scale_m || p.scale_n || p.bias) return invalid("gemm: int32 output is the raw sum, without scales and bias");
-  } else if (!is_float(p.d_dtype)) {
-    return invalid("gemm: D must be float32, float16, bfloat16 or int32");
+    if (p.activation != Activation::kNone || p.residual)
+      return invalid("gemm: int32 output is the raw sum, without activation and residual");
+  } else if (!is_float(p.d_dtype) && p.d_dtype != DType::kInt8) {
+    return invalid("gemm: D must be float32, float16, bfloat16, int8 or int32");
   }
   if (p.bias && !is_float(p.bias_dtype)) return invalid("gemm: bias must be float32, float16 or bfloat16");
   if (!is_aligned(p.d, size_of(p.d_dtype))) return invalid("gemm: D is not aligned to its own elements");
-  return kSuccess;
+  return validate_options(p);
 }
 
 Status gemm(const Gemm& p, int config_id, Stream stream) {

@@ -38,7 +38,7 @@ struct Config {
   static constexpr int PASSES_A = BLOCK_M / ROWS_PER_PASS, PASSES_B = BLOCK_N / ROWS_PER_PASS;
   static constexpr int BYTES_A = BLOCK_M * BLOCK_K, BYTES_B = BLOCK_N * BLOCK_K, STAGE_BYTES = BYTES_A + BYTES_B;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
-  static constexpr int SHARED_BYTES = sm80_shared_bytes(BLOCK_M, BLOCK_N, BLOCK_K, STAGES);  // the ring, ColumnTerms
+  static constexpr int SHARED_BYTES = sm80_shared_bytes(BLOCK_M, BLOCK_N, BLOCK_K, STAGES);  // the ring, column terms
 
   static_assert(WARP_M % MMA_M == 0 && WARP_N % 16 == 0, "a warp loads B fragments for 16 columns at a time");
   static_assert(K_STEPS % WARPS_K == 0 && STAGES >= 2);
@@ -186,6 +186,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm80(const 
   const int64_t warp_m0 = m0 + warp_m * C::WARP_M, warp_n0 = n0 + warp_n * C::WARP_N;
   const float2* warp_columns = columns + warp_n * C::WARP_N;
   void* slab = smem + (warp_n * C::WARPS_M + warp_m) * kEpilogueBytes<C::WARP_N>;
+  if (has_options(p)) {
+    store_tile_with_options(p, acc, warp_m0, warp_n0, warp_columns, slab);
+    return;
+  }
   switch (p.d_dtype) {
     case DType::kFloat32: store_tile<float>(p, acc, warp_m0, warp_n0, warp_columns, slab); break;
     case DType::kFloat16: store_tile<__half>(p, acc, warp_m0, warp_n0, warp_columns, slab); break;

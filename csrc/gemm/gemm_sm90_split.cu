@@ -87,45 +87,34 @@ __device__ __forceinline__ int slab_word(int token, int row) {
 }
 
 // This thread's part of a block's share: always the same VECTOR columns of D, from `n` on, one token after the other.
-template <typename T, typename C>
-__device__ __forceinline__ void store_share(const Gemm& p, const int32_t* staging, const int32_t* received,
-                                            const float* scale_m, const float2* columns, int64_t m0,
-                                            int64_t n, int first_token, int slab, int slab0, int half) {
-  constexpr int PACK = 16 / sizeof(T);  // elements of one 16-byte store
-  const bool vectors = p.ldd % PACK == 0 && reinterpret_cast<uintptr_t>(p.d) % 16 == 0 && n + VECTOR <= p.n;
+// `columns`: their terms.
+template <typename C>
+__device__ __forceinline__ void store_share(const Gemm& p, const int32_t* own, const int32_t* received,
+                                            const float* scale_m, const float2* columns, int64_t m0, int64_t n, int half) {
+  const float inverse = inverse_d_scale(p);
+#pragma unroll 1
   for (int t = threadIdx.x / (2 * C::SHARE_SLABS); t < C::SHARE_TOKENS; t += C::CONSUMER_THREADS / (2 * C::SHARE_SLABS)) {
-    const int64_t m = m0 + first_token + t;
+    const int64_t m = m0 + t;
     if (m >= p.m) break;
-    int32_t sums[VECTOR];
-    auto add = [&](const int32_t* from, bool first) {
+    int32_t sums[VECTOR] = {};
+    auto add = [&](const int32_t* slab) {
 #pragma unroll
       for (int v = 0; v < VECTOR; v += 4) {
-        const int4 part = *reinterpret_cast<const int4*>(from + v);
-        sums[v] = part.x + (first ? 0 : sums[v]);
-        sums[v + 1] = part.y + (first ? 0 : sums[v + 1]);
-        sums[v + 2] = part.z + (first ? 0 : sums[v + 2]);
-        sums[v + 3] = part.w + (first ? 0 : sums[v + 3]);
+        const int4 part = *reinterpret_cast<const int4*>(slab + slab_word(t, half * VECTOR) + v);
+        sums[v] += part.x, sums[v + 1] += part.y, sums[v + 2] += part.z, sums[v + 3] += part.w;
       }
     };
-    add(staging + (slab0 + slab) * C::TOKENS * SLAB_ROWS + slab_word(first_token + t, half * VECTOR), true);
+    add(own);
 #pragma unroll
-    for (int s = 0; s < C::SPLIT - 1; ++s)
-      add(received + (s * C::SHARE_SLABS + slab) * C::SHARE_TOKENS * SLAB_ROWS + slab_word(t, half * VECTOR), false);
-    alignas(16) T values[VECTOR];
-#pragma unroll
-    for (int v = 0; v < VECTOR; v += 2) {
-      const float4 terms = *reinterpret_cast<const float4*>(&columns[v]);
-      finish<T>(&values[v], sums[v], sums[v + 1], scale_m[first_token + t], {terms.x, terms.y}, {terms.z, terms.w});
-    }
-    T* out = static_cast<T*>(p.d) + m * p.ldd + n;
-    if (vectors) {
-#pragma unroll
-      for (int v = 0; v < VECTOR; v += PACK)
-        *reinterpret_cast<Vector<T, PACK>*>(out + v) = *reinterpret_cast<const Vector<T, PACK>*>(&values[v]);
+    for (int s = 0; s < C::SPLIT - 1; ++s) add(received + s * C::SHARE_SLABS * C::PIECE_BYTES / 4);
+    if (p.d_dtype == DType::kInt32) {
+      const bool aligned = p.ldd % 4 == 0 && reinterpret_cast<uintptr_t>(p.d) % 16 == 0;
+      store_row(static_cast<int32_t*>(p.d) + m * p.ldd, n, p.n, aligned, sums, [](int32_t v) { return v; });
     } else {
+      float y[VECTOR];
 #pragma unroll
-      for (int v = 0; v < VECTOR; ++v)
-        if (n + v < p.n) out[v] = values[v];
+      for (int v = 0; v < VECTOR; ++v) y[v] = scaled(sums[v], scale_m[t], columns[v]);
+      finish_row(p, y, m, n, inverse);
     }
   }
 }
@@ -272,18 +261,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     ptx::cluster_arrive_relaxed();  // the others' copies have been read
   }
 
-  const int32_t* from_others = reinterpret_cast<const int32_t*>(shared + C::RECEIVE);
-  switch (p.d_dtype) {
-#define HWKERN_STORE(DTYPE, T)                                                                                     \
-  case DTYPE:                                                                                                      \
-    store_share<T, C>(p, staging, from_others, scale_m, columns + column, token0, row0 + column, first_token, slab, slab0, half); break;
-    HWKERN_STORE(DType::kFloat32, float)
-    HWKERN_STORE(DType::kFloat16, __half)
-    HWKERN_STORE(DType::kBFloat16, __nv_bfloat16)
-    HWKERN_STORE(DType::kInt32, int32_t)
-#undef HWKERN_STORE
-    default: break;
-  }
+  store_share<C>(p, staging + ((slab0 + slab) * C::TOKENS + first_token) * SLAB_ROWS,
+                 reinterpret_cast<const int32_t*>(shared + C::RECEIVE) + slab * C::PIECE_BYTES / 4, scale_m + first_token,
+                 columns + column, token0 + first_token, row0 + column, half);
   // The copies that the others read lie in this block's memory: it stays until all have arrived there.
   if (C::SPLIT > 1) {
     __syncwarp();
