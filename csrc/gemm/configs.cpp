@@ -28,9 +28,9 @@ constexpr int kAnyNewer = 999;
              sm90_shared_bytes(BN, STAGES),                  \
              1},
 // ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
-#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS)        \
+#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, SHARE, STAGES, BLOCKS)        \
   GemmConfig{ID,                                                              \
-             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES "_b" #BLOCKS, \
+             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_c" #SHARE "_s" #STAGES "_b" #BLOCKS, \
              90,                                                              \
              90,                                                              \
              TOKENS,                                                          \
@@ -40,7 +40,7 @@ constexpr int kAnyNewer = 999;
              ROWS / 16,                                                       \
              1,                                                               \
              STAGES,                                                          \
-             1,                                                               \
+             SHARE,                                                           \
              sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),            \
              BLOCKS,                                                          \
              SPLIT},

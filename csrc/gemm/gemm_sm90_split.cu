@@ -31,24 +31,23 @@ constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
 constexpr int VECTOR = 8;      // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, int HINT_ = 1>
+template <int ROWS_, int TOKENS_, int SPLIT_, int SHARE_, int STAGES_, int BLOCKS_>
 struct Config {
-  static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_, STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
-  static constexpr bool HINT = HINT_;
+  static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_, SHARE = SHARE_, CLUSTER = SPLIT * SHARE;
+  static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   static constexpr int THREADS = CONSUMER_THREADS + 32;
   static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
   static constexpr int BYTES_B = ROWS * BLOCK_K, BYTES_A = TOKENS * BLOCK_K, STAGE_BYTES = BYTES_B + BYTES_A;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
-  // A share: TOKENS / SPLIT tokens of all rows while that is whole groups of 8; else some warps' rows of one group.
-  static constexpr int GROUPS = TOKENS / 8;
-  static constexpr bool BY_TOKEN = GROUPS >= SPLIT;
-  static constexpr int SHARES_PER_GROUP = BY_TOKEN ? 1 : SPLIT / GROUPS;
-  static constexpr int SHARE_TOKENS = BY_TOKEN ? TOKENS / SPLIT : 8;
-  static constexpr int SHARE_SLABS = WARPS / SHARES_PER_GROUP;
-  static constexpr int PIECES = TOKENS / SHARE_TOKENS;  // of a warp's sums: each goes to one block
-  static constexpr int PIECE_BYTES = SHARE_TOKENS * SLAB_ROWS * 4;
+  // A block's part of the sums: TOKENS / SPLIT tokens of all rows while that is whole groups of 8; else all tokens of
+  // some warps' rows.
+  static constexpr bool BY_TOKEN = TOKENS / 8 % SPLIT == 0;
+  static constexpr int PART_TOKENS = BY_TOKEN ? TOKENS / SPLIT : TOKENS;
+  static constexpr int PART_SLABS = BY_TOKEN ? WARPS : WARPS / SPLIT;
+  static constexpr int PIECES = BY_TOKEN ? SPLIT : 1;  // of a warp's sums: each goes to one block
+  static constexpr int PIECE_BYTES = PART_TOKENS * SLAB_ROWS * 4;
 
   static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
   static constexpr int RECEIVE_BYTES = sm90_split_receive_bytes(ROWS, TOKENS, SPLIT);
@@ -59,9 +58,9 @@ struct Config {
   static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES);
 
   static_assert(ROWS % 64 == 0 && TOKENS % 8 == 0 && TOKENS <= 256);
-  static_assert(SHARE_TOKENS % 8 == 0 && SHARES_PER_GROUP <= WARPS && WARPS % SHARES_PER_GROUP == 0);
-  static_assert(RECEIVE_BYTES == (SPLIT - 1) * SHARE_SLABS * PIECE_BYTES);
-  static_assert(CONSUMER_THREADS % (2 * SHARE_SLABS) == 0, "a thread keeps its columns from token to token");
+  static_assert(TOKENS / SHARE % 8 == 0 && WARPS % SPLIT == 0 && CLUSTER <= 8);
+  static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
+  static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
 };
 
@@ -78,46 +77,87 @@ struct RingPosition {
 struct Params {
   CUtensorMap weights, tokens;
   Gemm gemm;
+  int tiles_m, k_tiles;
 };
 
-// Where the sum of (token, row) of a warp's slab lies, in words. The exclusive-or spreads the 32 lanes of a fragment
-// store (8 rows of every second token) over all banks; it stays inside two tokens' 128 bytes, and keeps 8 rows together.
+// Where the sum of (token, row) of a warp's slab lies, in words. The exclusive-or stays inside two tokens' 128 bytes and
+// keeps 4 rows together. It spreads over all banks the lanes of a fragment's store (8 rows of every second token of 8)
+// and each 8 lanes that load 16 bytes (every second 4 rows of 4 tokens).
 __device__ __forceinline__ int slab_word(int token, int row) {
-  return (token * SLAB_ROWS + row) ^ ((token >> 1 & 3) * VECTOR);
+  const int key = token >> 1 & 3;
+  return (token * SLAB_ROWS + row) ^ (key * 8 + (key & 1) * 4);
 }
 
-// This thread's part of a block's share: always the same VECTOR columns of D, from `n` on, one token after the other.
-// `columns`: their terms.
+// A thread's share of its block's part: VECTOR columns of D from `n` on, rows m0, m0 + m_step, … of D; their sums lie in
+// `own` and SPLIT - 1 times in `received`, `word` and `word_step` apart.
 template <typename C>
-__device__ __forceinline__ void store_share(const Gemm& p, const int32_t* own, const int32_t* received,
-                                            const float* scale_m, const float2* columns, int64_t m0, int64_t n, int half) {
-  const float inverse = inverse_d_scale(p);
-#pragma unroll 1
-  for (int t = threadIdx.x / (2 * C::SHARE_SLABS); t < C::SHARE_TOKENS; t += C::CONSUMER_THREADS / (2 * C::SHARE_SLABS)) {
-    const int64_t m = m0 + t;
-    if (m >= p.m) break;
-    int32_t sums[VECTOR] = {};
-    auto add = [&](const int32_t* slab) {
+struct Share {
+  const int32_t *own, *received;
+  const float* scale_m;
+  const float2* columns;
+  int64_t m0, n;
+  int token, half;
+
+  static constexpr int TOKEN_STEP = C::CONSUMER_THREADS / (8 * C::PART_SLABS) * 4;
+
+  __device__ __forceinline__ void sum(int t, int32_t (&sums)[VECTOR]) const {
+#pragma unroll
+    for (int s = 0; s < C::SPLIT; ++s) {
+      const int32_t* slab = s == 0 ? own : received + (s - 1) * C::PART_SLABS * C::PIECE_BYTES / 4;
 #pragma unroll
       for (int v = 0; v < VECTOR; v += 4) {
-        const int4 part = *reinterpret_cast<const int4*>(slab + slab_word(t, half * VECTOR) + v);
-        sums[v] += part.x, sums[v + 1] += part.y, sums[v + 2] += part.z, sums[v + 3] += part.w;
-      }
-    };
-    add(own);
+        const int4 four = *reinterpret_cast<const int4*>(slab + slab_word(t, half * VECTOR + v));
+        const int32_t parts[] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-    for (int s = 0; s < C::SPLIT - 1; ++s) add(received + s * C::SHARE_SLABS * C::PIECE_BYTES / 4);
-    if (p.d_dtype == DType::kInt32) {
-      const bool aligned = p.ldd % 4 == 0 && reinterpret_cast<uintptr_t>(p.d) % 16 == 0;
-      store_row(static_cast<int32_t*>(p.d) + m * p.ldd, n, p.n, aligned, sums, [](int32_t v) { return v; });
-    } else {
+        for (int e = 0; e < 4; ++e) sums[v + e] = s == 0 ? parts[e] : sums[v + e] + parts[e];
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(const Gemm& p) const {
+    constexpr int PACK = 16 / sizeof(T);  // elements of one 16-byte store
+    float2 terms[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) terms[v] = columns[v];
+    const bool vectors = p.ldd % PACK == 0 && reinterpret_cast<uintptr_t>(p.d) % 16 == 0 && n + VECTOR <= p.n;
+    T* d = static_cast<T*>(p.d) + n;
+#pragma unroll 2
+    for (int t = token; t < C::PART_TOKENS; t += TOKEN_STEP) {
+      const int64_t m = m0 + t;
+      if (m >= p.m) break;
+      int32_t sums[VECTOR];
+      sum(t, sums);
+      alignas(16) T values[VECTOR];
+#pragma unroll
+      for (int v = 0; v < VECTOR; v += 2)
+        finish<T>(&values[v], sums[v], sums[v + 1], scale_m[t], terms[v], terms[v + 1]);
+      T* out = d + m * p.ldd;
+      if (vectors) {
+#pragma unroll
+        for (int v = 0; v < VECTOR; v += PACK)
+          *reinterpret_cast<Vector<T, PACK>*>(out + v) = *reinterpret_cast<const Vector<T, PACK>*>(&values[v]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v)
+          if (n + v < p.n) out[v] = values[v];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_with_options(const Gemm& p) const {
+    const float inverse = inverse_d_scale(p);
+#pragma unroll 1
+    for (int t = token; t < C::PART_TOKENS && m0 + t < p.m; t += TOKEN_STEP) {
+      int32_t sums[VECTOR];
+      sum(t, sums);
       float y[VECTOR];
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) y[v] = scaled(sums[v], scale_m[t], columns[v]);
-      finish_row(p, y, m, n, inverse);
+      finish_row(p, y, m0 + t, n, inverse);
     }
   }
-}
+};
 
 template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(const __grid_constant__ Params params) {
@@ -131,32 +171,40 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
   const bool is_producer = warp_id == C::WARPS;
 
-  const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
-  const int tile = blockIdx.x / C::SPLIT;
-  const int tiles_m = static_cast<int>((p.m + C::TOKENS - 1) / C::TOKENS);
-  const int token0 = tile % tiles_m * C::TOKENS, row0 = tile / tiles_m * C::ROWS;
-  const int k_tiles = static_cast<int>((p.k + BLOCK_K - 1) / BLOCK_K);
-  const int k_first = k_tiles * rank / C::SPLIT, k_count = k_tiles * (rank + 1) / C::SPLIT - k_first;
+  // Its place in the cluster: which slice of K, and which of SHARE row tiles that take the same tokens.
+  const int cluster_rank = C::CLUSTER > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
+  const int rank = cluster_rank % C::SPLIT, share = cluster_rank / C::SPLIT;
+  // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
+  const int tile = blockIdx.x / C::CLUSTER, row_tiles = params.tiles_m == 1 ? tile : tile / params.tiles_m;
+  const int row0 = (row_tiles * C::SHARE + share) * C::ROWS, token0 = (tile - row_tiles * params.tiles_m) * C::TOKENS;
+  const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
   auto load_weights = [&](int i, int stage) {
     const uint32_t barrier = full + stage * 8, smem = base + stage * C::STAGE_BYTES;
     ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
-    if (C::HINT && tiles_m == 1) {
+    if (params.tiles_m == 1) {
       ptx::tma_load_once(smem, &params.weights, barrier, (k_first + i) * BLOCK_K, row0);
     } else {
       ptx::tma_load(smem, &params.weights, barrier, (k_first + i) * BLOCK_K, row0);
     }
   };
   auto load_tokens = [&](int i, int stage) {
-    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, &params.tokens, full + stage * 8, (k_first + i) * BLOCK_K,
-                  token0);
+    constexpr int TOKENS = C::TOKENS / C::SHARE;  // that this block loads for all SHARE
+    const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B + share * TOKENS * BLOCK_K;
+    const int k = (k_first + i) * BLOCK_K, token = token0 + share * TOKENS;
+    if constexpr (C::SHARE > 1) {
+      constexpr int EVERY = ((1 << C::CLUSTER) - 1) / ((1 << C::SPLIT) - 1);  // a bit for each of the SHARE, SPLIT apart
+      ptx::tma_load_multicast(smem, &params.tokens, full + stage * 8, k, token, static_cast<uint16_t>(EVERY << rank));
+    } else {
+      ptx::tma_load(smem, &params.tokens, full + stage * 8, k, token);
+    }
   };
 
   int requested = 0;  // weights of the first buffers
   if (is_producer && lane_id == 0) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
-      ptx::mbarrier_init(empty + s * 8, C::CONSUMERS);
+      ptx::mbarrier_init(empty + s * 8, C::CONSUMERS * C::SHARE);
     }
     ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(ready, C::SPLIT);
@@ -166,43 +214,50 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
   }
   __syncthreads();
-  if (C::SPLIT > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
+  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
+  if (C::SHARE > 1) ptx::cluster_wait();
 
   if (is_producer) {
     if (lane_id == 0) {
       ptx::grid_wait();
-      ptx::grid_release();
       RingPosition<C::STAGES> at;
       for (int i = 0; i < k_count; ++i, at.advance()) {
         ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
         if (i >= requested) load_weights(i, at.stage);
         load_tokens(i, at.stage);
       }
+      // Not earlier: the next kernel's weights would delay these, which are nearer to their use.
+      ptx::grid_release();
     }
     __syncwarp();
-    if (C::SPLIT > 1) {
-      ptx::cluster_wait();
+    if (C::SHARE == 1 && C::SPLIT > 1) ptx::cluster_wait();
+    if (C::CLUSTER > 1) {
       ptx::cluster_arrive_relaxed();
       ptx::cluster_wait();
     }
     return;
   }
 
-  // A thread's columns of D, in this block's share.
-  const int part = threadIdx.x % (2 * C::SHARE_SLABS), slab = part / 2, half = part % 2;
-  const int slab0 = rank % C::SHARES_PER_GROUP * C::SHARE_SLABS;
-  const int first_token = rank / C::SHARES_PER_GROUP * C::SHARE_TOKENS;
-  const int column = (slab0 + slab) * SLAB_ROWS + half * VECTOR;
   float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
   float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
   if (!p.b_is_constant) ptx::grid_wait();
   if (threadIdx.x < C::ROWS) columns[threadIdx.x] = column_terms(p, row0 + threadIdx.x);
   if (p.b_is_constant) ptx::grid_wait();
-  for (int t = threadIdx.x; t < C::TOKENS; t += C::CONSUMER_THREADS) scale_m[t] = row_scale(p, token0 + t);
+#pragma unroll
+  for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
+    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = row_scale(p, token0 + t + threadIdx.x);
 
   // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
   int32_t acc[C::ACCUMULATORS];
   // Invariant: on entry to step i the wgmmas of step i - 1 may still run; its buffer is not yet released.
+  auto release = [&](int stage) {
+    const int thread = threadIdx.x % 128;
+    if constexpr (C::SHARE > 1) {
+      if (thread < C::SHARE) ptx::mbarrier_arrive_cluster(empty + stage * 8, thread * C::SPLIT + rank);
+    } else {
+      if (thread == 0) ptx::mbarrier_arrive(empty + stage * 8);
+    }
+  };
   RingPosition<C::STAGES> at;
   int previous = 0;
 #pragma unroll 1
@@ -218,7 +273,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     ptx::wgmma_commit();
     if (i > 0) {
       ptx::wgmma_wait<1>();
-      if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty + previous * 8);
+      release(previous);
     }
     previous = at.stage;
     at.advance();
@@ -231,41 +286,61 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   int32_t* own_slab = staging + warp_id * C::TOKENS * SLAB_ROWS;
   const int group = lane_id / 4, pair = lane_id % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < C::GROUPS; ++j)
+  for (int j = 0; j < C::TOKENS / 8; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       own_slab[j * 8 * SLAB_ROWS + slab_word(pair + e % 2, group + e / 2 * 8)] = k_count > 0 ? acc[j * 4 + e] : 0;
 
   if (C::SPLIT > 1) {
-    ptx::cluster_wait();  // the others have started
+    if (C::SHARE == 1) ptx::cluster_wait();  // the others have started
     if (!C::OWN_RECEIVE) {
-      if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, threadIdx.x);
+      if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, share * C::SPLIT + threadIdx.x);
       ptx::mbarrier_wait(ready, 0);
     }
     ptx::fence_proxy_async();
     __syncwarp();
-    // Piece i of this warp's sums goes to one block, which keeps a slot for each of the others.
-    const int to = lane_id * C::SHARES_PER_GROUP + warp_id / C::SHARE_SLABS;
+    // A piece of this warp's sums goes to each block that finishes some; a block keeps a slot for each of the others.
+    const int to = C::BY_TOKEN ? lane_id : warp_id / C::PART_SLABS;
     if (lane_id < C::PIECES && to != rank) {
       const int slot = rank < to ? rank : rank - 1;
-      const uint32_t target = base + C::RECEIVE + (slot * C::SHARE_SLABS + warp_id % C::SHARE_SLABS) * C::PIECE_BYTES;
-      ptx::bulk_copy_to_block(ptx::cluster_address(target, to), ptx::shared_address(own_slab) + lane_id * C::PIECE_BYTES,
-                              C::PIECE_BYTES, ptx::cluster_address(received, to));
+      const uint32_t target = base + C::RECEIVE + (slot * C::PART_SLABS + warp_id % C::PART_SLABS) * C::PIECE_BYTES;
+      const uint32_t block = share * C::SPLIT + to;
+      ptx::bulk_copy_to_block(ptx::cluster_address(target, block),
+                              ptx::shared_address(own_slab) + lane_id * C::PIECE_BYTES, C::PIECE_BYTES,
+                              ptx::cluster_address(received, block));
     }
   }
   ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // this block's own sums lie there
   if (C::SPLIT > 1) {
-    __syncwarp();
     ptx::mbarrier_wait(received, 0);
     __syncwarp();
-    ptx::cluster_arrive_relaxed();  // the others' copies have been read
   }
+  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // the others' copies have been read
 
-  store_share<C>(p, staging + ((slab0 + slab) * C::TOKENS + first_token) * SLAB_ROWS,
-                 reinterpret_cast<const int32_t*>(shared + C::RECEIVE) + slab * C::PIECE_BYTES / 4, scale_m + first_token,
-                 columns + column, token0 + first_token, row0 + column, half);
+  // 8 lanes take 4 tokens of 16 columns, neighbouring groups of 8 neighbouring columns.
+  const int slab = threadIdx.x / 8 % C::PART_SLABS, half = threadIdx.x % 2;
+  const int slab0 = C::BY_TOKEN ? 0 : rank * C::PART_SLABS, first_token = C::BY_TOKEN ? rank * C::PART_TOKENS : 0;
+  const int column = (slab0 + slab) * SLAB_ROWS + half * VECTOR;
+  const Share<C> mine{staging + ((slab0 + slab) * C::TOKENS + first_token) * SLAB_ROWS,
+                      reinterpret_cast<const int32_t*>(shared + C::RECEIVE) + slab * C::PIECE_BYTES / 4,
+                      scale_m + first_token,
+                      columns + column,
+                      token0 + first_token,
+                      row0 + column,
+                      static_cast<int>(threadIdx.x / (8 * C::PART_SLABS) * 4 + threadIdx.x / 2 % 4),
+                      half};
+  if (has_options(p)) {
+    mine.store_with_options(p);
+  } else {
+    switch (p.d_dtype) {
+      case DType::kFloat32: mine.template store<float>(p); break;
+      case DType::kFloat16: mine.template store<__half>(p); break;
+      case DType::kBFloat16: mine.template store<__nv_bfloat16>(p); break;
+      default: mine.template store<int32_t>(p); break;
+    }
+  }
   // The copies that the others read lie in this block's memory: it stays until all have arrived there.
-  if (C::SPLIT > 1) {
+  if (C::CLUSTER > 1) {
     __syncwarp();
     ptx::cluster_wait();
   }
@@ -278,12 +353,14 @@ Status launch_config(const Gemm& p, Stream stream) {
   Params params;
   params.gemm = p;
   if (!make_map(&params.weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::ROWS, BLOCK_K) ||
-      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::TOKENS, BLOCK_K))
+      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::TOKENS / C::SHARE, BLOCK_K))
     return kTensorMapRefused;
-  const int64_t blocks = ceil_div(p.m, C::TOKENS) * ceil_div(p.n, C::ROWS) * C::SPLIT;
+  params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
+  params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
+  const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS * C::SHARE) * C::CLUSTER;
   if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
   return launch<gemm_sm90_split<C>>(
-      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::SPLIT, /*overlap=*/true}, stream,
+      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER, /*overlap=*/true}, stream,
       params);
 }
 
