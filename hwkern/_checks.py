@@ -11,6 +11,7 @@ K_MAX = 2**17 - 1  # an int32 sum of K products of int8 stays exact below 2¹⁷
 ROW_ALIGNMENT = 16  # bytes; hwkern.h kRowAlignment
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.int32: 4}  # hwkern.h DType
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # hwkern.h Activation
 CHOOSE = -1  # hwkern.h kChoose: the cost model picks the config
 
 
@@ -81,6 +82,21 @@ def check_out_dtype(dtype: torch.dtype, also: Sequence[torch.dtype] = ()) -> Non
     )
 
 
+def check_options(activation: str, residual: Tensor | None, shape: Sequence[int]) -> None:
+    """``activation`` and ``residual`` of an output of ``shape``."""
+    check(
+        activation in ACTIVATIONS,
+        lambda: f"activation = {activation!r}: hwkern knows {', '.join(map(repr, ACTIVATIONS))}.",
+    )
+    if residual is not None:
+        dtype = residual.dtype
+        check(dtype in FLOATS, lambda: f"residual is {dtype}: float32, float16 or bfloat16.", TypeError)
+        check(
+            tuple(residual.shape) == tuple(shape),
+            lambda: f"residual has shape {tuple(residual.shape)}, but the output's {tuple(shape)} is needed.",
+        )
+
+
 def check_matmul(
     a: Tensor,
     b: Tensor,
@@ -88,6 +104,9 @@ def check_matmul(
     scale_b: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype | None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> torch.dtype:
     check_int8("a", a)
     check_int8("b", b)
@@ -97,11 +116,22 @@ def check_matmul(
         lambda: f"a has K = {a.shape[-1]} but b has K = {b.shape[1]}: a is [..., K] and b is [N, K].",
     )
     check_k(b.shape[1])
-    check_same_device(a=a, b=b, scale_a=scale_a, scale_b=scale_b, bias=bias)
-    raw = scale_a is None and scale_b is None and bias is None
+    check_same_device(a=a, b=b, scale_a=scale_a, scale_b=scale_b, bias=bias, residual=residual, out_scale=out_scale)
+    check_options(activation, residual, (*a.shape[:-1], b.shape[0]))
+    raw = scale_a is None and scale_b is None and bias is None and activation == "none" and residual is None
     dtype = out_dtype or (torch.int32 if raw else torch.float32)
-    check_out_dtype(dtype, (torch.int32,))
-    check(raw or dtype != torch.int32, lambda: "out_dtype = torch.int32 is the raw sum: it takes no scale or bias.")
+    check_out_dtype(dtype, (torch.int8, torch.int32))
+    check(
+        raw or dtype != torch.int32,
+        lambda: "out_dtype = torch.int32 is the raw sum: it takes no scale, bias, activation or residual.",
+    )
+    check(
+        (dtype == torch.int8) == (out_scale is not None),
+        lambda: f"out_dtype = {dtype} and out_scale = {out_scale}: out_scale comes with torch.int8 and only with it.",
+    )
+    if out_scale is not None:
+        check(out_scale.dtype == torch.float32, lambda: f"out_scale is {out_scale.dtype}: float32.", TypeError)
+        check(out_scale.numel() == 1, lambda: f"out_scale has {out_scale.numel()} elements: one is needed.")
     if scale_a is not None:
         check_scale(scale_a, a.shape[:-1], "scale_a")
     if scale_b is not None:
@@ -111,7 +141,13 @@ def check_matmul(
 
 
 def check_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> torch.dtype:
     check_float(x)
     check_int8("weight", weight)
@@ -125,7 +161,8 @@ def check_linear(
             f"has {weight.shape[1]}: check x's last dimension, or pack the weight with hwkern.ops.pad_weight."
         ),
     )
-    check_same_device(x=x, weight=weight, weight_scale=weight_scale, bias=bias)
+    check_same_device(x=x, weight=weight, weight_scale=weight_scale, bias=bias, residual=residual)
+    check_options(activation, residual, (*x.shape[:-1], weight.shape[0]))
     check_scale(weight_scale, weight.shape[:1], "weight_scale")
     check_bias(bias, weight.shape[0])
     dtype = out_dtype or x.dtype

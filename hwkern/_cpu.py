@@ -102,6 +102,18 @@ def _scaled_matmul(
     )  # fmt: skip
 
 
+def _apply_options(y: Tensor, activation: str, residual: Tensor | None) -> None:
+    """activation and residual on the float32 ``y``, in place. Activations by torch: within 4 ulp of the GPU's."""
+    if activation == "relu":
+        y.masked_fill_(y < 0, 0.0)
+    elif activation == "silu":
+        torch.nn.functional.silu(y, inplace=True)
+    elif activation != "none":
+        y.copy_(torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
+    if residual is not None:
+        y += residual  # to float32 is exact
+
+
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     check_float(x)
     k = x.shape[-1]
@@ -136,17 +148,23 @@ def matmul(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype)
-    y = torch.empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
+    dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, out_scale)
+    with_options = activation != "none" or residual is not None or out_scale is not None
+    y = torch.empty((*a.shape[:-1], b.shape[0]), dtype=torch.float32 if with_options else dtype)
     if y.numel() == 0:
-        return y
+        return y.to(dtype)
     a = a.reshape(-1, a.shape[-1])
     if dtype == torch.int32:
         integer_matmul(a, b, y.view(a.shape[0], b.shape[0]))
     else:
         _scaled_matmul(a, b, scale_a, scale_b, bias, y)
-    return y
+    if with_options:
+        _apply_options(y, activation, residual)
+    return y.to(dtype) if out_scale is None else quantize_static(y, out_scale.reshape(1))
 
 
 def linear(
@@ -156,9 +174,15 @@ def linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_linear(x, weight, weight_scale, bias, out_dtype)
-    return linear_unchecked(x, weight, weight_scale, bias, dtype)
+    dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
+    if activation == "none" and residual is None:
+        return linear_unchecked(x, weight, weight_scale, bias, dtype)
+    y = linear_unchecked(x, weight, weight_scale, bias, torch.float32)
+    _apply_options(y, activation, residual)
+    return y.to(dtype)
 
 
 def linear_unchecked(

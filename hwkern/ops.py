@@ -19,6 +19,7 @@ from torch.library import Library, register_autograd, register_fake
 
 from hwkern import _cpu, _native
 from hwkern._checks import (
+    ACTIVATIONS,
     CHOOSE,
     DTYPES,
     FLOATS,
@@ -37,6 +38,7 @@ from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
 
 __all__ = [
+    "ACTIVATIONS",
     "CHOOSE",
     "DTYPES",
     "FLOATS",
@@ -59,12 +61,13 @@ _lib.define("quantize.static(Tensor x, Tensor scale, int axis=0) -> Tensor", tag
 _lib.define("dequantize(Tensor q, Tensor scale, int axis=0, ScalarType? out_dtype=None) -> Tensor", tags=_TAGS)
 _lib.define(
     "int8_matmul(Tensor a, Tensor b, Tensor? scale_a=None, Tensor? scale_b=None, Tensor? bias=None, "
-    "ScalarType? out_dtype=None, int config=-1) -> Tensor",
+    'ScalarType? out_dtype=None, int config=-1, str activation="none", Tensor? residual=None, Tensor? out_scale=None) '
+    "-> Tensor",
     tags=_TAGS,
 )
 _lib.define(
     "int8_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, ScalarType? out_dtype=None, "
-    "int config=-1) -> Tensor",
+    'int config=-1, str activation="none", Tensor? residual=None) -> Tensor',
     tags=_TAGS,
 )
 
@@ -102,16 +105,29 @@ def int8_matmul(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    """``((a @ b.T) * scale_a[:, None]) * scale_b + bias`` with the exact int32 sum, rounded once to ``out_dtype``.
+    """``activation(((a @ b.T) * scale_a[:, None]) * scale_b + bias) + residual``, rounded once to ``out_dtype``.
+
+    The sum is the exact int32; everything after it is float32.
 
     Args:
         a: ``[..., K]`` int8. b: ``[N, K]`` int8.
         scale_a: ``a.shape[:-1]`` float32. scale_b: ``[N]`` float32. bias: ``[N]`` of any float dtype.
-        out_dtype: float32 (default with a scale or bias), float16, bfloat16, or int32 (default without): the raw sum.
+        out_dtype: float32 (default with a scale, bias, activation or residual), float16, bfloat16, int8 with
+            ``out_scale``, or int32 (default without any of these): the raw sum.
         config: a config id (``hwkern._C.gemm_configs()``) or -1 to let the cost model choose; ignored on the CPU.
+        activation: ``"none"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``; 2 ulp of float32.
+        residual: of the output's shape and any float dtype, added after the activation.
+        out_scale: float32 of one element: the result is ``clamp(rint(y * (1 / out_scale)), -127, 127)``.
+
+    Has no gradient: :func:`int8_linear` has.
     """
-    return torch.ops.hwkern.int8_matmul.default(a, b, scale_a, scale_b, bias, out_dtype, config)
+    return torch.ops.hwkern.int8_matmul.default(
+        a, b, scale_a, scale_b, bias, out_dtype, config, activation, residual, out_scale
+    )
 
 
 def int8_linear(
@@ -121,17 +137,24 @@ def int8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``nn.Linear`` with an int8 weight: quantizes ``x`` per token, multiplies, rescales, adds the bias.
+
+    Then ``activation(...) + residual``, if asked for, in float32 before the one rounding to ``out_dtype``.
 
     Args:
         x: ``[..., K]`` float. weight: ``[N, K16]`` from :func:`pad_weight`. weight_scale: ``[N]`` float32.
         bias: ``[N]`` of any float dtype. out_dtype: x's dtype by default, autocast's under autocast.
+        activation: ``"none"``, ``"relu"``, ``"gelu"`` (erf), ``"gelu_tanh"`` or ``"silu"``.
+        residual: ``[..., N]`` of any float dtype.
 
-    Gradients reach ``x`` (straight-through, on the dequantized weight) and ``bias``; an int8 weight has none. Whether
-    ``weight_scale`` is finite is not checked here, which would wait for the GPU; ``Int8Linear`` checks it once.
+    Gradients reach ``x`` (straight-through, on the dequantized weight), ``bias`` and ``residual``; an int8 weight has
+    none. The backward pass of an activation computes its input again. Whether ``weight_scale`` is finite is not checked
+    here, which would wait for the GPU; ``Int8Linear`` checks it once.
     """
-    return torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias, out_dtype, config)
+    return torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias, out_dtype, config, activation, residual)
 
 
 def pad_weight(q: Tensor) -> Tensor:
@@ -172,8 +195,11 @@ def _matmul_fake(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype)
+    dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, out_scale)
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=dtype)
 
 
@@ -185,8 +211,10 @@ def _linear_fake(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_linear(x, weight, weight_scale, bias, out_dtype)
+    dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
@@ -293,8 +321,11 @@ def _matmul_cuda(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype)
+    dtype = check_matmul(a, b, scale_a, scale_b, bias, out_dtype, activation, residual, out_scale)
     n, k = b.shape
     d = torch.empty((*a.shape[:-1], n), dtype=dtype, device=a.device)
     if d.numel():
@@ -302,9 +333,12 @@ def _matmul_cuda(
         a, lda = _aligned_rows(a)
         b, ldb = _aligned_rows(b)
         scale_a, scale_b, bias = contiguous(scale_a), contiguous(scale_b), contiguous(bias)
+        residual, ldr = (None, 0) if residual is None else rows(residual)
         _cuda().gemm(
             a.data_ptr(), lda, b.data_ptr(), ldb, pointer(scale_a), pointer(scale_b), pointer(bias), dtype_code(bias),
             d.data_ptr(), n, DTYPES[dtype], m, n, k, config, _current_stream(d.get_device()),
+            activation=ACTIVATIONS[activation], residual=pointer(residual), ldr=ldr,
+            residual_dtype=dtype_code(residual), d_scale=pointer(out_scale),
         )  # fmt: skip
     return d
 
@@ -317,15 +351,17 @@ def _linear_cuda(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: int = CHOOSE,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_linear(x, weight, weight_scale, bias, out_dtype)
+    dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
     if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
         weight = weight.clone(memory_format=torch.contiguous_format)
     # `cell` holds addresses only: these names keep the copies alive until the launch.
     weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
     cell = LaunchCell()
     cell.read(weight, weight_scale, bias)
-    return _launch_cell(x, cell, weight, dtype, config)
+    return _launch_cell(x, cell, weight, dtype, config, ACTIVATIONS[activation], residual)
 
 
 class LaunchCell:
@@ -381,7 +417,15 @@ def _is_vector(t: Tensor, n: int, device: int) -> bool:
     return t.get_device() == device and tuple(t.shape) == (n,) and t.is_contiguous()
 
 
-def _launch_cell(x: Tensor, cell: LaunchCell, weight: Tensor, dtype: torch.dtype, config: int = CHOOSE) -> Tensor:
+def _launch_cell(
+    x: Tensor,
+    cell: LaunchCell,
+    weight: Tensor,
+    dtype: torch.dtype,
+    config: int = CHOOSE,
+    activation: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
     """One allocation for the output, one for the scratch, one call. ``weight``: int8 on the device."""
     shape = x.shape
     k, n, columns = shape[-1], cell.n, cell.columns
@@ -401,11 +445,16 @@ def _launch_cell(x: Tensor, cell: LaunchCell, weight: Tensor, dtype: torch.dtype
         return y
     workspace_bytes = m * (columns + 4)  # hwkern.h linear_workspace_bytes: K16 int8 and one float32 a row
     workspace = weight.new_empty(workspace_bytes)
+    if residual is None:
+        options = (activation, 0, 0, 0)
+    else:
+        residual, ldr = rows(residual)
+        options = (activation, residual.data_ptr(), ldr, DTYPES[residual.dtype])
     cell.linear(
         x.data_ptr(), DTYPES[x_dtype], ldx, cell.weight_pointer, columns, cell.scale_pointer,
         cell.bias_pointer, 0 if cell.bias_dtype is None else DTYPES[cell.bias_dtype],
         y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
-        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device),
+        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device), *options,
     )  # fmt: skip
     return y
 
@@ -441,26 +490,58 @@ def _gradients(
     return grad_x, grad_bias
 
 
+def _activation_backward(activation: str, grad: Tensor, y: Tensor) -> Tensor:
+    """``grad`` times the activation's derivative at ``y``, in y's float32; in grad's dtype."""
+    aten, g = torch.ops.aten, grad.float()
+    if activation == "relu":
+        g = aten.threshold_backward(g, y, 0)
+    elif activation == "silu":
+        g = aten.silu_backward(g, y)
+    else:
+        g = aten.gelu_backward(g, y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return g.to(grad.dtype)
+
+
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    # NOTE: trailing arguments left at their defaults are not listed (torch 2.13).
     x, weight, weight_scale, bias = inputs[:4]
-    ctx.save_for_backward(weight, weight_scale)
+    ctx.activation = inputs[6] if len(inputs) > 6 else "none"
+    residual = inputs[7] if len(inputs) > 7 else None
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    if ctx.activation == "none":
+        ctx.save_for_backward(weight, weight_scale)
+    else:  # the derivative needs the activation's input, which is cheaper to compute again than to write in float32
+        ctx.save_for_backward(weight, weight_scale, x, bias)
     _remember(ctx, x, bias)
 
 
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
-    # NOTE: trailing arguments left at their defaults are not listed (torch 2.13).
-    needs: tuple[bool, ...] = (*ctx.needs_input_grad, False)
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs: tuple[bool, ...] = (*ctx.needs_input_grad, *(False,) * 8)
     if needs[2]:
         raise NotImplementedError(
             "weight_scale asks for a gradient: the int8 weight and its scale are frozen; train an adapter (LoRA) on "
             "top, or hwkern.unpatch(model) and train the float weight."
         )
-    weight, weight_scale = ctx.saved_tensors
+    weight, weight_scale, *recompute = ctx.saved_tensors
+    grad_residual = grad.to(ctx.residual_dtype) if needs[7] else None
+    if recompute and (needs[0] or needs[3]):
+        x, bias = recompute
+        y = torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias, torch.float32)
+        grad = _activation_backward(ctx.activation, grad, y)
     grad_x, grad_bias = _gradients(ctx, grad, weight, weight_scale, for_x=needs[0], for_bias=needs[3])
-    return grad_x, None, None, grad_bias, None, None
+    return grad_x, None, None, grad_bias, None, None, None, grad_residual
 
 
 register_autograd("hwkern::int8_linear", _linear_backward, setup_context=_linear_setup_context)
+
+
+def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    raise NotImplementedError(
+        "int8_matmul has no gradient, neither to its scales nor to bias and residual: use int8_linear, or detach()."
+    )
+
+
+register_autograd("hwkern::int8_matmul", _matmul_backward)
 
 
 class _EagerLinear(torch.autograd.Function):
@@ -503,10 +584,14 @@ def _autocast_linear(device_type: str, key: torch._C.DispatchKey) -> Callable[..
         bias: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
         config: int = CHOOSE,
+        activation: str = "none",
+        residual: Tensor | None = None,
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type) if out_dtype is None else out_dtype
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias, dtype, config)
+            return torch.ops.hwkern.int8_linear.default(
+                x, weight, weight_scale, bias, dtype, config, activation, residual
+            )
 
     return linear
 

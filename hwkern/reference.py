@@ -6,6 +6,8 @@ for bit. Shapes: ``x [..., K]``, ``weight [N, K]``, ``q`` like ``x``; scales are
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,20 @@ def dequantize(q: Tensor, scale: Tensor, axis: int = 0, out_dtype: torch.dtype =
     return (q.float() * expand_scale(scale, q, axis)).to(out_dtype)
 
 
+def activate(y: Tensor, activation: str) -> Tensor:
+    """relu, gelu (erf), gelu_tanh or silu of a float32 ``y``: the exact value (by float64), rounded to float32."""
+    x = y.double()
+    if activation == "relu":
+        return torch.where(y < 0, 0.0, y)
+    if activation == "gelu":
+        return (x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))).float()
+    if activation == "gelu_tanh":
+        return (x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))).float()
+    if activation == "silu":
+        return (x / (1 + torch.exp(-x))).float()
+    return y
+
+
 def int8_matmul(
     a: Tensor,
     b: Tensor,
@@ -54,8 +70,15 @@ def int8_matmul(
     scale_b: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    """``((sum * scale_a) * scale_b) + bias``, ``sum[m, n] = Σ_k a[m, k]·b[n, k]`` exact; int32 gives the raw sum."""
+    """``activation(((sum * scale_a) * scale_b) + bias) + residual``, ``sum[m, n] = Σ_k a[m, k]·b[n, k]`` exact.
+
+    Rounded once to ``out_dtype``; int32 gives the raw sum, int8 the result quantized with ``out_scale``. The kernels
+    compute gelu and silu in float32, to 2 ulp of ``|y|``; everything else has these bits.
+    """
     # float64 holds every integer up to 2⁵³, so this product is exact on every device.
     total = a.double() @ b.double().t()
     if out_dtype == torch.int32:
@@ -67,12 +90,23 @@ def int8_matmul(
         y = y * scale_b
     if bias is not None:
         y = y + bias.float()
+    y = activate(y, activation)
+    if residual is not None:
+        y = y + residual.float()
+    if out_scale is not None:
+        return quantize(y, out_scale.reshape(1))[0]
     return y.to(out_dtype)
 
 
 def int8_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Quantize ``x`` per token, multiply by the int8 ``weight [N, K]``, rescale, add the bias, round once."""
     q, scale = quantize(x)
-    return int8_matmul(q, weight, scale, weight_scale, bias, out_dtype or x.dtype)
+    return int8_matmul(q, weight, scale, weight_scale, bias, out_dtype or x.dtype, activation, residual)

@@ -60,14 +60,17 @@ def gemm(
     scale_m: Tensor | None = None,
     scale_n: Tensor | None = None,
     bias: Tensor | None = None,
+    **options: int,
 ) -> None:
+    """``options``: further keyword arguments of ``_C.gemm``."""
+
     def pointer(t: Tensor | None) -> int:
         return 0 if t is None else t.data_ptr()
 
     _native.extension().gemm(
         a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), pointer(scale_m), pointer(scale_n),
         pointer(bias), 0 if bias is None else DTYPES[bias.dtype], d.pointer(), d.pitch, DTYPES[d.matrix.dtype],
-        a.shape[0], b.shape[0], a.shape[1], config, torch.cuda.current_stream().cuda_stream,
+        a.shape[0], b.shape[0], a.shape[1], config, torch.cuda.current_stream().cuda_stream, **options,
     )  # fmt: skip
 
 

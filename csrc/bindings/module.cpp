@@ -36,8 +36,9 @@ void run(F&& enqueue) {
 
 void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale_m, uintptr_t scale_n, uintptr_t bias,
              int bias_dtype, uintptr_t d, int64_t ldd, int d_dtype, int64_t m, int64_t n, int64_t k, int config,
-             uintptr_t stream, bool b_is_constant) {
-  Gemm problem{pointer<int8_t>(a),
+             uintptr_t stream, bool b_is_constant, int activation, uintptr_t residual, int64_t ldr, int residual_dtype,
+             uintptr_t d_scale) {
+  const Gemm problem{pointer<int8_t>(a),
                      pointer<int8_t>(b),
                      pointer<float>(scale_m),
                      pointer<float>(scale_n),
@@ -50,15 +51,20 @@ void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale
                      n,
                      k,
                      static_cast<DType>(bias_dtype),
-                     static_cast<DType>(d_dtype)};
-  problem.b_is_constant = b_is_constant;
+                     static_cast<DType>(d_dtype),
+                     static_cast<Activation>(activation),
+                     pointer<void>(residual),
+                     ldr,
+                     static_cast<DType>(residual_dtype),
+                     pointer<float>(d_scale),
+                     b_is_constant};
   run([&] { return gemm(problem, config, pointer<CUstream_st>(stream)); });
 }
 
 // The one function on every layer's path, so without pybind11's dispatcher (1 µs for 18 arguments): a plain CPython
-// function of 18 integers, in the order of `problem` below.
+// function of 22 integers, in the order of `problem` below.
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 18;
+  constexpr Py_ssize_t kCount = 22;
   if (count != kCount) return PyErr_Format(PyExc_TypeError, "linear takes %zd integers, not %zd", kCount, count);
   int64_t v[kCount];
   for (Py_ssize_t i = 0; i < kCount; ++i) {
@@ -79,7 +85,11 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
                        /*k*/ v[13],
                        /*x_dtype*/ dtype(1),
                        /*bias_dtype*/ dtype(7),
-                       /*y_dtype*/ dtype(10)};
+                       /*y_dtype*/ dtype(10),
+                       /*activation*/ static_cast<Activation>(v[18]),
+                       /*residual*/ pointer<void>(v[19]),
+                       /*ldr*/ v[20],
+                       /*residual_dtype*/ dtype(21)};
   try {
     run([&] {
       return linear(problem, static_cast<int>(v[14]), pointer<void>(v[15]), static_cast<size_t>(v[16]),
@@ -211,7 +221,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
 
   m.def("gemm", &py_gemm, "a"_a, "lda"_a, "b"_a, "ldb"_a, "scale_m"_a, "scale_n"_a, "bias"_a, "bias_dtype"_a, "d"_a,
-        "ldd"_a, "d_dtype"_a, "m"_a, "n"_a, "k"_a, "config"_a, "stream"_a, "b_is_constant"_a = false);
+        "ldd"_a, "d_dtype"_a, "m"_a, "n"_a, "k"_a, "config"_a, "stream"_a, "b_is_constant"_a = false,
+        "activation"_a = 0, "residual"_a = 0, "ldr"_a = 0, "residual_dtype"_a = 0, "d_scale"_a = 0);
   m.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&kLinearMethod, nullptr));
   m.def("linear_workspace_bytes", &linear_workspace_bytes, "m"_a, "k"_a);
   m.def("quantize_per_token", &py_quantize_per_token);
