@@ -34,7 +34,8 @@ constexpr int VECTOR = 8;      // outputs of one token that one thread finishes 
 template <int ROWS_, int TOKENS_, int SPLIT_, int SHARE_, int STAGES_, int BLOCKS_>
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_, SHARE = SHARE_, CLUSTER = SPLIT * SHARE;
-  static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_ % 10;
+  static constexpr bool EARLY = BLOCKS_ >= 10;  // TODO experiment
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   static constexpr int THREADS = CONSUMER_THREADS + 32;
   static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
@@ -88,8 +89,9 @@ __device__ __forceinline__ int slab_word(int token, int row) {
   return (token * SLAB_ROWS + row) ^ (key * 8 + (key & 1) * 4);
 }
 
-// A thread's share of its block's part: VECTOR columns of D from `n` on, rows m0, m0 + m_step, … of D; their sums lie in
-// `own` and SPLIT - 1 times in `received`, `word` and `word_step` apart.
+// What a thread finishes of its block's part: VECTOR columns of D from `n` on, of the tokens token, token + TOKEN_STEP, …
+// The sums of all the part's tokens in these columns lie in `own` and SPLIT - 1 times in `received`; `scale_m` and m0
+// belong to the part's first token, `columns` to n.
 template <typename C>
 struct Share {
   const int32_t *own, *received;
@@ -220,6 +222,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   if (is_producer) {
     if (lane_id == 0) {
       ptx::grid_wait();
+      if (C::EARLY) ptx::grid_release();
       RingPosition<C::STAGES> at;
       for (int i = 0; i < k_count; ++i, at.advance()) {
         ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
