@@ -169,10 +169,11 @@ py::list configs() {
   return list;
 }
 
-double predict_us(int id, int64_t m, int64_t n, int64_t k, int sm_count, int compute, int shared_bytes) {
+double predict_us(int id, int64_t m, int64_t n, int64_t k, int sm_count, int compute, int shared_bytes,
+                  bool b_is_constant) {
   const GemmConfig* config = gemm_config(id);
   if (!config) throw py::value_error("unknown config id " + std::to_string(id) + "; gemm_configs() lists them");
-  return gemm_predict_us(*config, m, n, k, {sm_count, compute, shared_bytes});
+  return gemm_predict_us(*config, m, n, k, {sm_count, compute, shared_bytes}, b_is_constant);
 }
 
 py::tuple cuda_status() {
@@ -214,11 +215,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_configs", &configs);
   m.def(
       "gemm_choose",
-      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes) {
-        return gemm_choose(M, N, K, {sm_count, compute, shared_bytes});
+      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes, bool b_is_constant) {
+        return gemm_choose(M, N, K, {sm_count, compute, shared_bytes}, b_is_constant);
       },
-      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
-  m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
+      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a, "b_is_constant"_a = false);
+  m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a,
+        "b_is_constant"_a = false);
 
   m.def("gemm", &py_gemm, "a"_a, "lda"_a, "b"_a, "ldb"_a, "scale_m"_a, "scale_n"_a, "bias"_a, "bias_dtype"_a, "d"_a,
         "ldd"_a, "d_dtype"_a, "m"_a, "n"_a, "k"_a, "config"_a, "stream"_a, "b_is_constant"_a = false,

@@ -71,12 +71,12 @@ bool gemm_runs_on(const GemmConfig& config, const Device& device) {
          device.shared_bytes >= config.shared_bytes;
 }
 
-int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device) {
+int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
   int best = -1;
   double best_us = 0;
   for (const GemmConfig& config : kConfigs) {
     if (!gemm_runs_on(config, device)) continue;
-    const double us = gemm_predict_us(config, m, n, k, device);
+    const double us = gemm_predict_us(config, m, n, k, device, b_is_constant);
     if (best < 0 || us < best_us) best = config.id, best_us = us;
   }
   return best;

@@ -74,7 +74,8 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 
 }  // namespace
 
-double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device) {
+double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
+                       [[maybe_unused]] bool b_is_constant) {
   if (m < 1 || n < 1 || k < 1) return 0;
   if (config.id >= kFirstSm90SplitId && config.id <= kLastSm90SplitId) return 1e9;
   return config.id >= kFirstSm90Id ? predict_wgmma(config, m, n, k, device) : predict_mma_sync(config, m, n, k, device);

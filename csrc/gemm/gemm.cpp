@@ -45,7 +45,7 @@ Status gemm(const Gemm& p, int config_id, Stream stream) {
   if (const Status status = validate(p); !status.ok()) return status;
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
-  if (config_id == kChoose) config_id = gemm_choose(p.m, p.n, p.k, device);
+  if (config_id == kChoose) config_id = gemm_choose(p.m, p.n, p.k, device, p.b_is_constant);
   if (config_id < 0)
     return {StatusCode::kUnsupportedDevice,
             "gemm: no kernel for this GPU; hwkern needs compute capability 8.0 or newer"};

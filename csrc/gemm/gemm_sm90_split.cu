@@ -35,7 +35,7 @@ template <int ROWS_, int TOKENS_, int SPLIT_, int SHARE_, int STAGES_, int BLOCK
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_, SHARE = SHARE_, CLUSTER = SPLIT * SHARE;
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_ % 10;
-  static constexpr bool EARLY = BLOCKS_ >= 10;  // TODO experiment
+  static constexpr bool EARLY = BLOCKS_ / 10 == 1, AHEAD = BLOCKS_ / 10 != 2;  // TODO experiment
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   static constexpr int THREADS = CONSUMER_THREADS + 32;
   static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
@@ -79,6 +79,7 @@ struct Params {
   CUtensorMap weights, tokens;
   Gemm gemm;
   int tiles_m, k_tiles;
+  int k_tiles_ahead;  // of a block's constant weights that are fetched, beyond the ring into L2, before grid_wait()
 };
 
 // Where the sum of (token, row) of a warp's slab lies, in words. The exclusive-or stays inside two tokens' 128 bytes and
@@ -211,8 +212,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(ready, C::SPLIT);
     ptx::mbarrier_init_fence();
-    if (p.b_is_constant)
+    if (p.b_is_constant) {
       for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested, requested);
+      if (C::AHEAD)
+        for (int i = requested; i < min(params.k_tiles_ahead, k_count); ++i)
+          ptx::tma_prefetch(&params.weights, (k_first + i) * BLOCK_K, row0);
+    }
     if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
   }
   __syncthreads();
@@ -361,6 +366,8 @@ Status launch_config(const Gemm& p, Stream stream) {
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
   const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS * C::SHARE) * C::CLUSTER;
+  const int64_t at_once = blocks < C::BLOCKS_PER_SM * int64_t{132} ? blocks : C::BLOCKS_PER_SM * int64_t{132};
+  params.k_tiles_ahead = static_cast<int>((int64_t{20} << 20) / (at_once * C::BYTES_B));
   if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
   return launch<gemm_sm90_split<C>>(
       {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER, /*overlap=*/true}, stream,

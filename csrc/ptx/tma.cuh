@@ -18,7 +18,13 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const void* map, uint32_
       : "memory");
 }
 
-// The same, marked as the first to leave L2: for what is read once.
+// The tile from memory into L2 only.
+__device__ __forceinline__ void tma_prefetch(const void* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(map), "r"(column), "r"(row)
+               : "memory");
+}
+
+// tma_load, marked as the first to leave L2: for what is read once.
 __device__ __forceinline__ void tma_load_once(uint32_t smem, const void* map, uint32_t barrier, int column, int row) {
   asm volatile(
       "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
@@ -28,7 +34,7 @@ __device__ __forceinline__ void tma_load_once(uint32_t smem, const void* map, ui
       : "memory");
 }
 
-// The same into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
+// tma_load into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
 __device__ __forceinline__ void tma_load_multicast(uint32_t smem, const void* map, uint32_t barrier, int column,
                                                    int row, uint16_t blocks) {
   asm volatile(
