@@ -1,7 +1,6 @@
 // Linear: quantize the activations per token into the workspace, then the GEMM.
 #include "core/status.h"
 #include "hwkern.h"
-#include "quant/kernels.h"
 
 namespace hwkern {
 
@@ -19,10 +18,10 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
   const int64_t k16 = round_up(p.k, kRowAlignment);
   int8_t* q = static_cast<int8_t*>(workspace);
   float* scale = reinterpret_cast<float*>(q + p.m * k16);
-  const Status status = quantize_per_token({p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype}, /*release_early=*/true, stream);
+  const Status status = quantize_per_token({p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype}, stream);
   if (!status.ok()) return status;
-  Gemm problem{q, p.weight, scale, p.weight_scale, p.bias, p.y, k16, p.ldb, p.ldy, p.m, p.n, p.k, p.bias_dtype, p.y_dtype,
-               p.activation, p.residual, p.ldr, p.residual_dtype};
+  Gemm problem{q,   p.weight, scale, p.weight_scale, p.bias,    p.y,          k16,        p.ldb, p.ldy,
+               p.m, p.n,      p.k,   p.bias_dtype,   p.y_dtype, p.activation, p.residual, p.ldr, p.residual_dtype};
   problem.b_is_constant = true;  // the kernel before the GEMM is quantize's
   return gemm(problem, config_id, stream);
 }

@@ -157,8 +157,7 @@ py::dict as_dict(const GemmConfig& c) {
   return py::dict("id"_a = c.id, "name"_a = c.name, "min_compute"_a = c.min_compute, "max_compute"_a = c.max_compute,
                   "cluster"_a = c.cluster, "block_m"_a = c.block_m, "block_n"_a = c.block_n, "block_k"_a = c.block_k,
                   "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k, "stages"_a = c.stages,
-                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm,
-                  "split_k"_a = c.split_k);
+                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm, "split_k"_a = c.split_k);
 }
 
 py::list configs() {

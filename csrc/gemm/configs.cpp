@@ -28,25 +28,24 @@ constexpr int kAnyNewer = 999;
              sm90_shared_bytes(BN, STAGES),                  \
              1},
 // ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
-#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, SHARE, STAGES, BLOCKS)        \
-  GemmConfig{ID,                                                              \
-             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_c" #SHARE "_s" #STAGES "_b" #BLOCKS, \
-             90,                                                              \
-             90,                                                              \
-             TOKENS,                                                          \
-             ROWS,                                                            \
-             kSm90BlockK,                                                     \
-             1,                                                               \
-             ROWS / 16,                                                       \
-             1,                                                               \
-             STAGES,                                                          \
-             SHARE,                                                           \
-             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),            \
-             BLOCKS,                                                          \
+#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS) \
+  GemmConfig{ID,                                                       \
+             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES,   \
+             90,                                                       \
+             90,                                                       \
+             TOKENS,                                                   \
+             ROWS,                                                     \
+             kSm90BlockK,                                              \
+             1,                                                        \
+             ROWS / 16,                                                \
+             1,                                                        \
+             STAGES,                                                   \
+             1,                                                        \
+             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),     \
+             BLOCKS,                                                   \
              SPLIT},
-constexpr GemmConfig kConfigs[] = {
-    HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
-        HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)};
+constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
+                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW

@@ -61,9 +61,9 @@ template <int PASSES, int ROWS_PER_PASS, int BLOCK_K>
 struct TileCopy {
   static_assert(ROWS_PER_PASS % 8 == 0, "the swizzle repeats every 8 rows, so passes differ by a constant");
   const int8_t* global;  // this thread's chunk in its first row, at k = 0
-  int64_t pass_stride;   // bytes from one of its rows to the next
-  uint32_t inside;       // bit i: row i is inside the matrix; outside nothing is read and zeros are stored
-  int smem;              // the chunk's place in a buffer
+  int64_t pass_stride;  // bytes from one of its rows to the next
+  uint32_t inside;  // bit i: row i is inside the matrix; outside nothing is read and zeros are stored
+  int smem;  // the chunk's place in a buffer
 
   __device__ TileCopy(const int8_t* matrix, int64_t ld, int64_t row0, int64_t rows, int thread_row, int chunk)
       : global(matrix + (row0 + thread_row) * ld + chunk * CHUNK),
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm80(const 
   // end, so that the count stays the same).
   for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
     ptx::cp_async_wait<C::STAGES - 2>();  // this thread's part of tile k_tile has landed
-    __syncthreads();                      // everybody's has; and nobody reads tile k_tile - 1 any more
+    __syncthreads();  // everybody's has; and nobody reads tile k_tile - 1 any more
     if (k_tile + C::STAGES - 1 < k_tiles) load(k_tile + C::STAGES - 1);
     ptx::cp_async_commit();
     multiply(k_tile);

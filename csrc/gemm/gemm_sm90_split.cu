@@ -29,13 +29,12 @@ namespace {
 
 constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
-constexpr int VECTOR = 8;      // outputs of one token that one thread finishes at a time
+constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int SHARE_, int STAGES_, int BLOCKS_>
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_>
 struct Config {
-  static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_, SHARE = SHARE_, CLUSTER = SPLIT * SHARE;
-  static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_ % 10;
-  static constexpr bool EARLY = BLOCKS_ / 10 == 1, AHEAD = BLOCKS_ / 10 != 2;  // TODO experiment
+  static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
+  static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   static constexpr int THREADS = CONSUMER_THREADS + 32;
   static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
@@ -53,13 +52,14 @@ struct Config {
   static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
   static constexpr int RECEIVE_BYTES = sm90_split_receive_bytes(ROWS, TOKENS, SPLIT);
   static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT);
-  static constexpr int RECEIVE = OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
-  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES);  // offset of the token scales and the column terms
+  static constexpr int RECEIVE =
+      OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
+  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES);  // offset of the scales
   static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
   static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES);
 
   static_assert(ROWS % 64 == 0 && TOKENS % 8 == 0 && TOKENS <= 256);
-  static_assert(TOKENS / SHARE % 8 == 0 && WARPS % SPLIT == 0 && CLUSTER <= 8);
+  static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
   static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
   static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
@@ -79,7 +79,6 @@ struct Params {
   CUtensorMap weights, tokens;
   Gemm gemm;
   int tiles_m, k_tiles;
-  int k_tiles_ahead;  // of a block's constant weights that are fetched, beyond the ring into L2, before grid_wait()
 };
 
 // Where the sum of (token, row) of a warp's slab lies, in words. The exclusive-or stays inside two tokens' 128 bytes and
@@ -170,16 +169,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const uint32_t base = ptx::shared_address(shared);
   const uint32_t full = base + C::BARRIERS, empty = full + C::STAGES * 8;
   const uint32_t received = empty + C::STAGES * 8;  // the other blocks' sums of this block's share
-  const uint32_t ready = received + 8;              // every block of the cluster is done with its ring
+  const uint32_t ready = received + 8;  // every block of the cluster is done with its ring
   const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
   const bool is_producer = warp_id == C::WARPS;
 
-  // Its place in the cluster: which slice of K, and which of SHARE row tiles that take the same tokens.
-  const int cluster_rank = C::CLUSTER > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
-  const int rank = cluster_rank % C::SPLIT, share = cluster_rank / C::SPLIT;
+  const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
-  const int tile = blockIdx.x / C::CLUSTER, row_tiles = params.tiles_m == 1 ? tile : tile / params.tiles_m;
-  const int row0 = (row_tiles * C::SHARE + share) * C::ROWS, token0 = (tile - row_tiles * params.tiles_m) * C::TOKENS;
+  const int tile = blockIdx.x / C::SPLIT, row_tile = params.tiles_m == 1 ? tile : tile / params.tiles_m;
+  const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * C::TOKENS;
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
   auto load_weights = [&](int i, int stage) {
@@ -192,54 +189,42 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     }
   };
   auto load_tokens = [&](int i, int stage) {
-    constexpr int TOKENS = C::TOKENS / C::SHARE;  // that this block loads for all SHARE
-    const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B + share * TOKENS * BLOCK_K;
-    const int k = (k_first + i) * BLOCK_K, token = token0 + share * TOKENS;
-    if constexpr (C::SHARE > 1) {
-      constexpr int EVERY = ((1 << C::CLUSTER) - 1) / ((1 << C::SPLIT) - 1);  // a bit for each of the SHARE, SPLIT apart
-      ptx::tma_load_multicast(smem, &params.tokens, full + stage * 8, k, token, static_cast<uint16_t>(EVERY << rank));
-    } else {
-      ptx::tma_load(smem, &params.tokens, full + stage * 8, k, token);
-    }
+    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, &params.tokens, full + stage * 8, (k_first + i) * BLOCK_K,
+                  token0);
   };
 
   int requested = 0;  // weights of the first buffers
   if (is_producer && lane_id == 0) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
-      ptx::mbarrier_init(empty + s * 8, C::CONSUMERS * C::SHARE);
+      ptx::mbarrier_init(empty + s * 8, C::CONSUMERS);
     }
     ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(ready, C::SPLIT);
     ptx::mbarrier_init_fence();
-    if (p.b_is_constant) {
+    if (p.b_is_constant)
+#pragma unroll 1
       for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested, requested);
-      if (C::AHEAD)
-        for (int i = requested; i < min(params.k_tiles_ahead, k_count); ++i)
-          ptx::tma_prefetch(&params.weights, (k_first + i) * BLOCK_K, row0);
-    }
     if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
   }
   __syncthreads();
-  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
-  if (C::SHARE > 1) ptx::cluster_wait();
+  if (C::SPLIT > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
 
   if (is_producer) {
     if (lane_id == 0) {
       ptx::grid_wait();
-      if (C::EARLY) ptx::grid_release();
+      ptx::grid_release();
       RingPosition<C::STAGES> at;
+#pragma unroll 1
       for (int i = 0; i < k_count; ++i, at.advance()) {
         ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
         if (i >= requested) load_weights(i, at.stage);
         load_tokens(i, at.stage);
       }
-      // Not earlier: the next kernel's weights would delay these, which are nearer to their use.
-      ptx::grid_release();
     }
     __syncwarp();
-    if (C::SHARE == 1 && C::SPLIT > 1) ptx::cluster_wait();
-    if (C::CLUSTER > 1) {
+    if (C::SPLIT > 1) {
+      ptx::cluster_wait();
       ptx::cluster_arrive_relaxed();
       ptx::cluster_wait();
     }
@@ -258,14 +243,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
   int32_t acc[C::ACCUMULATORS];
   // Invariant: on entry to step i the wgmmas of step i - 1 may still run; its buffer is not yet released.
-  auto release = [&](int stage) {
-    const int thread = threadIdx.x % 128;
-    if constexpr (C::SHARE > 1) {
-      if (thread < C::SHARE) ptx::mbarrier_arrive_cluster(empty + stage * 8, thread * C::SPLIT + rank);
-    } else {
-      if (thread == 0) ptx::mbarrier_arrive(empty + stage * 8);
-    }
-  };
   RingPosition<C::STAGES> at;
   int previous = 0;
 #pragma unroll 1
@@ -281,7 +258,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     ptx::wgmma_commit();
     if (i > 0) {
       ptx::wgmma_wait<1>();
-      release(previous);
+      if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty + previous * 8);
     }
     previous = at.stage;
     at.advance();
@@ -300,9 +277,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
       own_slab[j * 8 * SLAB_ROWS + slab_word(pair + e % 2, group + e / 2 * 8)] = k_count > 0 ? acc[j * 4 + e] : 0;
 
   if (C::SPLIT > 1) {
-    if (C::SHARE == 1) ptx::cluster_wait();  // the others have started
+    ptx::cluster_wait();  // the others have started
     if (!C::OWN_RECEIVE) {
-      if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, share * C::SPLIT + threadIdx.x);
+      if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, threadIdx.x);
       ptx::mbarrier_wait(ready, 0);
     }
     ptx::fence_proxy_async();
@@ -312,18 +289,17 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     if (lane_id < C::PIECES && to != rank) {
       const int slot = rank < to ? rank : rank - 1;
       const uint32_t target = base + C::RECEIVE + (slot * C::PART_SLABS + warp_id % C::PART_SLABS) * C::PIECE_BYTES;
-      const uint32_t block = share * C::SPLIT + to;
-      ptx::bulk_copy_to_block(ptx::cluster_address(target, block),
+      ptx::bulk_copy_to_block(ptx::cluster_address(target, to),
                               ptx::shared_address(own_slab) + lane_id * C::PIECE_BYTES, C::PIECE_BYTES,
-                              ptx::cluster_address(received, block));
+                              ptx::cluster_address(received, to));
     }
   }
   ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // this block's own sums lie there
   if (C::SPLIT > 1) {
     ptx::mbarrier_wait(received, 0);
     __syncwarp();
+    ptx::cluster_arrive_relaxed();  // the others' copies have been read
   }
-  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // the others' copies have been read
 
   // 8 lanes take 4 tokens of 16 columns, neighbouring groups of 8 neighbouring columns.
   const int slab = threadIdx.x / 8 % C::PART_SLABS, half = threadIdx.x % 2;
@@ -348,7 +324,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     }
   }
   // The copies that the others read lie in this block's memory: it stays until all have arrived there.
-  if (C::CLUSTER > 1) {
+  if (C::SPLIT > 1) {
     __syncwarp();
     ptx::cluster_wait();
   }
@@ -361,16 +337,14 @@ Status launch_config(const Gemm& p, Stream stream) {
   Params params;
   params.gemm = p;
   if (!make_map(&params.weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::ROWS, BLOCK_K) ||
-      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::TOKENS / C::SHARE, BLOCK_K))
+      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::TOKENS, BLOCK_K))
     return kTensorMapRefused;
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
-  const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS * C::SHARE) * C::CLUSTER;
-  const int64_t at_once = blocks < C::BLOCKS_PER_SM * int64_t{132} ? blocks : C::BLOCKS_PER_SM * int64_t{132};
-  params.k_tiles_ahead = static_cast<int>((int64_t{20} << 20) / (at_once * C::BYTES_B));
+  const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
   if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
   return launch<gemm_sm90_split<C>>(
-      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER, /*overlap=*/true}, stream,
+      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::SPLIT, /*overlap=*/true}, stream,
       params);
 }
 

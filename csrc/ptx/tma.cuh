@@ -18,12 +18,6 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const void* map, uint32_
       : "memory");
 }
 
-// The tile from memory into L2 only.
-__device__ __forceinline__ void tma_prefetch(const void* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(map), "r"(column), "r"(row)
-               : "memory");
-}
-
 // tma_load, marked as the first to leave L2: for what is read once.
 __device__ __forceinline__ void tma_load_once(uint32_t smem, const void* map, uint32_t barrier, int column, int row) {
   asm volatile(
@@ -63,10 +57,10 @@ __device__ __forceinline__ void bulk_wait_read() {
 // `remote_barrier` there. Addresses and `bytes` are multiples of 16. The source must stay until that barrier completes.
 __device__ __forceinline__ void bulk_copy_to_block(uint32_t remote, uint32_t smem, uint32_t bytes,
                                                    uint32_t remote_barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(
-                   remote),
-               "r"(smem), "r"(bytes), "r"(remote_barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(remote),
+      "r"(smem), "r"(bytes), "r"(remote_barrier)
+      : "memory");
 }
 
 // Makes this thread's ordinary writes to shared memory visible to the copy engine.

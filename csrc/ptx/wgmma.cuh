@@ -69,32 +69,11 @@ __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[16], uint64_t A, ui
       : HWKERN_D16(0)
       : "l"(A), "l"(B), "r"(int{accumulate}));
 }
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[24], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %26, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23"
-      "}, %24, %25, p;\n}\n"
-      : HWKERN_D16(0), HWKERN_D8(16)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
 __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[32], uint64_t A, uint64_t B, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" HWKERN_REGS32 "}, %32, %33, p;\n}\n"
       : HWKERN_D32(0)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[48], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n96k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47"
-      "}, %48, %49, p;\n}\n"
-      : HWKERN_D32(0), HWKERN_D16(32)
       : "l"(A), "l"(B), "r"(int{accumulate}));
 }
 __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[64], uint64_t A, uint64_t B, bool accumulate) {
@@ -104,38 +83,11 @@ __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[64], uint64_t A, ui
       : HWKERN_D64(0)
       : "l"(A), "l"(B), "r"(int{accumulate}));
 }
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[80], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %82, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n160k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-      "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
-      "%78, %79"
-      "}, %80, %81, p;\n}\n"
-      : HWKERN_D64(0), HWKERN_D16(64)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
 __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[96], uint64_t A, uint64_t B, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n192k32.s32.s8.s8 {" HWKERN_REGS96 "}, %96, %97, p;\n}\n"
       : HWKERN_D64(0), HWKERN_D32(64)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[112], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %114, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n224k32.s32.s8.s8 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
-      "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "
-      "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "
-      "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "
-      "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, "
-      "%97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-      "}, %112, %113, p;\n}\n"
-      : HWKERN_D64(0), HWKERN_D32(64), HWKERN_D16(96)
       : "l"(A), "l"(B), "r"(int{accumulate}));
 }
 __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[128], uint64_t A, uint64_t B, bool accumulate) {

@@ -83,10 +83,10 @@ __device__ __forceinline__ uint32_t row_max(uint32_t v) {
 
 // blockDim = (threads of a row, rows of a block); blockDim.y > 1 only with blockDim.x == 32.
 template <typename T, int VECTORS, bool ALIGNED>
-__global__ void __launch_bounds__(1024) quantize_per_token_kernel(const Quantize p, bool release_early) {
+__global__ void __launch_bounds__(1024) quantize_per_token_kernel(const Quantize p) {
   using Row = RowVector<T>;
-  if (release_early) ptx::grid_release();
   ptx::grid_wait();
+  ptx::grid_release();
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (m >= p.m) return;
   const T* x = static_cast<const T*>(p.x) + m * p.ldx;
@@ -160,13 +160,13 @@ bool rows_aligned(const Quantize& p) {
 }
 
 template <typename T, int VECTORS>
-Status launch_rows(const Quantize& p, dim3 block, bool release_early, Stream stream) {
+Status launch_rows(const Quantize& p, dim3 block, Stream stream) {
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
   Launch shape{dim3(static_cast<unsigned>(ceil_div(p.m, block.y))), block};
   shape.overlap = device.compute >= 90;
-  return rows_aligned<T>(p) ? launch<quantize_per_token_kernel<T, VECTORS, true>>(shape, stream, p, release_early)
-                            : launch<quantize_per_token_kernel<T, VECTORS, false>>(shape, stream, p, release_early);
+  return rows_aligned<T>(p) ? launch<quantize_per_token_kernel<T, VECTORS, true>>(shape, stream, p)
+                            : launch<quantize_per_token_kernel<T, VECTORS, false>>(shape, stream, p);
 }
 
 // The block of a kernel with one vector a thread, and the grid that covers `m` rows of `vectors` vectors.
@@ -206,15 +206,15 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p, Sca
 
 }  // namespace
 
-Status launch_quantize_per_token(const Quantize& p, bool release_early, Stream stream) {
+Status launch_quantize_per_token(const Quantize& p, Stream stream) {
   return with_float_type(p.x_dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t vectors = ceil_div(p.ldq, RowVector<T>::COUNT);
     // A warp a row while that keeps at most 4 vectors a lane; then as many warps as 4 vectors a thread take.
-    if (vectors <= 32) return launch_rows<T, 1>(p, dim3(32, 4), release_early, stream);
-    if (vectors <= 128) return launch_rows<T, 4>(p, dim3(32, 4), release_early, stream);
+    if (vectors <= 32) return launch_rows<T, 1>(p, dim3(32, 4), stream);
+    if (vectors <= 128) return launch_rows<T, 4>(p, dim3(32, 4), stream);
     const int64_t threads = round_up(ceil_div(vectors, 4), 32);
-    return launch_rows<T, 4>(p, dim3(static_cast<unsigned>(threads < 1024 ? threads : 1024)), release_early, stream);
+    return launch_rows<T, 4>(p, dim3(static_cast<unsigned>(threads < 1024 ? threads : 1024)), stream);
   });
 }
 
