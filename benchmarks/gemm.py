@@ -1,29 +1,36 @@
-"""INT8 GEMM: D [M, N] = scale_m · scale_n · (A [M, K] · B [N, K]ᵀ) in bfloat16, against cuBLAS and the speed of light.
+"""INT8 GEMM: D [M, N] = scale_m · scale_n · (A [M, K] · B [N, K]ᵀ) in bfloat16, against its peers.
 
-Every shape is first checked: the raw int32 sum equals the reference's, for every config that is timed. Peers:
-  bf16    torch.mm on bfloat16 operands (cuBLAS), the path that int8 replaces
-  int_mm  torch._int_mm (cuBLAS INT8): the raw int32 sum only, no scales, no 16-bit output; needs M > 16, K and N in 8s
-  fp8     torch._scaled_mm with row-wise scales, bfloat16 out (compute capability 8.9 and newer)
+Every shape is first checked: the raw int32 sum equals the reference's, for every config that is timed; and CUTLASS's
+result has the same bits as ours. Peers are described in peers/products.py; one that cannot run is listed with the
+reason. CUTLASS is compiled on first use where `pip install nvidia-cutlass` was run (peers/cutlass.py).
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import peers
 import timing
 import torch
+from peers import products
 
 from hwkern import _native, hardware, ops
 from hwkern._console import print_table
+from hwkern.tune import product_configs
 
 # Llama-3-8B's linear layers as (N, K): fused qkv, attention output, fused gate and up, down.
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 TOKENS = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
+# BERT-base's: attention output, feed-forward up and down, fused qkv.
+BERT_SHAPES = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
+BERT_TOKENS = [512, 1024, 2048, 4096]
+LAYERS = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(m, n, k) for n, k in BERT_SHAPES for m in BERT_TOKENS]
 QUICK = [(m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096)]
 CHECK_ELEMENTS = 1 << 20  # a larger result is checked on this many elements' worth of rows (float64 is slow)
 
@@ -41,71 +48,60 @@ def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
         sys.exit(f"Wrong result: config {config} at M, N, K = {m}, {n}, {a.shape[1]} differs in {wrong} elements.")
 
 
-def peers(m: int, n: int, k: int, sets: int, compute: int) -> dict[str, list[Callable[[], object]]]:
-    """The stock paths, each with ``sets`` buffer sets, in this torch and on this GPU."""
-    cuda = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    halves = [(cuda(m, k), cuda(n, k)) for _ in range(sets)]
-    found: dict[str, list[Callable[[], object]]] = {
-        "bf16": [functools.partial(torch.mm, x, w.t()) for x, w in halves],
-    }
-    if m > 16 and k % 8 == 0 and n % 8 == 0:
-        bytes_ = [
-            (timing.random_int8(m, k, device="cuda"), timing.random_int8(n, k, device="cuda")) for _ in range(sets)
-        ]
-        found["int_mm"] = [functools.partial(torch._int_mm, a, b.t()) for a, b in bytes_]
-    if compute >= 89 and k % 16 == 0 and n % 16 == 0:
-        ones_m, ones_n = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
-        fp8 = [(x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)) for x, w in halves]
-        found["fp8"] = [
-            functools.partial(
-                torch._scaled_mm,
-                x,
-                w.t(),
-                scale_a=ones_m,
-                scale_b=ones_n,
-                out_dtype=torch.bfloat16,
-                use_fast_accum=True,
-            )
-            for x, w in fp8
-        ]
-    return found
+def check_cutlass(problem: products.Problem, candidates: dict[str, list[peers.Call]]) -> None:
+    """Leave with a sentence unless CUTLASS computes what we compute: else its time would be no comparison."""
+    want = ops.int8_matmul(*problem.bytes[0], *problem.scales, None, torch.bfloat16)
+    for name, calls in candidates.items():
+        if not torch.equal(calls[0](), want):
+            sys.exit(f"Wrong result: CUTLASS {name} differs from hwkern at {problem.m}×{problem.n}×{problem.k}.")
 
 
-def measure(m: int, n: int, k: int, configs: list[int], with_peers: bool, gpu: hardware.Gpu) -> dict[str, Any]:
-    """One row: µs of the chosen config (or of every one in ``configs``) and of the peers."""
-    sets = timing.rotations(m * k + n * k + 2 * m * n, gpu.l2_bytes)
-    a = [timing.random_int8(m, k, device="cuda") for _ in range(sets)]
-    b = [timing.random_int8(n, k, device="cuda") for _ in range(sets)]
-    scale_m, scale_n = (torch.rand(size, device="cuda") + 0.5 for size in (m, n))
+def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu) -> dict[str, Any]:
+    """One row: µs of the chosen config (or of every one in ``configs``) and of the peers called ``names``."""
+    problem = products.Problem(m, n, k, gpu)
     for config in configs:
-        check(a[0], b[0], config)
+        check(*problem.bytes[0], config)
 
-    def ours(config: int) -> list[Callable[[], object]]:
+    def ours(config: int) -> list[peers.Call]:
         return [
-            functools.partial(ops.int8_matmul, x, w, scale_m, scale_n, None, torch.bfloat16, config)
-            for x, w in zip(a, b, strict=True)
+            functools.partial(ops.int8_matmul, a, b, *problem.scales, None, torch.bfloat16, config)
+            for a, b in problem.bytes
         ]
 
     calls = {f"config {config}": ours(config) for config in configs}
-    if with_peers:
-        calls |= peers(m, n, k, timing.rotations(2 * (m * k + n * k + m * n), gpu.l2_bytes), gpu.compute)
+    makers = {name: maker for name, maker in products.MAKERS.items() if name in names}
+    found, absent = peers.collect(makers, problem)
+    calls |= found
+    best: dict[str, list[peers.Call]] = {}
+    if "cutlass" in names:
+        try:
+            best = products.best_of(products.cutlass_candidates(problem))
+        except peers.AbsentError as reason:
+            absent["cutlass"] = str(reason)
+        else:
+            check_cutlass(problem, best)
+            calls |= best
+            # With launches that overlap, which nobody ships for these kernels: recorded beside, not instead.
+            calls["cutlass_overlap"] = products.overlapped(next(iter(best)), problem)
     us = timing.cuda_us(calls)
+    row: dict[str, Any] = {"m": m, "n": n, "k": k}
+    if best:
+        row["cutlass_config"] = min(best, key=us.__getitem__)
+        us["cutlass"] = min(us.pop(name) for name in best)
     native = _native.extension()
     device = (gpu.sm_count, gpu.compute, gpu.shared_bytes)
     chosen = native.gemm_choose(m, n, k, *device)
     by_config = {config: us.pop(f"config {config}") for config in configs}
     floor = hardware.speed_of_light(m, n, k, gpu)
-    best = by_config.get(chosen, by_config.get(ops.CHOOSE, min(by_config.values())))
-    return {
-        "m": m,
-        "n": n,
-        "k": k,
+    time = by_config.get(chosen, by_config.get(ops.CHOOSE, min(by_config.values())))
+    return row | {
         "config": chosen,
-        "us": round(best, 3),
-        "tops": round(floor.operations / best / 1e6, 1),
+        "us": round(time, 3),
+        "tops": round(floor.operations / time / 1e6, 1),
         "floor_us": round(floor.microseconds, 3),
         "bound": floor.bound,
         "peers_us": {name: round(value, 3) for name, value in us.items()},
+        "absent": absent,
         "configs_us": {config: round(value, 3) for config, value in by_config.items() if config >= 0},
         "predicted_us": {
             config: round(native.gemm_predict_us(config, m, n, k, *device), 3) for config in by_config if config >= 0
@@ -122,7 +118,7 @@ def text(row: dict[str, Any]) -> list[str]:
         f"{us:.1f}",
         f"{row['tops']:.0f}",
         f"{row['floor_us'] / us * 100:.0f} % {row['bound']}",
-        *(timing.ratio(us, row["peers_us"].get(peer)) for peer in ("bf16", "int_mm", "fp8")),
+        *(timing.ratio(us, row["peers_us"].get(peer)) for peer in products.NAMES),
     ]
 
 
@@ -143,13 +139,19 @@ def main() -> None:
     parser.add_argument("--m", type=timing.integers, metavar="M,M", help="tokens (default 1 … 8192)")
     parser.add_argument("--shapes", type=timing.shapes, metavar="NxK,NxK", help="layers (default Llama-3-8B's)")
     parser.add_argument("--configs", metavar="all|ID,ID", help="time these configs instead of the chosen one")
-    parser.add_argument("--no-peers", action="store_true", help="hwkern only")
+    parser.add_argument("--peers", default=",".join(products.NAMES), help="of these (default all); '' for hwkern only")
+    parser.add_argument("--library", help="CUTLASS's kernels, built elsewhere by peers/cutlass.py")
     parser.add_argument("--tune-json", metavar="PATH", type=Path, help="write measured and predicted µs per config")
     arguments = parser.parse_args()
     timing.need_cuda()
+    if arguments.library:
+        os.environ["HWKERN_CUTLASS_LIBRARY"] = arguments.library
+    names = [name for name in arguments.peers.split(",") if name]
+    if unknown := set(names) - set(products.NAMES):
+        parser.error(f"unknown peer {', '.join(sorted(unknown))}; there are {', '.join(products.NAMES)}")
     torch.manual_seed(0)
     gpu = timing.current_gpu()
-    table = _native.extension().gemm_configs()
+    table = product_configs()
     configs = [ops.CHOOSE]
     if arguments.configs or arguments.tune_json:
         fits = [
@@ -159,21 +161,19 @@ def main() -> None:
         ]
         wanted = arguments.configs or "all"
         configs = [row["id"] for row in fits] if wanted == "all" else timing.integers(wanted)
-    default = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(8192, 8192, 8192)]
-    problems = QUICK if arguments.quick else default
-    if arguments.m or arguments.shapes:
-        problems = [(m, n, k) for n, k in arguments.shapes or SHAPES for m in arguments.m or TOKENS]
+    problems = timing.problems(arguments, QUICK, [*LAYERS, (8192, 8192, 8192)], SHAPES, TOKENS)
 
     rows = []
     for m, n, k in problems:
-        rows.append(measure(m, n, k, configs, not arguments.no_peers, gpu))
+        rows.append(measure(m, n, k, configs, names, gpu))
         print(" ".join(text(rows[-1])), file=sys.stderr, flush=True)  # a long run shows where it is
         torch.cuda.empty_cache()
     print_table(
         f"INT8 GEMM on {gpu.name}: scales and bfloat16 out; ratios above 1 mean that hwkern is faster",
-        ["M×N×K", "config", "µs", "TOPS", "speed of light", "vs bf16", "vs int_mm", "vs fp8"],
+        ["M×N×K", "config", "µs", "TOPS", "speed of light", *(f"vs {name}" for name in products.NAMES)],
         [text(row) for row in rows],
     )
+    timing.print_absent(rows)
     if configs != [ops.CHOOSE]:
         print_table(
             "µs measured / predicted per config; * the model's choice, ! the fastest",

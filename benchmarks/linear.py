@@ -1,28 +1,28 @@
-"""A whole layer on CUDA: Int8Linear (quantize, GEMM, bias; bfloat16 in and out) against nn.Linear, and the host's cost.
+"""A whole layer on CUDA: Int8Linear (quantize, GEMM, bias; bfloat16 in and out) against its peers; the host's cost.
 
 Two measurements. "device" replays CUDA graphs with a cold L2: the time a captured or compiled model sees. "host" calls
 the modules eagerly at a size where the GPU has almost nothing to do: what Python and the dispatcher cost per call, the
-time an eager model with small batches sees.
+time an eager model with small batches sees. Peers are described in peers/layers.py; the compiled ones cost seconds
+each, so they run where --peers names them. A peer that cannot run is listed with the reason.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import gemm
+import peers
 import timing
 import torch
+from peers import layers
 
 import hwkern
 from hwkern import hardware
 from hwkern._console import print_table
 
 HOST_FEATURES = 512
-PEERS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def check(linear: torch.nn.Linear, ours: torch.nn.Module, x: torch.Tensor) -> None:
@@ -37,27 +37,20 @@ def check(linear: torch.nn.Linear, ours: torch.nn.Module, x: torch.Tensor) -> No
         sys.exit(f"Wrong result: Int8Linear differs from nn.Linear by {error:.1%} at {tuple(x.shape)}.")
 
 
-def calls(
-    make: Callable[[], torch.nn.Module], m: int, k: int, dtype: torch.dtype, sets: int
-) -> list[Callable[[], object]]:
-    """``sets`` independent layers with their own inputs, as calls."""
-    return [functools.partial(make(), torch.randn(m, k, device="cuda", dtype=dtype)) for _ in range(sets)]
-
-
-def measure_device(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[str, Any]:
+def measure_device(m: int, n: int, k: int, gpu: hardware.Gpu, names: Sequence[str], limit: float) -> dict[str, Any]:
     """One row of graph-replay times."""
-    linear = torch.nn.Linear(k, n, device="cuda", dtype=torch.bfloat16)
-    ours = hwkern.nn.Int8Linear.from_float(linear)
+    problem = layers.Problem(m, n, k, gpu)
+    ours = hwkern.nn.Int8Linear.from_float(problem.linear)
     with torch.inference_mode():
-        check(linear, ours, torch.randn(m, k, device="cuda", dtype=torch.bfloat16))
-    sets = timing.rotations(2 * m * k + n * k + 2 * m * n, gpu.l2_bytes)
-    peers = {"hwkern": calls(lambda: copy.deepcopy(ours), m, k, torch.bfloat16, sets)}
-    for name, dtype in PEERS.items():
-        sets = timing.rotations(dtype.itemsize * (m * k + n * k + m * n), gpu.l2_bytes)
-        peers[name] = calls(lambda dtype=dtype: copy.deepcopy(linear).to(dtype), m, k, dtype, sets)  # type: ignore[misc]
-    us = {name: round(value, 3) for name, value in timing.cuda_us(peers).items()}
+        check(problem.linear, ours, problem.x())
+    calls = {"hwkern": problem.copies(ours, torch.bfloat16, problem.sets(2, 1))}
+    found, absent = peers.collect({name: layers.MAKERS[name] for name in names}, problem, limit)
+    us = {name: round(value, 3) for name, value in timing.cuda_us(calls | found).items()}
     floor = hardware.speed_of_light(m, n, k, gpu, a_bytes=2)
-    return {"m": m, "n": n, "k": k, "us": us.pop("hwkern"), "floor_us": round(floor.microseconds, 3), "peers_us": us}
+    return {
+        "m": m, "n": n, "k": k, "us": us.pop("hwkern"), "floor_us": round(floor.microseconds, 3), "bound": floor.bound,
+        "peers_us": us, "absent": absent,
+    }  # fmt: skip
 
 
 def measure_host() -> list[dict[str, Any]]:
@@ -78,9 +71,18 @@ def main() -> None:
     parser = timing.parser(__doc__)
     parser.add_argument("--m", type=timing.integers, metavar="M,M", help="tokens (default 1 … 8192)")
     parser.add_argument("--shapes", type=timing.shapes, metavar="NxK,NxK", help="layers (default Llama-3-8B's)")
+    parser.add_argument(
+        "--peers",
+        default=",".join(layers.QUICK),
+        help=f"of {', '.join(layers.NAMES)}, or `all` (default: the first four, which compile nothing)",
+    )
+    parser.add_argument("--limit", type=float, default=45, help="seconds that one peer may take to prepare a shape")
     parser.add_argument("--only", choices=["device", "host"], help="one of the two measurements")
     arguments = parser.parse_args()
     timing.need_cuda()
+    names = list(layers.NAMES) if arguments.peers == "all" else [name for name in arguments.peers.split(",") if name]
+    if unknown := set(names) - set(layers.NAMES):
+        parser.error(f"unknown peer {', '.join(sorted(unknown))}; there are {', '.join(layers.NAMES)}")
     torch.manual_seed(0)
     gpu = timing.current_gpu()
     rows: list[dict[str, Any]] = []
@@ -93,27 +95,25 @@ def main() -> None:
         )
         rows += [{"kind": "host", **row} for row in host]
     if arguments.only != "host":
-        problems = gemm.QUICK if arguments.quick else [(m, n, k) for n, k in gemm.SHAPES for m in gemm.TOKENS]
-        if arguments.m or arguments.shapes:
-            problems = [(m, n, k) for n, k in arguments.shapes or gemm.SHAPES for m in arguments.m or gemm.TOKENS]
         device = []
-        for m, n, k in problems:
-            device.append(measure_device(m, n, k, gpu))
+        for m, n, k in timing.problems(arguments, gemm.QUICK, gemm.LAYERS, gemm.SHAPES, gemm.TOKENS):
+            device.append(measure_device(m, n, k, gpu, names, arguments.limit))
             print(device[-1], file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
         print_table(
             f"Int8Linear on {gpu.name}, bfloat16 in and out; ratios above 1 mean that hwkern is faster",
-            ["M×N×K", "µs", "speed of light", "vs bf16", "vs fp16", "vs fp32"],
+            ["M×N×K", "µs", "speed of light", *(f"vs {name}" for name in names)],
             [
                 [
                     f"{row['m']}×{row['n']}×{row['k']}",
                     f"{row['us']:.1f}",
                     f"{row['floor_us'] / row['us'] * 100:.0f} %",
-                    *(timing.ratio(row["us"], row["peers_us"][peer]) for peer in PEERS),
+                    *(timing.ratio(row["us"], row["peers_us"].get(name)) for name in names),
                 ]
                 for row in device
             ],
         )
+        timing.print_absent(device)
         rows += [{"kind": "device", **row} for row in device]
     timing.save(arguments.json, timing.result("linear", "cuda", arguments.commit, rows))
 

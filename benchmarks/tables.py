@@ -6,7 +6,8 @@ A table stands between two comment lines, the first of which names the file with
     ...
     <!-- end results -->
 
-`<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only.
+`<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only; `<!-- results: targets-h100 -->` what
+all files of an H100 say of the targets in targets.py.
 
 `--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
 one line that says so: nothing is ever shown that was not measured.
@@ -21,6 +22,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?: (\d+)x(\d+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
@@ -43,19 +46,39 @@ def ratio(row: dict[str, Any], peer: str) -> str:
     return "–" if us is None else f"{us / row['us']:.2f}×"
 
 
+PEER_TITLES = {
+    "int_mm": "`_int_mm`", "cutlass": "CUTLASS", "compiled_int8": "compiled `_int_mm`", "torchao_int8": "torchao int8",
+    "torchao_weight_only": "torchao int8 weight-only", "torchao_fp8": "torchao fp8",
+}  # fmt: skip
+
+
+def peers(rows: list[dict[str, Any]], known: tuple[str, ...]) -> list[str]:
+    """The peers of ``known`` that at least one row has."""
+    return [name for name in known if any(row["peers_us"].get(name) is not None for row in rows)]
+
+
+def absent(rows: list[dict[str, Any]]) -> str:
+    """A line for each peer that no row has: the reason."""
+    reasons = {name: reason for row in rows for name, reason in row.get("absent", {}).items()}
+    measured = {name for row in rows for name in row["peers_us"]}
+    return "".join(f"\n\nNot measured: {name}: {reason}." for name, reason in reasons.items() if name not in measured)
+
+
 def gemm(document: dict[str, Any]) -> str:
     """benchmarks/gemm.py."""
+    names = peers(document["rows"], ("bf16", "int_mm", "fp8", "cutlass"))
     rows = [
         [
             shape(row),
             f"{row['us']:.1f}",
             f"{row['tops']:.0f}",
             f"{row['floor_us'] / row['us'] * 100:.0f} % ({row['bound']})",
-            *(ratio(row, peer) for peer in ("bf16", "int_mm", "fp8")),
+            *(ratio(row, peer) for peer in names),
         ]
         for row in document["rows"]
     ]
-    return markdown(["M×N×K", "µs", "TOPS", "of the speed of light", "vs bf16", "vs `_int_mm`", "vs fp8"], rows)
+    titles = [f"vs {PEER_TITLES.get(name, name)}" for name in names]
+    return markdown(["M×N×K", "µs", "TOPS", "of the speed of light", *titles], rows) + absent(document["rows"])
 
 
 def quantize(document: dict[str, Any]) -> str:
@@ -75,13 +98,19 @@ def quantize(document: dict[str, Any]) -> str:
     return markdown(["", "M×K", "µs", "GB/s", "of a copy", "of a 1 GiB copy", "vs eager torch"], rows)
 
 
+LAYER_PEERS = (
+    "bf16", "fp16", "fp32", "bitsandbytes", "compiled_int8", "torchao_int8", "torchao_weight_only", "torchao_fp8",
+)  # fmt: skip
+
+
 def linear(document: dict[str, Any]) -> str:
     """benchmarks/linear.py: the device table, then the host's."""
+    rows = [row for row in document["rows"] if row["kind"] == "device"]
+    names = peers(rows, LAYER_PEERS)
     device = [
         [shape(row), f"{row['us']:.1f}", f"{row['floor_us'] / row['us'] * 100:.0f} %"]
-        + [ratio(row, peer) for peer in ("bf16", "fp16", "fp32")]
-        for row in document["rows"]
-        if row["kind"] == "device"
+        + [ratio(row, peer) for peer in names]
+        for row in rows
     ]
     host = [
         [row["mode"], f"{row['us']:.1f}", f"{row['linear_us']:.1f}", f"{row['us'] / row['linear_us']:.2f}"]
@@ -90,12 +119,29 @@ def linear(document: dict[str, Any]) -> str:
     ]
     parts = []
     if device:
-        parts.append(markdown(["M×N×K", "µs", "of the speed of light", "vs bf16", "vs fp16", "vs fp32"], device))
+        titles = [f"vs {PEER_TITLES.get(name, name)}" for name in names]
+        parts.append(markdown(["M×N×K", "µs", "of the speed of light", *titles], device) + absent(rows))
     if host:
         parts.append(
             markdown(["host, one eager call", "Int8Linear µs", "nn.Linear µs", "Int8Linear / nn.Linear"], host)
         )
     return "\n\n".join(parts)
+
+
+def sweep(document: dict[str, Any]) -> str:
+    """benchmarks/sweep.py: the worst steps of each layer."""
+    rows = [
+        [
+            f"{row['n']}×{row['k']}",
+            f"{m} → {m + 1}",
+            f"{row['us'][m - 1]:.2f} → {row['us'][m]:.2f}",
+            f"{ratio:.3f}",
+            " → ".join(map(str, dict.fromkeys(row["configs"][m - 1 : m + 1]))),
+        ]
+        for row in document["rows"]
+        for ratio, m in row["worst"][:3]
+    ]
+    return markdown(["N×K", "M", "µs", "t(M + 1) / t(M)", "config"], rows)
 
 
 def cpu_linear(document: dict[str, Any]) -> str:
@@ -121,6 +167,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gemm": gemm,
     "quantize": quantize,
     "linear": linear,
+    "sweep": sweep,
     "cpu_linear": cpu_linear,
     "demo": demo,
 }
@@ -145,6 +192,9 @@ def caption(document: dict[str, Any]) -> str:
 
 def render(name: str, results: Path, layer: tuple[int, int] | None = None) -> str:
     """The text between the markers for benchmarks/results/``name``.json; of one layer (N, K) or of all."""
+    if name.startswith("targets-"):
+        columns = ["target", "must", "reach for", "measured", ""]
+        return f"{markdown(columns, targets.lines(results, name.removeprefix('targets-')))}\n"
     path = results / f"{name}.json"
     if not path.is_file():
         return f"*Not measured yet: there is no benchmarks/results/{name}.json.*"

@@ -1,10 +1,7 @@
-"""The one timing helper of every benchmark: cold L2, CUDA-graph replays, medians, and a record of where it ran.
+"""The frame of every benchmark: arguments, host and CPU times, and a record of where it ran.
 
-On CUDA a measured call is captured many times in one CUDA graph, each time on another set of buffers, so that the set
-is larger than three times the L2 cache and every call starts with its operands in device memory. Events around a
-replay give the time per call; peers are replayed in turn, so that clock and temperature are the same for all, and the
-median over the replays is reported. Launches inside a graph follow each other as in a captured model; host cost is
-measured apart (``host_us``).
+GPU times come from hwkern._timing: cold L2, CUDA-graph replays, peers in turn, medians. Launches inside a graph follow
+each other as in a captured model; host cost is measured apart (``host_us``).
 """
 
 from __future__ import annotations
@@ -17,75 +14,25 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hwkern
-from hwkern import _native, hardware
-
-Call = Callable[[], object]
+from hwkern import _native, _timing, hardware
+from hwkern._timing import Call as Call
+from hwkern._timing import capture as capture
+from hwkern._timing import cuda_us as cuda_us
+from hwkern._timing import random_int8 as random_int8
+from hwkern._timing import replay_seconds as replay_seconds
+from hwkern._timing import rotations as rotations
 
 SCHEMA = 1
-GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
-REPLAY_SECONDS = 0.15  # time spent on each peer
-MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
 
-# ---- CUDA ----------------------------------------------------------------------------------------------------------
-
-
-def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTES) -> int:
-    """How many buffer sets keep the L2 cold: their total is at least 3 × L2 (and at most ``limit`` bytes)."""
-    wanted = math.ceil(3 * l2_bytes / max(1, bytes_per_call)) + 1
-    return max(1, min(wanted, int(limit // max(1, bytes_per_call))))
-
-
-def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """One CUDA graph that runs ``calls`` in order, again and again until there are ``GRAPH_CALLS``; and how many."""
-    rounds = max(1, math.ceil(GRAPH_CALLS / len(calls)))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.inference_mode():
-        for call in calls:  # everything lazy (handles, workspaces, checks) happens before the capture
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.inference_mode():
-        for _ in range(rounds):
-            for call in calls:
-                call()
-    return graph, rounds * len(calls)
-
-
-def cuda_us(peers: Mapping[str, Sequence[Call]], seconds: float = REPLAY_SECONDS) -> dict[str, float]:
-    """Median µs per call of each peer; a peer is a list of calls, one per buffer set.
-
-    All peers are captured first and then replayed in turn.
-    """
-    graphs = {name: capture(calls) for name, calls in peers.items()}
-    replays = {}
-    for name, (graph, _) in graphs.items():
-        graph.replay()
-        replays[name] = max(5, min(200, math.ceil(seconds / max(1e-6, _replay_seconds(graph)))))
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(max(replays.values())):
-        for name, (graph, calls) in graphs.items():
-            if turn < replays[name]:
-                samples[name].append(_replay_seconds(graph) * 1e6 / calls)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def _replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+# ---- the host -------------------------------------------------------------------------------------------------------
 
 
 def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> dict[str, float]:
@@ -204,10 +151,22 @@ def current_gpu() -> hardware.Gpu:
 # ---- the frame of a benchmark --------------------------------------------------------------------------------------
 
 
+class _Seconds(argparse.Action):
+    """--seconds holds for every time that the benchmark takes without a duration of its own."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        _timing.REPLAY_SECONDS = values
+
+
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """The arguments that every benchmark has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--quick", action="store_true", help="a few shapes only")
+    made.add_argument(
+        "--seconds", type=float, action=_Seconds, help=f"replays of each thing (default {_timing.REPLAY_SECONDS})"
+    )
     made.add_argument("--json", metavar="PATH", type=Path, help="also write the result to this file")
     made.add_argument("--commit", help="commit to record (default: git's, in a checkout)")
     return made
@@ -233,9 +192,20 @@ def shapes(text: str) -> list[tuple[int, int]]:
     return [(n, k) for n, k in pairs]
 
 
-def random_int8(*shape: int, device: str) -> torch.Tensor:
-    """Uniform over the symmetric int8 range: the switching activity, and so the power, of real data."""
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+Shape = tuple[int, int, int]  # M, N, K
+
+
+def problems(
+    arguments: argparse.Namespace,
+    quick: list[Shape],
+    default: list[Shape],
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+) -> list[Shape]:
+    """What to run: --m and --shapes, each completed from ``tokens`` and ``shapes``; --quick; or the default."""
+    if arguments.m or arguments.shapes:
+        return [(m, n, k) for n, k in arguments.shapes or shapes for m in arguments.m or tokens]
+    return quick if arguments.quick else default
 
 
 def result(benchmark: str, device: str, commit: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -252,6 +222,17 @@ def save(path: Path | None, document: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
     print(f"wrote {path}")
+
+
+def print_absent(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Which peers are missing from which rows, and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for name, reason in row.get("absent", {}).items():
+            reasons.setdefault((name, reason), []).append(f"{row['m']}×{row['n']}×{row['k']}")
+    for (name, reason), places in reasons.items():
+        where = "" if len(places) == len(rows) else f" ({len(places)} of {len(rows)} shapes, first {places[0]})"
+        print(f"not measured: {name}{where}: {reason}")
 
 
 def ratio(ours: float, peer: float | None) -> str:

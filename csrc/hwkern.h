@@ -63,6 +63,9 @@ enum class Activation : int32_t {
 
 // ---- GEMM ---------------------------------------------------------------------------------------------------------
 
+// What a row of the config table computes: int8 activations (gemm), or 16-bit ones (weight_only_linear).
+enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1 };
+
 // One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
 // benchmark row. Ids live in caches and engines and are never reused.
 struct GemmConfig {
@@ -75,6 +78,7 @@ struct GemmConfig {
   int cluster;        // blocks along M that share the tile of B; 1 before Hopper
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
+  Scheme scheme = Scheme::kW8A8;
   int split_k = 1;           // blocks of a cluster that split K between them
 };
 
@@ -155,6 +159,61 @@ struct Dequantize {
 
 Status dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
 
+// ---- Fused: norm or activation, then quantize ---------------------------------------------------------------------
+
+// What an unfused model in x's dtype would have quantized, without the trip through memory: each value that the model
+// would have stored is rounded to x's dtype (`round` below) and then quantized as in Quantize, special values included.
+// All else is float32, one IEEE operation each, in the order written.
+
+enum class Norm : int32_t {
+  kLayer = 0,     // y = round(((h - mean) · r) · w + b): torch.nn.LayerNorm
+  kRms = 1,       // y = round((h · r) · w): torch.nn.RMSNorm, Gemma (with offset 1)
+  kRmsRounded = 2,  // y = round(round(h · r) · w): transformers' Llama, Qwen, Mistral, T5
+};
+
+// h = round(x + residual), or x; r = 1 / sqrt(sum(h²) / K + eps), for kLayer of h - mean with mean = sum(h) / K;
+// w = offset + weight, or 1 without a weight. A missing bias adds nothing.
+//
+// The sum has one fixed order, so that its bits depend on the row alone and not on M, an alignment or the GPU: with
+// E = 16 / sizeof(x) and fold(v) adding the upper half of v to the lower until one element is left, the row is padded
+// with zeros to chunks of 32·E; each is folded over E, then over the 32; of the chunks' sums every 32nd are added in
+// order of the row, and the 32 totals folded. Its relative error is below (14 + K / 2¹²) · 2⁻²⁴.
+struct NormQuantize {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
+  const void* residual;      // [M, K] of x_dtype, or null
+  const void* weight;        // [K] of weight_dtype, or null; not written by the kernel that precedes this call
+  const void* bias;          // [K] of bias_dtype, or null; kLayer only
+  void* h;                   // [M, K] of x_dtype, with a residual and only then; may be x or residual itself; or null
+  void* y;                   // [M, K] of x_dtype, may be x itself when h is not; or null
+  int8_t* q;                 // [M, ldq]; columns K … ldq-1 are written with zeros
+  float* scale;              // [M] written; or with is_static read: [1]
+  int64_t ldx, ldr, ldh, ldy, ldq;
+  int64_t m, k;
+  float eps, offset;
+  DType x_dtype, weight_dtype, bias_dtype;  // kFloat32, kFloat16 or kBFloat16
+  Norm norm;
+  bool is_static;
+};
+
+Status norm_quantize(const NormQuantize& problem, Stream stream);
+
+// y = round(activation(x)), or gated: y = round(round(activation(x)) · up). The halves of a [M, 2K] gate-and-up product
+// are x and up = x + K with the same leading dimension. An activation is within 4 float32 ulp of the size of x before it
+// is rounded; kNone and kRelu are exact.
+struct ActivationQuantize {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
+  const void* up;            // [M, K] of x_dtype, or null
+  int8_t* q;                 // [M, ldq]; columns K … ldq-1 are written with zeros
+  float* scale;              // [M] written; or with is_static read: [1]
+  int64_t ldx, ldup, ldq;
+  int64_t m, k;
+  DType x_dtype;             // kFloat32, kFloat16 or kBFloat16
+  Activation activation;
+  bool is_static;
+};
+
+Status activation_quantize(const ActivationQuantize& problem, Stream stream);
+
 // ---- Linear: quantize x per token, then GEMM ----------------------------------------------------------------------
 
 struct Linear {
@@ -175,5 +234,32 @@ struct Linear {
 // Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.
 size_t linear_workspace_bytes(int64_t m, int64_t k);
 Status linear(const Linear& problem, int config_id, void* workspace, size_t workspace_bytes, Stream stream);
+
+// ---- Weight-only linear (W8A16): int8 weights, 16-bit activations -------------------------------------------------
+
+// y[m, n] = round(activation((sum · weight_scale[n]) + bias[n]) + residual[m, n]),   sum = Σ_k x[m, k]·weight[n, k]
+// The products are exact (an int8 is exact in both 16-bit types) and are added in float32 in an order that the config
+// fixes: the same bits in every run, other bits with another config. NaN and ±inf propagate as in a float32 product.
+// NOTE: for bfloat16 the sums are kept at 1/64 of their value, so products below 2⁻¹²⁰ may lose bits as subnormals.
+struct WeightOnlyLinear {
+  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous
+  const int8_t* weight;      // [N, ldb], ldb >= K rounded up to 16, rows 16-byte aligned; what lies past K is not used
+  const float* weight_scale; // [N]
+  const void* bias;          // [N] of bias_dtype, or null
+  void* y;                   // [M, N] of y_dtype, dense rows of ldy elements
+  int64_t ldx, ldb, ldy;
+  int64_t m, n, k;
+  DType x_dtype;             // kFloat16 or kBFloat16
+  DType bias_dtype, y_dtype; // kFloat32, kFloat16 or kBFloat16
+  Activation activation = Activation::kNone;
+  const void* residual = nullptr;  // [M, N] of residual_dtype, added after the activation; null for none
+  int64_t ldr = 0;
+  DType residual_dtype = DType::kFloat32;
+  bool weight_is_constant = false;  // as Gemm::b_is_constant
+};
+
+// The id, among the rows of Scheme::kW8A16, that the cost model predicts to be fastest on the device; -1 if none runs.
+int weight_only_choose(int64_t m, int64_t n, int64_t k, const Device& device);
+Status weight_only_linear(const WeightOnlyLinear& problem, int config_id, Stream stream);
 
 }  // namespace hwkern

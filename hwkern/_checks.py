@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-K_MAX = 2**17 - 1  # an int32 sum of K products of int8 stays exact below 2¹⁷
+from hwkern._choice import CHOOSE as CHOOSE
+from hwkern._choice import K_MAX as K_MAX
+
 ROW_ALIGNMENT = 16  # bytes; hwkern.h kRowAlignment
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.int32: 4}  # hwkern.h DType
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # hwkern.h Activation
-CHOOSE = -1  # hwkern.h kChoose: the cost model picks the config
 
 
 def padded(k: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from hwkern.nn import Int8Conv1D, Int8Linear
+from hwkern.nn import CalibratedInt8Linear, Int8Conv1D, Int8Linear
 from hwkern.nn.conv1d import conv1d_class
 from hwkern.nn.pack import dtype_name, weight_problem
 from hwkern.ops import FLOATS, cpu_int8_is_fast
@@ -289,3 +289,42 @@ def tied(chosen: Sequence[Layer]) -> list[list[Layer]]:
     for layer in chosen:
         groups.setdefault((id(layer.weight), _is_transposed(layer.module)), []).append(layer)
     return list(groups.values())
+
+
+# ---- a new module in an old one's place -----------------------------------------------------------------------------
+
+# What a user can register on a module; torch keeps each kind in an instance attribute of this name.
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# The attributes of a linear layer without a user's additions; what goes beyond them travels with the layer.
+_OWN = {
+    *("nf", "nx", "max_tokens", "_tensor_scale"),
+    *CalibratedInt8Linear(1, 1, device="meta").__dict__,
+    *nn.Linear(1, 1, device="meta").__dict__,
+}
+
+
+def adopt(new: nn.Module, old: nn.Module) -> None:
+    """Give ``new`` the hooks, the mode and the user's attributes of ``old``.
+
+    The hook dicts are shared, not copied: the handles that users hold remove hooks from those very dicts.
+    """
+    for name in _HOOKS:
+        if name in old.__dict__:
+            new.__dict__[name] = old.__dict__[name]
+    new.training = old.training
+    for name, value in old.__dict__.items():
+        if name not in _OWN:
+            new.__dict__[name] = value

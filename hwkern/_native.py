@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from types import ModuleType
 
 REINSTALL = "reinstall hwkern (`pip install --force-reinstall --no-deps hwkern`, or `pip install -e .` in a checkout)"
@@ -40,3 +41,16 @@ def cuda_problem() -> str | None:
     if count == 0:
         return "the CUDA driver is there but shows no GPU: check CUDA_VISIBLE_DEVICES."
     return None
+
+
+#: File name of each TensorRT plugin library, and the TensorRT that it is for.
+TENSORRT_PLUGINS = {"libhwkern_trt.so": "TensorRT 10.1 and newer, TensorRT-RTX", "libhwkern_trt8.so": "TensorRT 8.6"}
+
+
+def tensorrt_plugins() -> dict[str, Path]:
+    """The TensorRT plugin libraries of this build, file name to path; empty when it was built without NVIDIA's headers.
+
+    They lie beside ``hwkern._C``. Nothing is loaded.
+    """
+    folder = Path(getattr(extension(), "__file__", None) or "").parent
+    return {name: folder / name for name in TENSORRT_PLUGINS if (folder / name).is_file()}

@@ -13,6 +13,11 @@ import hwkern
 COMMANDS = {
     "doctor": ("hwkern.doctor", "what runs where on this machine, and what to install or fix"),
     "demo": ("hwkern.demo", "patch a real sentence-embedding model and compare it with the original"),
+    "explain": ("hwkern.explain", "which kernel a product of M, N and K takes, and why"),
+    "trt": ("hwkern.tensorrt.cli", "models for TensorRT: rewrite, plan, export, build, run, bench, inspect"),
+    "plan": ("hwkern.commands.plan", "the best scheme for each layer of a model, by measurement"),
+    "report": ("hwkern.commands.report", "which layers of a model become int8, and why not the others"),
+    "validate": ("hwkern.commands.validate", "a model and its int8 twin: time, memory, accuracy"),
 }
 
 
@@ -32,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code: 0 fine, 1 something is broken, 2 wrong usage."""
     arguments = parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         code: int = arguments.run(arguments)
     except KeyboardInterrupt:

@@ -138,7 +138,23 @@ def _examine_native(found: Diagnosis) -> Any:
         found.add(OK, "native module", f"with CUDA {native.cuda_version} kernels for {native.architectures}")
     else:
         found.add(OK, "native module", "built without CUDA kernels (HWKERN_CUDA=OFF)")
+    _examine_tensorrt(found)
     return native
+
+
+def _examine_tensorrt(found: Diagnosis) -> None:
+    plugins = _native.tensorrt_plugins()
+    found.facts["tensorrt_plugins"] = {name: str(path) for name, path in plugins.items()}
+    for name, versions in _native.TENSORRT_PLUGINS.items():
+        if name in plugins:
+            found.add(OK, "TensorRT plugin", f"{name} for {versions}")
+    if not plugins:
+        found.add(
+            NOTE,
+            "TensorRT plugin",
+            "not in this build, which found no TensorRT headers; to have it, build with "
+            "-Ccmake.define.HWKERN_TENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>",
+        )
 
 
 def _examine_gpus(found: Diagnosis, native: Any) -> list[hardware.Gpu]:

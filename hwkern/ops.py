@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import Library, register_autograd, register_fake
 
-from hwkern import _cpu, _native
+from hwkern import _cpu
 from hwkern._checks import (
     ACTIVATIONS,
     CHOOSE,
@@ -34,8 +34,15 @@ from hwkern._checks import (
     check_static_scale,
     padded,
 )
+from hwkern._choice import config_for, tuned
 from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
+from hwkern._cuda import current_device as _current_device
+from hwkern._cuda import current_stream as _current_stream
+from hwkern._cuda import extension as _cuda
+from hwkern._cuda import on_device as _on_device
+from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._weight_only import weight_only_linear
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,15 +50,20 @@ __all__ = [
     "DTYPES",
     "FLOATS",
     "K_MAX",
+    "NORMS",
     "LaunchCell",
+    "NormQuantized",
+    "activation_quantize",
     "cpu_int8_is_fast",
     "dequantize",
     "eager_linear",
     "int8_linear",
     "int8_matmul",
+    "norm_quantize",
     "pad_weight",
     "padded",
     "quantize",
+    "weight_only_linear",
 ]
 
 _lib = Library("hwkern", "DEF")
@@ -220,33 +232,6 @@ def _linear_fake(
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
-# Private since torch 1.x and the same in 2.4 … 2.13; the public spellings cost 5 µs a call. Absent from CPU builds.
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-
-
-def _on_device(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a CUDA implementation with its first tensor's device current, as the CUDA runtime demands for a launch."""
-
-    @functools.wraps(call)
-    def guarded(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        index = x.get_device()
-        if index == _current_device():
-            return call(x, *args, **kwargs)
-        with torch.cuda.device(index):
-            return call(x, *args, **kwargs)
-
-    return guarded
-
-
-@functools.cache
-def _cuda() -> Any:
-    """The extension, once it is known that its kernels can run."""
-    problem = _native.cuda_problem()
-    if problem is not None:
-        raise RuntimeError(f"hwkern cannot run on CUDA tensors: {problem}")
-    return _native.extension()
-
 
 def _axis_code(scale: Tensor, axis: int) -> int:
     return 0 if scale.numel() == 1 else (1 if axis == 0 else 2)  # hwkern.h ScaleAxis
@@ -332,6 +317,8 @@ def _matmul_cuda(
         m = d.numel() // n
         a, lda = _aligned_rows(a)
         b, ldb = _aligned_rows(b)
+        if tuned and config == CHOOSE:  # measured by hwkern.tune
+            config = config_for(d.get_device(), m, n, k, dtype)
         scale_a, scale_b, bias = contiguous(scale_a), contiguous(scale_b), contiguous(bias)
         residual, ldr = (None, 0) if residual is None else rows(residual)
         _cuda().gemm(
@@ -445,6 +432,8 @@ def _launch_cell(
         return y
     workspace_bytes = m * (columns + 4)  # hwkern.h linear_workspace_bytes: K16 int8 and one float32 a row
     workspace = weight.new_empty(workspace_bytes)
+    if tuned and config == CHOOSE:  # measured by hwkern.tune
+        config = config_for(cell.device, m, n, k, dtype)
     if residual is None:
         options = (activation, 0, 0, 0)
     else:

@@ -11,38 +11,21 @@ import functools
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from hwkern import _native
-from hwkern._layers import Layer, Selection, Selector, find_layers, int8_class, is_foreign, judge, tied
+from hwkern import _fold, _hf_hook, _native
+from hwkern._layers import Layer, Selection, Selector, adopt, find_layers, int8_class, is_foreign, judge, tied
 from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
-from hwkern.nn import Int8Linear
-from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows, quantize_weight
+from hwkern._recipes import Recipe, float_rows, make
+from hwkern.nn import Calibration, Int8Linear
+from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows
 from hwkern.report import LayerReport, Report
 
 Originals = Literal["auto", "host", "disk", "drop"]
 Progress = Callable[[int, int, str], None]
-
-# What a user can register on a module; torch keeps each kind in an instance attribute of this name.
-_HOOKS = (
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-# The attributes of a linear layer without a user's additions; what goes beyond them travels with the layer.
-_OWN = {"nf", "nx", *Int8Linear(1, 1, device="meta").__dict__, *nn.Linear(1, 1, device="meta").__dict__}
 
 
 def patch(
@@ -52,6 +35,8 @@ def patch(
     exclude: Selector | None = None,
     originals: Originals = "auto",
     progress: Progress | None = None,
+    plan: HasRecipes | None = None,
+    allow_other_gpu: bool = False,
 ) -> Report:
     """Replace the linear layers of ``model`` by int8 layers, in place.
 
@@ -72,6 +57,10 @@ def patch(
             vanishes by itself), "drop" (nowhere: unpatch becomes impossible), or "auto": host memory for a model on
             CUDA while there is room, the disk for one on the CPU.
         progress: called as ``progress(done, total, name)`` after each layer.
+        plan: from :func:`hwkern.plan` or :func:`hwkern.calibrate`: which scheme each layer gets; what it does not name,
+            or keeps, stays float. Norms that it divides come back with :func:`unpatch`.
+        allow_other_gpu: a plan that was measured on another device is timed and decided again on this one, instead of
+            being refused.
 
     Returns:
         A :class:`~hwkern.report.Report`; print it.
@@ -90,19 +79,32 @@ def patch(
     wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
     for selection in (wanted, unwanted):
         selection.check(layers, model)
-    judge(model, layers, wanted, unwanted)
+    if allow_other_gpu and plan is not None and callable(again := getattr(plan, "for_device", None)):
+        plan = cast(HasRecipes, again(model))
+    recipes = None if plan is None else _planned(model, layers, plan, wanted, unwanted)
+    if recipes is None:
+        judge(model, layers, wanted, unwanted)
     _refuse_integer_model(layers)
     chosen = [layer for layer in layers if layer.status == "int8"]
     _refuse_device(chosen)
     groups = tied(chosen)
+    folds = _folds_of(model, recipes or {})
     spool = Spool(_place(originals, groups))
     before = _model_bytes(model)
     reports = _Reports(layers)
-    _transaction(groups, lambda group, journal: _swap(group, spool, journal), progress)
+
+    def step(group: Sequence[Layer], journal: _Journal) -> None:
+        recipe = Recipe("w8a8") if recipes is None else recipes[group[0].names[0]]
+        _swap(group, spool, journal, recipe)
+
+    _transaction(groups, step, progress, lambda journal: _divide(model, folds, journal))
+    if plan is not None and callable(to_dict := getattr(plan, "to_dict", None)):
+        model.__dict__["_hwkern_plan"] = to_dict()
     if originals == "drop":
         for layer in chosen:
             if layer.status == "int8":
                 layer.now._original.forget("it was dropped (originals='drop')")
+    _hf_hook.tell(model)
     return Report(
         layers=reports.finish(),
         model_bytes_before=before,
@@ -138,11 +140,14 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
             layer.status = "restored"
             chosen.append(layer)
     _refuse_lost(chosen)
+    _refuse_half_folds(model, chosen)
     before = _model_bytes(model)
     reports = _Reports(layers)
-    _transaction([[layer] for layer in chosen], _restore, None)
+    _transaction([[layer] for layer in chosen], _restore, None, lambda journal: _unfold(model, chosen, journal))
+    model.__dict__.pop("_hwkern_plan", None)
     for layer in chosen:
         cast(Int8Linear, layer.module)._original = None
+    _hf_hook.tell(model)
     return Report(
         layers=reports.finish(),
         model_bytes_before=before,
@@ -234,6 +239,110 @@ def _refuse_lost(chosen: Sequence[Layer]) -> None:
         )
 
 
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+class HasRecipes(Protocol):
+    """What ``patch`` needs of a plan: name → recipe. It may have ``check(model)``, which raises, and ``to_dict()``."""
+
+    @property
+    def recipes(self) -> dict[str, Recipe]: ...
+
+
+def _planned(
+    model: nn.Module, layers: Sequence[Layer], plan: HasRecipes, wanted: Selection, unwanted: Selection
+) -> dict[str, Recipe]:
+    """The recipes of the layers that become int8, and every layer's status. ValueError for a plan that does not fit."""
+    if not isinstance(getattr(plan, "recipes", None), dict):
+        raise TypeError(f"plan is {type(plan).__name__}: pass what hwkern.plan or hwkern.calibrate returned.")
+    if callable(check := getattr(plan, "check", None)):
+        check(model)
+    names = {name: layer for layer in layers for name in layer.names}
+    unknown = [name for name in plan.recipes if name not in names]
+    if unknown:
+        raise ValueError(f"The plan names the layer {unknown[0]!r}, which this {type(model).__name__} has not.")
+    judge(model, layers, Selection("include", "*"), Selection("exclude", None))  # what is impossible stays so
+    recipes = {}
+    for layer in layers:
+        recipe = plan.recipes.get(layer.names[0])
+        if layer.status != "int8":
+            if recipe is not None and recipe.scheme != "keep" and layer.status != "already":
+                raise ValueError(f"The plan makes {layer.names[0]!r} int8, but {layer.reason}.")
+            continue
+        reason = unwanted.reason(layer) or wanted.reason(layer)
+        if not reason and recipe is None:
+            reason = "not in the plan"
+        elif not reason and recipe is not None and recipe.scheme == "keep":
+            reason = "the plan keeps it"
+        if reason or recipe is None:
+            layer.status, layer.reason = "left", reason
+            continue
+        try:
+            recipe.check(float_rows(layer.module).shape[1])
+        except ValueError as error:
+            raise ValueError(f"The plan for {layer.names[0]!r} cannot be: {error}.") from error
+        if recipe.calibration != Calibration() and cast(Tensor, layer.weight).is_meta:
+            raise ValueError(
+                f"{layer.names[0]!r} is on the meta device, where its calibrated scale would be lost: load it first."
+            )
+        recipes[layer.names[0]] = recipe
+    for group in tied([layer for layer in layers if layer.status == "int8"]):
+        found = {recipes[layer.names[0]] for layer in group}
+        if len(group) > 1 and (len(found) > 1 or not all(r.calibration == Calibration() for r in found)):
+            raise ValueError(f"The plan for {group[0].names[0]!r} differs from that of a layer with the same weight.")
+    return recipes
+
+
+def _folds_of(model: nn.Module, recipes: dict[str, Recipe]) -> list[tuple[_fold.Group, Tensor]]:
+    """The norms to divide. ValueError when a plan folds what this model's structure does not allow."""
+    wanted = {name for name, recipe in recipes.items() if recipe.calibration.folded}
+    folds = []
+    for group in _fold.groups(model) if wanted else []:
+        vectors = {recipes[name].calibration.smooth for name in group.readers if name in wanted}
+        if not vectors:
+            continue
+        if len(vectors) > 1 or not wanted.issuperset(group.readers):
+            raise ValueError(
+                f"The plan divides {group.norm_name!r} for some of its readers only ({', '.join(group.readers)}): plan "
+                "without include and exclude, or for the same layers."
+            )
+        wanted -= set(group.readers)
+        folds.append((group, recipes[group.readers[0]].calibration.divisors(len(next(iter(vectors))), "cpu")))
+    if wanted:
+        raise ValueError(f"The plan folds smoothing before {min(wanted)!r}, where this model has no norm for it.")
+    return folds
+
+
+def _divide(model: nn.Module, folds: Sequence[tuple[_fold.Group, Tensor]], journal: _Journal) -> None:
+    done = model.__dict__.setdefault("_hwkern_folds", []) if folds else []
+    for group, divisors in folds:
+        fold = _fold.Fold(group, divisors)
+        journal.append(fold.undo)
+        fold.apply()
+        done.append(fold)
+        journal.append(functools.partial(done.remove, fold))
+
+
+def _unfold(model: nn.Module, chosen: Sequence[Layer], journal: _Journal) -> None:
+    """Give the norms of restored layers their own values back."""
+    names = {name for layer in chosen for name in layer.names}
+    folds = model.__dict__.get("_hwkern_folds", [])
+    for fold in [fold for fold in folds if names & set(fold.readers)]:
+        fold.undo()
+        folds.remove(fold)
+    if not folds:
+        model.__dict__.pop("_hwkern_folds", None)
+
+
+def _refuse_half_folds(model: nn.Module, chosen: Sequence[Layer]) -> None:
+    names = {name for layer in chosen for name in layer.names}
+    for fold in model.__dict__.get("_hwkern_folds", []):
+        if names & set(fold.readers) and not names.issuperset(fold.readers):
+            raise ValueError(
+                f"{fold.name!r} was divided for all of its readers ({', '.join(fold.readers)}): unpatch them together."
+            )
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -276,8 +385,9 @@ def _transaction(
     groups: Sequence[Sequence[Layer]],
     step: Callable[[Sequence[Layer], _Journal], None],
     progress: Progress | None,
+    last: Callable[[_Journal], None] = lambda journal: None,
 ) -> None:
-    """Run ``step`` on every group; when one fails (or the user interrupts), undo all and raise."""
+    """Run ``step`` on every group, then ``last``; when one fails (or the user interrupts), undo all and raise."""
     journal: _Journal = []
     total = sum(len(group) for group in groups)
     done = 0
@@ -289,6 +399,7 @@ def _transaction(
                 done += len(group)
                 if progress is not None:
                     progress(done, total, group[-1].names[0])
+            last(journal)
     except BaseException:
         with torch.inference_mode(False), torch.no_grad():
             _undo(journal)
@@ -306,22 +417,24 @@ def _undo(journal: _Journal) -> None:
         raise RuntimeError("hwkern failed, and could not put every layer back as it was.") from failure
 
 
-def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal) -> None:
+def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal, recipe: Recipe) -> None:
     """Make the layers of one tied group int8. Frees the float weight, unless somebody else holds it."""
     weight = cast(nn.Parameter, group[0].weight)
-    cls = cast(type[Int8Linear], int8_class(group[0].module))
-    rows = cls._rows(weight.detach())
-    packed, scale = quantize_weight(rows)
-    if not all_finite(scale):
+    made = make(group[0].module, recipe)
+    if not all_finite(made.weight_scale):
         for layer in group:
-            layer.status, layer.reason = "left", f"its weight has NaN or ±inf in {nonfinite_rows(scale)}"
+            layer.status, layer.reason = "left", f"its weight has NaN or ±inf in {nonfinite_rows(made.weight_scale)}"
         return
     stored = _store(weight, spool)
-    parameter = nn.Parameter(packed, requires_grad=False)
     for layer in group:
         module = layer.module
-        new = cls._from_packed(rows.shape[1], parameter, scale, module._parameters.get("bias"), weight.dtype)
-        _adopt(new, module)
+        new = made
+        if layer is not group[0]:
+            # A plain recipe (plans give tied layers no other): weight and scale are all there is, and shared.
+            bias = module._parameters.get("bias")
+            new = type(made)._from_packed(made.in_features, made.weight, made.weight_scale, bias, weight.dtype)
+            new._set_options(made._options())
+        adopt(new, module)
         new._original = Original(module, stored)
         journal.append(functools.partial(_put_back, layer, module, new))
         module._parameters["weight"] = None
@@ -357,7 +470,7 @@ def _put_back(layer: Layer, module: nn.Module, int8: Int8Linear) -> None:
     stored = cast(FloatWeight, cast(Original, int8._original).weight)
     module._parameters["weight"] = stored.restore(int8.weight.device, int8.float_dtype)
     module._parameters["bias"] = int8._parameters["bias"]
-    _adopt(module, int8)
+    adopt(module, int8)
     _set(layer, module)
 
 
@@ -367,21 +480,20 @@ def _set(layer: Layer, module: nn.Module) -> None:
         parent._modules[attribute] = module
 
 
-def _adopt(new: nn.Module, old: nn.Module) -> None:
-    """Give ``new`` the hooks, the mode and the user's attributes of ``old``.
-
-    The hook dicts are shared, not copied: the handles that users hold remove hooks from those very dicts.
-    """
-    for name in _HOOKS:
-        if name in old.__dict__:
-            new.__dict__[name] = old.__dict__[name]
-    new.training = old.training
-    for name, value in old.__dict__.items():
-        if name not in _OWN:
-            new.__dict__[name] = value
-
-
 # ---- the report -----------------------------------------------------------------------------------------------------
+
+
+def survey(model: nn.Module) -> Report:
+    """What the linear layers of ``model`` are now; ``hwkern.report(model)``. Changes nothing."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"hwkern.report takes a torch.nn.Module, not {type(model).__name__}.")
+    layers = find_layers(model)
+    judge(model, layers, Selection("include", None), Selection("exclude", None))
+    for layer in layers:
+        if layer.status == "int8":
+            layer.status, layer.reason = "left", "float: hwkern.patch has not been here, or left it"
+    total = _model_bytes(model)
+    return Report(_Reports(layers).finish(), total, total, note="" if layers else "The model has no linear layers.")
 
 
 class _Reports:
@@ -400,6 +512,7 @@ class _Reports:
                 tied_to=layer.tied_to,
                 bytes_before=before.pop("bytes"),
                 bytes_after=after["bytes"],
+                scheme=layer.now.scheme if isinstance(layer.now, Int8Linear) else "",
                 **before,
             )
             for layer, before, after in zip(self._layers, self._before, _facts(self._layers), strict=True)

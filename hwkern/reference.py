@@ -83,7 +83,7 @@ def int8_matmul(
     total = a.double() @ b.double().t()
     if out_dtype == torch.int32:
         return total.to(torch.int32)
-    y = total.float()
+    y = total.to(torch.int32).float()  # an integer's zero has no sign: 0 · -3 is -0.0 in float64
     if scale_a is not None:
         y = y * scale_a.reshape(*a.shape[:-1], 1)
     if scale_b is not None:
@@ -110,3 +110,124 @@ def int8_linear(
     """Quantize ``x`` per token, multiply by the int8 ``weight [N, K]``, rescale, add the bias, round once."""
     q, scale = quantize(x)
     return int8_matmul(q, weight, scale, weight_scale, bias, out_dtype or x.dtype, activation, residual)
+
+
+def _fold(v: Tensor) -> Tensor:
+    """Sum over the last dimension (a power of two): the upper half added to the lower until one element is left."""
+    while v.shape[-1] > 1:
+        half = v.shape[-1] // 2
+        v = v[..., :half] + v[..., half:]
+    return v[..., 0]
+
+
+def _pad_to_multiple(v: Tensor, multiple: int) -> Tensor:
+    return torch.nn.functional.pad(v, (0, -v.shape[-1] % multiple))
+
+
+def row_sum(v: Tensor, vector: int) -> Tensor:
+    """``[..., K] -> [...]``: the float32 sum of a row in the one order that all kernels keep.
+
+    Chunks of 32 · ``vector`` elements (``vector`` = 16 bytes of x's dtype; zeros beyond K), each folded over ``vector``
+    and then over the 32; every 32nd chunk's sum added in the order of the row; the 32 totals folded.
+    """
+    chunks = _pad_to_multiple(v, 32 * vector).unflatten(-1, (-1, 32, vector))
+    groups = _pad_to_multiple(_fold(_fold(chunks)), 32).unflatten(-1, (-1, 32))
+    total = torch.zeros_like(groups[..., 0, :])
+    for group in groups.unbind(-2):
+        total = total + group
+    return _fold(total) + 0.0  # a row of -0 sums to 0
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    kind: str = "rms",
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """``(y, h)`` in x's dtype, ``[..., K]``: ``h = x + residual``, and with ``r = 1 / sqrt(mean(h²) + eps)``
+
+    - ``"rms"`` (torch.nn.RMSNorm; Gemma with ``offset`` 1): ``y = round((h * r) * (offset + weight))``;
+    - ``"rms_rounded"`` (transformers' Llama, Qwen, Mistral, T5): ``y = round(round(h * r) * (offset + weight))``;
+    - ``"layer"`` (torch.nn.LayerNorm): ``y = round(((h - mean) * r) * (offset + weight) + bias)``, r of ``h - mean``.
+
+    ``round`` is one rounding to x's dtype, a mean is ``row_sum * (1 / K)``.
+    """
+    h = x if residual is None else (x.float() + residual.float()).to(x.dtype)
+    centred = h.float()
+    vector = 16 // x.dtype.itemsize
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    inverse_k = one / x.shape[-1]
+    if kind == "layer":
+        centred = centred - (row_sum(centred, vector) * inverse_k).unsqueeze(-1)
+    variance = row_sum(centred * centred, vector) * inverse_k
+    # In float64 and back: torch's float32 square root is not always the nearest float32 (2.13, on the CPU).
+    r = one / (variance + torch.tensor(eps, dtype=torch.float32, device=x.device)).double().sqrt().float()
+    y = centred * r.unsqueeze(-1)
+    if kind == "rms_rounded":
+        y = y.to(x.dtype).float()
+    if weight is not None:
+        y = y * (torch.tensor(offset, dtype=torch.float32, device=x.device) + weight.float())
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype), h
+
+
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    kind: str = "rms",
+    eps: float = 1e-6,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(q, scale, h, y)``: :func:`norm`, then :func:`quantize` of y, per token or with one static scale."""
+    y, h = norm(x, weight, bias, residual, kind, eps, offset)
+    return *quantize(y, scale), h, y
+
+
+def gated_activation(x: Tensor, up: Tensor | None, name: str) -> Tensor:
+    """``round(round(activate(x)) * up)``, or without ``up`` ``round(activate(x))``, in x's dtype."""
+    y = activate(x.float(), name).to(x.dtype)
+    return y if up is None else (y.float() * up.float()).to(x.dtype)
+
+
+def activation_quantize(
+    x: Tensor, up: Tensor | None = None, name: str = "silu", scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``(q, scale)``: :func:`gated_activation`, then :func:`quantize`."""
+    return quantize(gated_activation(x, up, name), scale)
+
+
+def weight_only_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation((x @ weight.T) * weight_scale + bias) + residual`` in float64, rounded once; ``weight [N, K]``.
+
+    Float32 sums depend on their order, so here the kernels reproduce the value and not the bits: to
+    ``K · 2⁻²⁴ · Σ|x·w| · weight_scale`` and the rounding to ``out_dtype``.
+    """
+    y = (x.double() @ weight.double().t()) * weight_scale.double()
+    if bias is not None:
+        y = y + bias.double()
+    if activation == "relu":
+        y = torch.where(y < 0, 0.0, y)
+    elif activation == "gelu":
+        y = 0.5 * y * (1 + torch.erf(y * 0.5**0.5))
+    elif activation == "gelu_tanh":
+        y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
+    elif activation == "silu":
+        y = y / (1 + torch.exp(-y))
+    if residual is not None:
+        y = y + residual.double()
+    return y.to(out_dtype or x.dtype)

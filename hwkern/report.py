@@ -7,6 +7,8 @@ import itertools
 import json
 import math
 import re
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -45,6 +47,8 @@ class LayerReport:
     bytes_after: int
     #: The layer or embedding whose weight Parameter this one shares.
     tied_to: str | None = None
+    #: How an int8 layer computes: "w8a8", "w8a8-static", "w8a16", …; empty for a float one.
+    scheme: str = ""
 
     @property
     def name(self) -> str:
@@ -183,7 +187,9 @@ class Report:
 def _changed_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
     before, after = sum(layer.bytes_before for layer in group), sum(layer.bytes_after for layer in group)
     sizes = _bytes(before) if before == after else f"{_bytes(before)} -> {_bytes(after)}"
-    return group[0].dtype, _STATUS_TEXT[group[0].status], sizes
+    scheme = group[0].scheme
+    now = _STATUS_TEXT[group[0].status] + (f" {scheme}" if scheme not in ("", "w8a8") else "")
+    return group[0].dtype, now, sizes
 
 
 def _left_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
@@ -224,7 +230,7 @@ def group_layers(layers: Sequence[LayerReport]) -> list[tuple[str, list[LayerRep
     for layer in layers:
         *parents, last = ("#" if part.isdigit() else part for part in layer.name.split("."))
         shape = (*parents, "#" if last == "#" else "*")
-        same = (layer.kind, layer.status, layer.reason, layer.dtype, layer.device, len(layer.names))
+        same = (layer.kind, layer.status, layer.reason, layer.dtype, layer.device, layer.scheme, len(layer.names))
         groups.setdefault((shape, *same, layer.in_features, layer.out_features), []).append(layer)
     return [row for group in groups.values() for row in _rows(group)]
 
@@ -283,3 +289,15 @@ def _bytes(number: int) -> str:
         if value < 999.5:
             break
     return f"{value:.3g} {unit}"
+
+
+class _CallableModule(types.ModuleType):
+    """``hwkern.report`` is this module; called with a model, it says what the model's layers are now."""
+
+    def __call__(self, model: Any) -> Report:
+        from hwkern.patch import survey
+
+        return survey(model)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -23,12 +23,13 @@ SDIST_ALLOWED = [
     "csrc/*.cu",
     "csrc/*.cuh",
     "csrc/*.h",
+    "csrc/tensorrt/exports.map",
     "hwkern/*.py",
     "hwkern/py.typed",
 ]
 SDIST_REQUIRED = [*SDIST_ALLOWED]
 
-WHEEL_ALLOWED = ["hwkern/*.py", "hwkern/py.typed", "hwkern/_C.*.so", "hwkern-*.dist-info/*"]
+WHEEL_ALLOWED = ["hwkern/*.py", "hwkern/py.typed", "hwkern/_C.*.so", "hwkern/libhwkern_trt*.so", "hwkern-*.dist-info/*"]
 WHEEL_REQUIRED = [
     "hwkern/__init__.py",
     "hwkern/py.typed",

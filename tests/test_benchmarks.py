@@ -21,9 +21,9 @@ BENCHMARKS = ROOT / "benchmarks"
 def load(monkeypatch):
     """Import a script of benchmarks/ as Python does when it is started from there."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} | {"peers"}
     yield importlib.import_module
-    for name in names & set(sys.modules):
+    for name in [name for name in sys.modules if name.partition(".")[0] in names]:
         del sys.modules[name]
 
 
@@ -150,7 +150,7 @@ def test_gemm_refuses_a_wrong_sum(load, monkeypatch, changed):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU, and this machine has one")
-@pytest.mark.parametrize("name", ["gemm", "quantize", "linear"])
+@pytest.mark.parametrize("name", ["gemm", "quantize", "linear", "sweep"])
 def test_a_gpu_benchmark_without_a_gpu_says_why(name):
     done = start(name, "--quick")
     assert done.returncode == 1
@@ -164,6 +164,7 @@ def test_a_gpu_benchmark_without_a_gpu_says_why(name):
     [
         ("gemm", ["--m", "16", "--shapes", "256x512", "--configs", "all"]),
         ("linear", ["--m", "16", "--shapes", "256x512"]),
+        ("sweep", ["--most", "20", "--shapes", "256x512", "--operator", "linear"]),
         ("quantize", ["--quick", "--dtypes", "bfloat16"]),
     ],
 )
@@ -174,7 +175,232 @@ def test_a_gpu_benchmark_measures_and_records(tmp_path, name, arguments):
     document = json.loads(path.read_text(encoding="utf-8"))
     assert document["benchmark"] == name
     assert document["environment"]["gpu"]
-    assert all(row["us"] > 0 for row in document["rows"])
+    assert all(min(row["us"]) > 0 if name == "sweep" else row["us"] > 0 for row in document["rows"])
+
+
+# ---- peers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_that_is_missing_or_breaks_is_listed_with_the_reason(load, monkeypatch):
+    peers, timing = load("peers"), load("timing")
+    captured = []
+    monkeypatch.setattr(timing, "capture", lambda calls, least: captured.append(calls[0]()))
+
+    def missing(problem):
+        raise peers.AbsentError("pip install it")
+
+    def broken(problem):
+        raise ZeroDivisionError
+
+    makers = {
+        "good": lambda problem: [lambda: problem, lambda: 2],
+        "missing": missing,
+        "broken": broken,
+        "breaks later": lambda problem: [lambda: [][1]],
+        "slow": lambda problem: time.sleep(30),
+    }
+    found, absent = peers.collect(makers, 7, 0.2)
+    assert list(found) == ["good"]
+    assert captured == [7]
+    assert absent["missing"] == "pip install it"
+    assert absent["broken"] == "ZeroDivisionError: no text"
+    assert absent["breaks later"].startswith("IndexError: list index")
+    assert absent["slow"] == "TimeoutError: not ready after 0.2 s"
+
+
+def test_absent_peers_are_printed_once_with_the_reason(load, capsys):
+    rows = [{"m": m, "n": 8, "k": 16, "absent": {"int_mm": "M is small"} if m < 3 else {}} for m in (1, 2, 3)]
+    load("timing").print_absent(rows)
+    assert capsys.readouterr().out == "not measured: int_mm (2 of 3 shapes, first 1×8×16): M is small\n"
+
+
+def test_seconds_hold_for_every_time_of_a_benchmark(load, monkeypatch):
+    from hwkern import _timing
+
+    monkeypatch.setattr(_timing, "REPLAY_SECONDS", 0.15)
+    load("timing").parser("").parse_args(["--seconds", "0.01"])
+    assert _timing.REPLAY_SECONDS == 0.01
+
+
+def test_every_named_peer_has_a_maker(load):
+    products, layers = load("peers.products"), load("peers.layers")
+    assert set(products.NAMES) == set(products.MAKERS) | {"cutlass"}
+    assert set(layers.NAMES) == set(layers.MAKERS)
+
+
+FAKE_NVCC = """#!{python}
+import sys
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    log.write(" ".join(arguments) + "\\n")
+if "-c" in arguments and open(arguments[arguments.index("-c") + 1]).read().count("#define") != 4:
+    sys.exit("a unit without its four parameters")
+open(arguments[arguments.index("-o") + 1], "w").write("made")
+"""
+
+
+@pytest.fixture
+def fake_toolkit(load, monkeypatch, tmp_path):
+    """The headers' package and an nvcc that only writes down what it was asked."""
+    cutlass = load("peers.cutlass")
+    source, log = tmp_path / "cutlass_library" / "source", tmp_path / "log"
+    (source / "include" / "cutlass").mkdir(parents=True)
+    (source / "include" / "cutlass" / "cutlass.h").write_text("", encoding="utf-8")
+    (source.parent / "__init__.py").write_text("", encoding="utf-8")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(FAKE_NVCC.format(python=sys.executable, log=str(log)), encoding="utf-8")
+    nvcc.chmod(0o755)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PATH", str(nvcc.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cutlass.importlib.metadata, "version", lambda name: "4.2.0")
+    return cutlass, log, nvcc
+
+
+def test_cutlass_is_compiled_once_one_unit_for_each_config(fake_toolkit):
+    cutlass, log, _ = fake_toolkit
+    library = cutlass.build()
+    assert library.is_file()
+    commands = log.read_text(encoding="utf-8").splitlines()
+    assert len(commands) == len(cutlass.CONFIGS) + 1
+    assert sum("-gencode=arch=compute_90a,code=sm_90a" in command and " -c " in command for command in commands) == len(
+        cutlass.CONFIGS
+    )
+    assert cutlass.build() == library
+    assert len(log.read_text(encoding="utf-8").splitlines()) == len(commands)
+
+
+def test_a_cutlass_that_does_not_compile_says_so(fake_toolkit):
+    cutlass, _, nvcc = fake_toolkit
+    nvcc.write_text(f"#!{sys.executable}\nimport sys; sys.exit('no such architecture')", encoding="utf-8")
+    with pytest.raises(cutlass.UnavailableError, match="no such architecture"):
+        cutlass.build()
+
+
+def test_without_headers_or_compiler_the_remedy_is_said(fake_toolkit, monkeypatch):
+    cutlass, _, nvcc = fake_toolkit
+    nvcc.unlink()
+    monkeypatch.setenv("CUDA_HOME", str(nvcc.parent))
+    with pytest.raises(cutlass.UnavailableError, match="nvcc is not on PATH"):
+        cutlass.build()
+    monkeypatch.setattr(cutlass.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(cutlass.UnavailableError, match="pip install nvidia-cutlass"):
+        cutlass.build()
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def test_record_goes_on_after_a_failure_and_hands_options_on(tmp_path):
+    for name in ("record.py", "timing.py"):
+        (tmp_path / name).write_text((BENCHMARKS / name).read_text(encoding="utf-8"), encoding="utf-8")
+    script = "import sys\nprint('{0} got', *sys.argv[1:])\n{1}"
+    (tmp_path / "gemm.py").write_text(script.format("gemm", "raise SystemExit('wrong result')"), encoding="utf-8")
+    (tmp_path / "linear.py").write_text(script.format("linear", "1 / 0"), encoding="utf-8")
+    (tmp_path / "sweep.py").write_text(script.format("sweep", ""), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "record.py"), "--gpu", "x", "--out", "o", "--seconds", "0.1", "--commit"]
+    done = subprocess.run([*command, "abc", "--", "--most", "9"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = done.stdout.splitlines()
+    common = "--seconds 0.1 --commit abc"
+    assert f"gemm got --json {Path('o') / 'gemm-x.json'} {common}" in lines
+    assert f"sweep got --json {Path('o') / 'sweep-x.json'} {common} --most 9" in lines
+    assert "gemm FAILED: wrong result" in lines
+    assert "linear FAILED" in lines
+    assert "ZeroDivisionError" in done.stderr
+
+
+# ---- cliffs ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_steps_are_found(load):
+    sweep = load("sweep")
+    assert sweep.worst([1.0, 2.0, 2.2, 2.2, 6.6], 2) == [(pytest.approx(3.0), 4), (2.0, 1)]
+
+
+def test_both_sides_of_a_suspicious_step_are_timed_again(load):
+    asked = []
+
+    def again(m):
+        asked.append(m)
+        return 10.0
+
+    us = load("sweep").recheck([10.0, 10.1, 12.0, 11.9, 11.9], again)
+    assert asked == [2, 3]
+    assert us == [10.0, 10.0, 10.0, 11.9, 11.9]
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def verdicts(load, folder):
+    return {line[0]: line[3:] for line in load("targets").lines(folder, "x")}
+
+
+def result(folder, stem, rows):
+    (folder / f"{stem}-x.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+
+
+def test_targets_that_were_not_measured_stay_open(load, tmp_path):
+    assert {tuple(found) for found in verdicts(load, tmp_path).values()} == {("–", "not measured")}
+    result(tmp_path, "gemm", [])
+    assert verdicts(load, tmp_path)["GEMM, 8192³"] == ["–", "not measured"]
+
+
+@pytest.mark.parametrize(
+    ("us", "verdict"), [(80.0, "reached"), (92.0, "met"), (100.0, "open")], ids=["reached", "met", "open"]
+)
+def test_a_target_is_computed_from_the_rows_of_its_layers(load, tmp_path, us, verdict):
+    """CUTLASS takes 100 µs: 1.25×, 1.087× and 1× against must 1.05 and reach 1.12."""
+    layers = load("targets").LLAMA
+    rows = [
+        {"m": 2048, "n": n, "k": k, "us": us, "tops": 1.0, "peers_us": {"cutlass": 100.0, "fp8": 100.0}}
+        for n, k in layers
+    ]
+    others = [{**rows[0], "m": 64, "us": 1e9}, {**rows[0], "n": 8192, "k": 8192, "us": 1e9}]
+    result(tmp_path, "gemm", rows + others)
+    found = verdicts(load, tmp_path)
+    assert found["GEMM, M 1024–8192, against CUTLASS's best"] == [f"{100 / us:.2f}×", verdict]
+    assert found["GEMM, M 1–64, against CUTLASS's best"][1] == "open"
+
+
+def test_a_layer_target_takes_the_worst_m_and_leaves_out_the_host(load, tmp_path):
+    def row(m, us, layer, kind="device"):
+        return {"kind": kind, "m": m, "n": layer[0], "k": layer[1], "us": us, "peers_us": {"bf16": 100.0}}
+
+    small, large = (4096, 4096), (28672, 4096)
+    host = {"kind": "host", "mode": "grad", "us": 1.0, "linear_us": 1.0}
+    rows = [row(1, 50.0, small), row(1, 50.0, large), row(16, 80.0, small), row(16, 50.0, large), host]
+    result(tmp_path, "linear", [*rows, row(512, 200.0, (768, 768)), row(4096, 50.0, (768, 768))])
+    found = verdicts(load, tmp_path)
+    assert found["layer with quantization against bf16, least M"] == [f"{(1.25 * 2) ** 0.5:.2f}×", "reached"]
+    assert found["BERT's layers, M 512–4096, against bf16, least"] == ["0.50×", "open"]
+    assert found["BERT's layers, M 4096, against bf16"] == ["2.00×", "reached"]
+
+
+def test_a_target_may_be_an_upper_limit(load, tmp_path):
+    """The geometric mean of 0.9 and 1.2 is 1.039: below 1.05 and above 1. An activation does not count as a norm."""
+    rows = [{"operator": name, "of_alone": value} for name, value in [("RMSNorm", 0.9), ("add, RMSNorm", 1.2)]]
+    result(tmp_path, "fused", [*rows, {"operator": "gelu", "of_alone": 9.0}])
+    result(tmp_path, "sweep", [{"worst": [[1.07, 32]]}, {"worst": [[1.16, 64], [1.0, 2]]}])
+    found = verdicts(load, tmp_path)
+    assert found["norm with quantization, time over the norm's alone"] == ["1.04×", "met"]
+    assert found["largest t(M + 1) / t(M), M 1–512"] == ["1.16×", "open"]
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def test_plots_draw_the_same_bytes_from_the_same_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("a", "b"):
+        done = start("plots", "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    drawn = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "gemm-h100.svg" in drawn
+    for name in drawn:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
@@ -203,7 +429,7 @@ DEMO = {
     "unpatched_identical": True, "failures": [],
 }  # fmt: skip
 DOCUMENTS = {
-    "gemm": ({"rows": [GEMM_ROW]}, "| 16×4096×4096 | 10.0 | 54 | 50 % (memory) | 1.50× | – | – |"),
+    "gemm": ({"rows": [GEMM_ROW]}, "| 16×4096×4096 | 10.0 | 54 | 50 % (memory) | 1.50× |"),
     "quantize": (
         {
             "rows": [
@@ -223,6 +449,17 @@ DOCUMENTS = {
             ]
         },
         "| grad | 20.0 | 18.0 | 1.11 |",
+    ),
+    "sweep": (
+        {
+            "rows": [
+                {
+                    "n": 64, "k": 32, "operator": "gemm", "us": [1.0, 1.0, 1.5], "configs": [0, 0, 1],
+                    "worst": [[1.5, 2], [1.0, 1]],
+                }
+            ]
+        },
+        "| 64×32 | 2 → 3 | 1.00 → 1.50 | 1.500 | 0 → 1 |",
     ),
     "cpu_linear": ({"rows": [{**GEMM_ROW, "peers_us": {"fp32": 5.0}}]}, "| 16×4096×4096 | 10 | 0.50× | – | – |"),
     "demo": (DEMO, "| batches | 100 sentences/s | 200 sentences/s | 2.00× faster |"),
@@ -281,6 +518,28 @@ def test_a_stale_table_fails_the_check_and_is_left_alone(site):
     assert done.returncode == 1
     assert "docs/page.md" in done.stdout
     assert page.read_text(encoding="utf-8") == PAGE.format("gemm")
+
+
+def test_a_peer_that_no_row_has_is_named_with_the_reason(site):
+    root, put = site
+    row = {**GEMM_ROW, "absent": {"int_mm": "M is small", "cutlass": "pip install nvidia-cutlass"}}
+    put("gemm", {"rows": [row, {**GEMM_ROW, "peers_us": {"int_mm": 20.0}}]})
+    (root / "README.md").write_text(PAGE.format("gemm"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "| 16×4096×4096 | 10.0 | 54 | 50 % (memory) | 1.50× | – |" in text
+    assert "Not measured: cutlass: pip install nvidia-cutlass." in text
+    assert "M is small" not in text
+
+
+def test_the_targets_are_a_table_too(site):
+    root, put = site
+    put("gemm-x", {"benchmark": "gemm", "rows": [{**GEMM_ROW, "peers_us": {"cutlass": 20.0}}]})
+    (root / "README.md").write_text(PAGE.format("targets-x"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "| GEMM, M 1–64, against CUTLASS's best | ≥ 1.18× | ≥ 1.3× | 2.00× | reached |" in text
+    assert start("tables", "--root", root, "--check").returncode == 0
 
 
 def test_what_was_not_measured_is_said(site):

@@ -497,8 +497,8 @@ def test_tied_weights_are_quantized_once_and_stay_tied(monkeypatch: pytest.Monke
     model[2].weight = model[0].weight
     before = Snapshot(model)
     calls = []
-    real = implementation.quantize_weight
-    monkeypatch.setattr(implementation, "quantize_weight", lambda weight: calls.append(1) or real(weight))
+    real = implementation.make
+    monkeypatch.setattr(implementation, "make", lambda *layer: calls.append(1) or real(*layer))
     report = hwkern.patch(model)
     assert len(calls) == 2
     assert report.layers[2].tied_to == "0"
@@ -718,7 +718,7 @@ def test_a_failure_halfway_leaves_the_model_exactly_as_it_was(
     if place == "progress":
         options["progress"] = lambda *_: next(step)
     else:
-        name = {"quantize": "quantize_weight", "store": "_store"}[place]
+        name = {"quantize": "make", "store": "_store"}[place]
         real = getattr(implementation, name)
         monkeypatch.setattr(implementation, name, lambda *args: (next(step), real(*args))[1])
     with pytest.raises(type(error)):

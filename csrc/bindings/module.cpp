@@ -1,38 +1,18 @@
 // hwkern._C: the entry points of hwkern.h as Python functions over plain integers, and Status as exceptions.
-#include <pybind11/pybind11.h>
-
+#include "bindings/call.h"
 #include "core/device.h"
 #include "cpu/cpu.h"
 #include "hwkern.h"
 
 namespace py = pybind11;
 using namespace hwkern;
+using namespace hwkern::bindings;
+
+void bind_fused(py::module_& m);
+
+void bind_weight_only(py::module_& m);
 
 namespace {
-
-void check(Status status) {
-  switch (status.code) {
-    case StatusCode::kOk: return;
-    case StatusCode::kInvalidArgument: throw py::value_error(status.what);
-    default: throw std::runtime_error(status.what);
-  }
-}
-
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Launches release the GIL: a full launch queue blocks, and must not block other Python threads. So does CPU work.
-template <typename F>
-void run(F&& enqueue) {
-  Status status;
-  {
-    py::gil_scoped_release release;
-    status = enqueue();
-  }
-  check(status);
-}
 
 void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale_m, uintptr_t scale_n, uintptr_t bias,
              int bias_dtype, uintptr_t d, int64_t ldd, int d_dtype, int64_t m, int64_t n, int64_t k, int config,
@@ -157,7 +137,8 @@ py::dict as_dict(const GemmConfig& c) {
   return py::dict("id"_a = c.id, "name"_a = c.name, "min_compute"_a = c.min_compute, "max_compute"_a = c.max_compute,
                   "cluster"_a = c.cluster, "block_m"_a = c.block_m, "block_n"_a = c.block_n, "block_k"_a = c.block_k,
                   "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k, "stages"_a = c.stages,
-                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm, "split_k"_a = c.split_k);
+                  "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm,
+                  "scheme"_a = c.scheme == Scheme::kW8A16 ? "w8a16" : "w8a8", "split_k"_a = c.split_k);
 }
 
 py::list configs() {
@@ -225,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
         "ldd"_a, "d_dtype"_a, "m"_a, "n"_a, "k"_a, "config"_a, "stream"_a, "b_is_constant"_a = false,
         "activation"_a = 0, "residual"_a = 0, "ldr"_a = 0, "residual_dtype"_a = 0, "d_scale"_a = 0);
   m.attr("linear") = py::reinterpret_steal<py::object>(PyCFunction_New(&kLinearMethod, nullptr));
+  bind_weight_only(m);
   m.def("linear_workspace_bytes", &linear_workspace_bytes, "m"_a, "k"_a);
   m.def("quantize_per_token", &py_quantize_per_token);
   m.def("quantize_static", &py_quantize_static);
@@ -232,4 +214,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("cpu_quantize_rows", &py_cpu_quantize_rows);
   m.def("cpu_rescale", &py_cpu_rescale);
+
+  bind_fused(m);
 }

@@ -30,10 +30,8 @@ __device__ __forceinline__ float activated(float y) {
 template <int COUNT>
 __device__ __forceinline__ void activate(Activation activation, float (&y)[COUNT]) {
   switch (activation) {
-#define HWKERN_ACTIVATE(A)                                       \
-  case A:                                                        \
-    _Pragma("unroll") for (float& value : y) value = activated<A>(value); \
-    break;
+#define HWKERN_ACTIVATE(A) \
+  case A: _Pragma("unroll") for (float& value : y) value = activated<A>(value); break;
     HWKERN_ACTIVATE(Activation::kRelu)
     HWKERN_ACTIVATE(Activation::kGelu)
     HWKERN_ACTIVATE(Activation::kGeluTanh)

@@ -2,6 +2,7 @@
 #include "core/device.h"
 #include "core/status.h"
 #include "gemm/configs.h"
+#include "gemm/w8a16.h"
 #include "quant/kernels.h"
 
 namespace hwkern {
@@ -19,8 +20,11 @@ Status current_device(Device*) { return kNoCuda; }
 Status launch_gemm_sm80(const Gemm&, int, int, Stream) { return kNoCuda; }
 Status launch_gemm_sm90(const Gemm&, int, int, Stream) { return kNoCuda; }
 Status launch_gemm_sm90_split(const Gemm&, int, Stream) { return kNoCuda; }
+Status launch_w8a16(const WeightOnlyLinear&, int, const Device&, Stream) { return kNoCuda; }
 Status launch_quantize_per_token(const Quantize&, Stream) { return kNoCuda; }
 Status launch_quantize_static(const Quantize&, ScaleAxis, Stream) { return kNoCuda; }
 Status launch_dequantize(const Dequantize&, ScaleAxis, Stream) { return kNoCuda; }
+Status launch_norm_quantize(const NormQuantize&, const Device&, Stream) { return kNoCuda; }
+Status launch_activation_quantize(const ActivationQuantize&, const Device&, Stream) { return kNoCuda; }
 
 }  // namespace hwkern

@@ -9,6 +9,9 @@ namespace hwkern::cpu {
 // 1; the others come from the OpenMP runtime that the process has loaded, and without one there are none.
 Status quantize_rows(const Quantize& problem, int threads);
 
+// norm_quantize of hwkern.h, on host pointers: the same bits.
+Status norm_quantize(const NormQuantize& problem, int threads);
+
 // y[m, n] = round(((float)sum[m, n] * scale_m[m]) * scale_n[n] + bias[n]), the output of hwkern.h's GEMM.
 struct Rescale {
   const int32_t* sum;    // [M, N], dense

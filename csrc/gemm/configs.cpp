@@ -2,6 +2,7 @@
 #include "gemm/configs.h"
 
 #include "core/status.h"
+#include "gemm/w8a16.h"
 
 namespace hwkern {
 
@@ -12,20 +13,21 @@ constexpr int kAnyNewer = 999;
 #define HWKERN_SM80_ROW(ID, BM, BN, BK, WM, WN, WK, STAGES, BLOCKS)                                          \
   GemmConfig{ID, "sm80_" #BM "x" #BN "x" #BK "_s" #STAGES, 80,    kAnyNewer, BM, BN, BK, WM, WN, WK, STAGES, \
              1,  sm80_shared_bytes(BM, BN, BK, STAGES),    BLOCKS},
-#define HWKERN_SM90_ROW(ID, BN, CLUSTER, STAGES)             \
-  GemmConfig{ID,                                             \
-             "sm90_128x" #BN "x128_c" #CLUSTER "_s" #STAGES, \
-             90,                                             \
-             90,                                             \
-             kSm90BlockM,                                    \
-             BN,                                             \
-             kSm90BlockK,                                    \
-             8,                                              \
-             1,                                              \
-             1,                                              \
-             STAGES,                                         \
-             CLUSTER,                                        \
-             sm90_shared_bytes(BN, STAGES),                  \
+// A ping-pong tile is four warps' alone.
+#define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG)                                                  \
+  GemmConfig{ID,                                                                                   \
+             PINGPONG ? "sm90_128x" #BN "x128_s" #STAGES "_pp" : "sm90_128x" #BN "x128_s" #STAGES, \
+             90,                                                                                   \
+             90,                                                                                   \
+             kSm90BlockM,                                                                          \
+             BN,                                                                                   \
+             kSm90BlockK,                                                                          \
+             PINGPONG ? 4 : 8,                                                                     \
+             1,                                                                                    \
+             1,                                                                                    \
+             STAGES,                                                                               \
+             1,                                                                                    \
+             sm90_shared_bytes(BN, STAGES, PINGPONG),                                              \
              1},
 // ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
 #define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS) \
@@ -43,12 +45,32 @@ constexpr int kAnyNewer = 999;
              1,                                                        \
              sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),     \
              BLOCKS,                                                   \
+             Scheme::kW8A8,                                            \
              SPLIT},
+// A cluster or the copy engine needs Hopper or newer.
+#define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS) \
+  GemmConfig{ID,                                                                     \
+             "w8a16_" #BM "x" #BN "_k" #WK "_c" #CLUSTER "_s" #STAGES,               \
+             TMA || CLUSTER > 1 ? 90 : 80,                                           \
+             kAnyNewer,                                                              \
+             BM,                                                                     \
+             BN,                                                                     \
+             kW8A16Step,                                                             \
+             1,                                                                      \
+             WN,                                                                     \
+             WK,                                                                     \
+             STAGES,                                                                 \
+             CLUSTER,                                                                \
+             w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
+             BLOCKS,                                                                 \
+             Scheme::kW8A16},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
-                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)};
+                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)
+                                           HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW
+#undef HWKERN_W8A16_ROW
 
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
@@ -74,7 +96,7 @@ int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is
   int best = -1;
   double best_us = 0;
   for (const GemmConfig& config : kConfigs) {
-    if (!gemm_runs_on(config, device)) continue;
+    if (config.scheme != Scheme::kW8A8 || !gemm_runs_on(config, device)) continue;
     const double us = gemm_predict_us(config, m, n, k, device, b_is_constant);
     if (best < 0 || us < best_us) best = config.id, best_us = us;
   }

@@ -4,7 +4,8 @@
 #include "hwkern.h"
 
 // X(id, BLOCK_M, BLOCK_N, BLOCK_K, WARPS_M, WARPS_N, WARPS_K, STAGES, BLOCKS_PER_SM)
-// Ids are never reused; a row that is dropped leaves a hole. 100 and up are kept for the sm_90a kernels.
+// Ids are never reused; a row that is dropped leaves a hole. 100 and up are kept for the sm_90a kernels,
+// 300 and up for weight-only ones (w8a16.h).
 #define HWKERN_SM80_CONFIGS(X)       \
   X(0, 16, 32, 256, 1, 1, 4, 6, 3)   \
   X(1, 32, 64, 256, 1, 2, 2, 4, 2)   \
@@ -15,13 +16,13 @@
   X(6, 128, 256, 64, 2, 4, 1, 4, 1)  \
   X(7, 256, 128, 64, 4, 2, 1, 4, 1)
 
-// X(id, BLOCK_N, CLUSTER, STAGES): 128 rows and 128 bytes of K a block, two consumer warpgroups
+// X(id, BLOCK_N, STAGES, PINGPONG): 128 rows and 128 bytes of K a tile; two consumer warpgroups share a tile, or each has
+// its own (ping-pong). 100 … 102 were clusters of two.
 #define HWKERN_SM90_CONFIGS(X) \
-  X(100, 256, 2, 4)            \
-  X(101, 192, 2, 5)            \
-  X(102, 128, 2, 6)            \
-  X(103, 256, 1, 4)            \
-  X(104, 128, 1, 6)
+  X(103, 256, 4, false)        \
+  X(104, 128, 6, false)        \
+  X(105, 128, 6, true)         \
+  X(106, 192, 5, false)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \
@@ -49,12 +50,23 @@ constexpr int sm80_shared_bytes(int block_m, int block_n, int block_k, int stage
 
 constexpr int kFirstSm90Id = 100;
 constexpr int kSm90BlockM = 128, kSm90BlockK = 128;
-constexpr int kSm90PieceBytes = 16 * 64;  // one warp's epilogue staging: 16 rows of 64 bytes, twice
+constexpr int kSm90PieceBytes = 16 * 128;  // what a warp lays out for its stores at a time: 16 rows of 128 bytes
 
-// The ring, the staging of eight warps, the column terms of two warpgroups, two barriers a stage.
-constexpr int sm90_shared_bytes(int block_n, int stages) {
-  return stages * (kSm90BlockM + block_n) * kSm90BlockK + 8 * 2 * kSm90PieceBytes + 2 * kColumnTermBytes * block_n +
-         16 * stages;
+// The ring, the column terms of one or two tiles, two barriers a stage and six more.
+constexpr int sm90_ring_bytes(int block_n, int stages) { return stages * (kSm90BlockM + block_n) * kSm90BlockK; }
+constexpr int sm90_control_bytes(int block_n, int stages, bool pingpong) {
+  return (pingpong ? 2 : 1) * kColumnTermBytes * block_n + 16 * stages + 48;
+}
+// Pieces of staging for each of the eight warps: two where they fit into 227 KB.
+constexpr int sm90_pieces(int block_n, int stages) {
+  return sm90_ring_bytes(block_n, stages) + 8 * 2 * kSm90PieceBytes + sm90_control_bytes(block_n, stages, true) <=
+                 232448
+             ? 2
+             : 1;
+}
+constexpr int sm90_shared_bytes(int block_n, int stages, bool pingpong) {
+  return sm90_ring_bytes(block_n, stages) + 8 * sm90_pieces(block_n, stages) * kSm90PieceBytes +
+         sm90_control_bytes(block_n, stages, pingpong);
 }
 
 constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;

@@ -2,14 +2,15 @@
 //
 // Constants were fitted to times measured on an H100 SXM (Llama-3-8B shapes, M 1 … 8192, benchmarks/gemm.py --tune-json):
 //   mma.sync rows   45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at worst
-//   wgmma rows      28 shapes × 5 configs: 0.8 %, 5 % at worst
-//   split-K rows    24 shapes × 12 configs, with constant B and without: 0.6 %, 6 % at worst
+//   wgmma rows      15 shapes (M 512 and more) × 4 configs: 0.9 %, 6 % at worst
+//   split-K rows    24 shapes (M 256 and less) × 12 configs, with constant B and without: 0.6 %, 6 % at worst
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
 
 #include "core/status.h"
 #include "gemm/configs.h"
+#include "gemm/w8a16.h"
 
 namespace hwkern {
 
@@ -47,30 +48,26 @@ double predict_mma_sync(const GemmConfig& c, int64_t m, int64_t n, int64_t k, co
   return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
 }
 
-// Persistent blocks, one an SM, in clusters that share B.
+// Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kOpsPerCycle = 7680;  // of 8192
-  constexpr double kCyclesPerBuffer = 26.9;  // what a BLOCK_K step costs beside its limit
-  constexpr double kL2BytesPerCycle = 41.3;  // operands into one SM while all load
-  constexpr double kL2Alone = 0.21;  // the share of that cost that is left when few SMs load
-  constexpr double kEpilogueCyclesPerColumn = 36;
-  constexpr double kMemoryBytesPerUs = 2.63e6;
-  constexpr double kFixedUs = 1.0, kClusterUs = 0.358;
+  constexpr double kOpsPerCycle = 8143;  // of 8192
+  constexpr double kL2BytesPerCycle = 221;  // what an operand byte costs while all SMs load: energy, so clock
+  constexpr double kEpilogueCyclesPerColumn = 14.7, kHiddenEpilogue = 0.65;  // the latter in ping-pong
+  constexpr double kMemoryBytesPerUs = 3.02e6;
+  constexpr double kFixedUs = 0.56;
   const double operations = 2.0 * c.block_m * c.block_n * c.block_k;
-  const double bytes = (c.block_m + double(c.block_n) / c.cluster) * c.block_k;
-  const int64_t clusters = std::max(1, device.sm_count / c.cluster);
-  const int64_t tiles = ceil_div(m, c.block_m * c.cluster) * ceil_div(n, c.block_n);  // of a whole cluster
-  const int64_t waves = ceil_div(tiles, clusters);
-  auto step = [&](int64_t busy_clusters) {
-    const double busy = double(busy_clusters) / clusters;
-    return std::max(operations / kOpsPerCycle, bytes / kL2BytesPerCycle * (kL2Alone + (1 - kL2Alone) * busy)) +
-           kCyclesPerBuffer;
+  const double bytes = double(c.block_m + c.block_n) * c.block_k;
+  const int64_t tiles = ceil_div(m, c.block_m) * ceil_div(n, c.block_n);
+  const int64_t waves = ceil_div(tiles, device.sm_count);
+  auto step = [&](int64_t busy_blocks) {
+    return operations / kOpsPerCycle + bytes / kL2BytesPerCycle * (double(busy_blocks) / device.sm_count);
   };
   const double steps = double(ceil_div(k, c.block_k));
-  const double cycles = steps * (double(waves - 1) * step(clusters) + step(tiles - (waves - 1) * clusters)) +
-                        kEpilogueCyclesPerColumn * c.block_n * double(waves);
-  const double compute_us = kFixedUs + cycles / kCyclesPerUs + (c.cluster > 1 ? kClusterUs : 0);
-  return smooth_max(compute_us, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
+  const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * double(waves - 1) : double(waves);
+  const double cycles =
+      steps * (double(waves - 1) * step(device.sm_count) + step(tiles - (waves - 1) * device.sm_count)) +
+      kEpilogueCyclesPerColumn * c.block_n * exposed;
+  return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
 }
 
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
@@ -109,6 +106,7 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
                        bool b_is_constant) {
   if (m < 1 || n < 1 || k < 1) return 0;
+  if (config.scheme == Scheme::kW8A16) return predict_w8a16(config, m, n, k, device);
   if (is_sm90_split(config.id)) return predict_split(config, m, n, k, device, b_is_constant);
   return config.id >= kFirstSm90Id ? predict_wgmma(config, m, n, k, device) : predict_mma_sync(config, m, n, k, device);
 }

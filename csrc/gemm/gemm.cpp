@@ -50,7 +50,7 @@ Status gemm(const Gemm& p, int config_id, Stream stream) {
     return {StatusCode::kUnsupportedDevice,
             "gemm: no kernel for this GPU; hwkern needs compute capability 8.0 or newer"};
   const GemmConfig* config = gemm_config(config_id);
-  if (!config) return invalid("gemm: unknown config id; gemm_configs() lists them");
+  if (!config || config->scheme != Scheme::kW8A8) return invalid("gemm: unknown config id; gemm_configs() lists them");
   if (!gemm_runs_on(*config, device))
     return {StatusCode::kUnsupportedDevice,
             "gemm: this config is for another GPU: see its compute capabilities and shared memory"};

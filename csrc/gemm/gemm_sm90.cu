@@ -1,23 +1,25 @@
 // INT8 GEMM for Hopper (sm_90a): D = epilogue(A · Bᵀ) with TMA and wgmma (see hwkern.h for shapes and rounding).
 //
-// Persistent blocks of three warpgroups: one thread of the first is the producer, which has the copy engine fill a ring
-// of STAGES shared-memory buffers, BLOCK_K bytes deep; the other two multiply, 64 rows of the tile each, and write their
-// part of D. Blocks run in clusters of CLUSTER along M: they share the tile of B, of which each loads its part and
-// multicasts it to the others, so that L2 serves B once a cluster. The producer runs ahead into the next tile while the
-// consumers are in their epilogue, and the two consumers drift apart by up to STAGES buffers, so that one multiplies
-// while the other stores.
+// Persistent blocks, one an SM, of three warpgroups. Of the first, one thread is the producer, which has the copy engine
+// fill a ring of STAGES shared-memory buffers, BLOCK_K bytes deep, and one warp brings the column terms of the next
+// epilogue. The other two multiply and write D, in one of two ways:
 //
-// Per k32 step a consumer's wgmma reads (64 + BLOCK_N)·32 bytes of shared memory for 2·64·BLOCK_N·32 operations:
-// 80 bytes a cycle at the peak rate for BLOCK_N = 256, of the 128 that there are.
-#include <cuda.h>
+//   cooperative   both work on one tile, 64 rows each; nothing multiplies while they write it. Large tiles: the fewest
+//                 bytes, and so the least energy, an operation.
+//   ping-pong     each has a tile of its own and multiplies while the other writes its tile. The accumulators of a tile
+//                 are one warpgroup's, so it has at most 128 × 128.
+//
+// Per k32 step a cooperative consumer's wgmma reads (64 + BLOCK_N)·32 bytes of shared memory for 2·64·BLOCK_N·32
+// operations: 80 bytes a cycle at the peak rate for BLOCK_N = 256, of the 128 that there are.
+#include <type_traits>
 
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
-#include "ptx/barrier.cuh"
-#include "ptx/cluster.cuh"
+#include "gemm/tensor_map.h"
 #include "ptx/cp_async.cuh"
 #include "ptx/grid.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
@@ -26,42 +28,49 @@ namespace hwkern {
 namespace {
 
 constexpr int MMA_M = 64, MMA_K = 32;
-constexpr int GROUP_TILES_M = 4;  // cluster tiles that walk along N side by side, so that B tiles are reused from L2
+constexpr int CONSUMERS = 2, THREADS = (CONSUMERS + 1) * 128;
+constexpr int64_t kStreamedBytes = 32 << 20;  // of D: the L2 of an H100 has 50 MB
 
-template <int BLOCK_N_, int CLUSTER_, int STAGES_>
+template <int BLOCK_N_, int STAGES_, bool PINGPONG_>
 struct Config {
-  static constexpr int BLOCK_M = kSm90BlockM, BLOCK_N = BLOCK_N_, BLOCK_K = kSm90BlockK, CLUSTER = CLUSTER_,
-                       STAGES = STAGES_;
-  static constexpr int CONSUMERS = BLOCK_M / MMA_M, THREADS = (CONSUMERS + 1) * 128;
-  static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread: 64 · BLOCK_N / 128
+  static constexpr int BLOCK_M = kSm90BlockM, BLOCK_N = BLOCK_N_, BLOCK_K = kSm90BlockK, STAGES = STAGES_;
+  static constexpr bool PINGPONG = PINGPONG_;
+  static constexpr int SHARERS = PINGPONG ? 1 : CONSUMERS;  // consumers of one buffer, and of one tile
+  static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
+  static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each: 64 · BLOCK_N / 128
   static constexpr int BYTES_A = BLOCK_M * BLOCK_K, BYTES_B = BLOCK_N * BLOCK_K, STAGE_BYTES = BYTES_A + BYTES_B;
-  static constexpr int ROWS_B = BLOCK_N / CLUSTER;  // rows of B that one block loads for the whole cluster
 
-  static constexpr int RING_BYTES = STAGES * STAGE_BYTES, STAGING_BYTES = 2 * kSm90PieceBytes;  // of one warp
-  static constexpr int COLUMN_BYTES = kColumnTermBytes * BLOCK_N;
-  static constexpr int SHARED_BYTES = sm90_shared_bytes(BLOCK_N, STAGES);
+  // Shared memory: the ring, the staging of eight warps, the column terms of one or two tiles, the barriers.
+  static constexpr int PIECES = sm90_pieces(BLOCK_N, STAGES), STAGING_BYTES = PIECES * kSm90PieceBytes;
+  static constexpr int STAGING = STAGES * STAGE_BYTES, COLUMNS = STAGING + CONSUMERS * 4 * STAGING_BYTES;
+  static constexpr int COLUMN_BUFFERS = PINGPONG ? 2 : 1;
+  static constexpr int BARRIERS = COLUMNS + COLUMN_BUFFERS * BLOCK_N * kColumnTermBytes;
+  static constexpr int SHARED_BYTES = sm90_shared_bytes(BLOCK_N, STAGES, PINGPONG);
 
   static_assert(SHARED_BYTES <= 232448, "227 KB of shared memory a block");
-  static_assert(STAGING_BYTES >= EpilogueSlab<float, 16>::BYTES && STAGING_BYTES >= EpilogueSlab<__half, 32>::BYTES);
-  static_assert(CONSUMERS == 2 && STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
-  static_assert(ROWS_B <= 256 && ROWS_B % 8 == 0, "a TMA box has at most 256 rows; the swizzle's atoms have 8");
+  static_assert(BARRIERS + 16 * STAGES + 48 <= SHARED_BYTES);
+  static_assert(MMAS_M * ACCUMULATORS <= 128, "more accumulators do not fit beside the epilogue's registers");
+  static_assert(STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
 };
 
 struct Params {
-  CUtensorMap a, b, d;
+  CUtensorMap a, b;
   Gemm gemm;
-  bool store_by_tma;  // D's rows are whole 16-byte chunks, so that `d` describes it
+  int group_rows;  // of TileOrder
+  bool chunks;  // D consists of whole 16-byte chunks
+  bool streams;  // D does not fit in L2: it leaves first, so that A and B stay
 };
 
-// The tiles of one cluster, in order: cluster_id, cluster_id + clusters, …
+// The tiles of one block, in order: block, block + blocks, …
 struct TileOrder {
-  int tiles_m, tiles_n;  // in cluster tiles: CLUSTER · BLOCK_M rows, BLOCK_N columns
+  int tiles_m, tiles_n;
+  int group_rows;  // rows of tiles that walk along N side by side, so that a wave of tiles is about square
 
   __device__ int count() const { return tiles_m * tiles_n; }
   __device__ void locate(int tile, int* tile_m, int* tile_n) const {
-    const int group = tile / (GROUP_TILES_M * tiles_n), in_group = tile % (GROUP_TILES_M * tiles_n);
-    const int rows = min(tiles_m - group * GROUP_TILES_M, GROUP_TILES_M);
-    *tile_m = group * GROUP_TILES_M + in_group % rows;
+    const int group = tile / (group_rows * tiles_n), in_group = tile % (group_rows * tiles_n);
+    const int rows = min(tiles_m - group * group_rows, group_rows);
+    *tile_m = group * group_rows + in_group % rows;
     *tile_n = in_group / rows;
   }
 };
@@ -74,81 +83,197 @@ struct RingPosition {
   __device__ __forceinline__ void advance() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
+  __device__ __forceinline__ void skip(int steps) {
+    stage += steps % STAGES;
+    parity ^= (steps / STAGES + stage / STAGES) & 1;
+    stage %= STAGES;
+  }
 };
 
-// A warp's 16 rows of D, in pieces of 64 bytes a row. `scale_m`: of the lane's rows group and group + 8.
-template <typename T, int COLUMNS>
-__device__ __forceinline__ void store_accumulators(const Params& params, const int32_t (&acc)[COLUMNS / 2],
-                                                   const float (&scale_m)[2], int64_t m0, int64_t n0,
-                                                   const float2* columns, uint8_t* staging) {
-  constexpr int PIECE = 64 / sizeof(T);
-  if (!params.store_by_tma) {
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c += PIECE)
-      store_tile<T, 1, PIECE / 8>(params.gemm, reinterpret_cast<const int32_t (&)[1][PIECE / 8][4]>(acc[c / 2]), m0,
-                                  n0 + c, columns + c, staging);
-    return;
+// Where one warp's 16 rows of D lie, and what scales them (of the lane's rows group and group + 8 of the fragments).
+struct Part {
+  int64_t m0, n0;
+  float scale_m[2];
+};
+
+// A warp's staging: pieces of 16 rows of 128 bytes. 16-byte chunk c of row r lies at chunk c ^ (r % 8), so that neither
+// fragments nor whole rows meet bank conflicts.
+__device__ __forceinline__ int staged(int row, int chunk) { return row * 128 + (chunk ^ (row % 8)) * 16; }
+
+// Two neighbours of a row as they are stored.
+template <typename T, bool BIAS>
+__device__ __forceinline__ Vector<T, 2> finished(int32_t sum0, int32_t sum1, float scale_m, float4 terms) {
+  Vector<T, 2> out;
+  if constexpr (BIAS || sizeof(T) == 4) {
+    finish<T>(out.v, sum0, sum1, scale_m, {terms.x, terms.y}, {terms.z, terms.w});
+  } else {  // an eighth of the epilogue's instructions less
+    const float y0 = __fmul_rn(__fmul_rn(__int2float_rn(sum0), scale_m), terms.x);
+    const float y1 = __fmul_rn(__fmul_rn(__int2float_rn(sum1), scale_m), terms.z);
+    if constexpr (std::is_same_v<T, __half>) {
+      *reinterpret_cast<__half2*>(out.v) = __floats2half2_rn(y0, y1);
+    } else {
+      *reinterpret_cast<__nv_bfloat162*>(out.v) = __floats2bfloat162_rn(y0, y1);
+    }
   }
-  const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2;
-  // The copy engine reads the piece with the 64-byte swizzle: 16-byte chunk c of row r lies at chunk c ^ (r / 2 % 4). A
-  // store instruction's 8 rows then touch all 32 banks.
-  constexpr int CHUNK = 16 / sizeof(T);
+  return out;
+}
+
+// A warp's rows of D through its staging, for params.chunks and no options. The stores are whole rows of 128 bytes and
+// nobody waits for them.
+template <typename C, typename T, bool BIAS>
+__device__ __forceinline__ void store_rows(const Params& params, const int32_t (&acc)[C::ACCUMULATORS],
+                                           const Part& part, const float2* columns, uint8_t* staging) {
+  constexpr int PACK = 16 / sizeof(T), PIECE = 8 * PACK;  // columns of a chunk, of a piece
+  const Gemm& p = params.gemm;
+  const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2, chunk = lane_id % 8;
+  const int columns_left = static_cast<int>(p.n - part.n0) - chunk * PACK;  // from the lane's chunk on
+  const int rows_left = static_cast<int>(min(p.m - part.m0, int64_t{16})) - lane_id / 8;
+  T* d = static_cast<T*>(p.d) + (part.m0 + lane_id / 8) * p.ldd + part.n0 + chunk * PACK;
+  // stmatrix: lane l gives row l % 16 of chunk l / 16. Chunk j more is an exclusive-or, because j is even.
+  const uint32_t matrices = ptx::shared_address(staging) + staged(lane_id % 16, lane_id / 16);
 #pragma unroll
-  for (int c = 0; c < COLUMNS; c += PIECE) {
-    uint8_t* piece = staging + c / PIECE % 2 * kSm90PieceBytes;
-    if (lane_id == 0) ptx::bulk_wait_read<1>();  // the store of two pieces ago has left this half
+  for (int c = 0; c < C::BLOCK_N; c += PIECE) {
+    const int piece = c / PIECE % C::PIECES * kSm90PieceBytes;
+    if (C::PIECES == 1) __syncwarp();  // the piece before has been read
+#pragma unroll
+    for (int j = 0; j < PIECE / 8; j += 2) {
+      uint32_t words[2][2];  // two fragments, each with rows group and group + 8
+#pragma unroll
+      for (int next = 0; next < 2; ++next) {
+        const float4 terms = *reinterpret_cast<const float4*>(&columns[c + (j + next) * 8 + pair]);  // of two columns
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = c / 2 + (j + next) * 4 + half * 2;
+          const Vector<T, 2> values = finished<T, BIAS>(acc[i], acc[i + 1], part.scale_m[half], terms);
+          if constexpr (sizeof(T) == 2) {
+            words[next][half] = *reinterpret_cast<const uint32_t*>(&values);
+          } else {
+            const int at = staged(group + half * 8, (j + next) * 2 + pair / 4) + pair % 4 * 4;
+            *reinterpret_cast<Vector<T, 2>*>(staging + piece + at) = values;
+          }
+        }
+      }
+      if constexpr (sizeof(T) == 2)
+        ptx::stmatrix_x4((matrices ^ (j * 16)) + piece, {words[0][0], words[0][1], words[1][0], words[1][1]});
+    }
     __syncwarp();
+    uint4 rows[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      rows[i] = *reinterpret_cast<const uint4*>(staging + piece + staged(lane_id / 8 + i * 4, chunk));
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i * 4 < rows_left && c < columns_left) {
+        uint4* out = reinterpret_cast<uint4*>(d + i * 4 * p.ldd + c);
+        if (params.streams) {
+          __stcs(out, rows[i]);
+        } else {
+          *out = rows[i];
+        }
+      }
+  }
+  __syncwarp();
+}
+
+// The same for every problem, 32 columns of float32 at a time. Destroys acc: accumulators move down, so that one copy of
+// the code, which is long, serves all of them (a register array cannot be indexed by a variable).
+template <typename C>
+__device__ __forceinline__ void store_any(const Gemm& p, int32_t (&acc)[C::ACCUMULATORS], const Part& part,
+                                          const float2* columns, uint8_t* staging) {
+  constexpr int PIECE = 32, COUNT = 8;  // columns of a piece; values that a lane takes at a time
+  const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2;
+  const bool raw = p.d_dtype == DType::kInt32;
+  const float inverse = inverse_d_scale(p);
+#pragma unroll 1
+  for (int c = 0; c < C::BLOCK_N; c += PIECE) {
 #pragma unroll
     for (int j = 0; j < PIECE / 8; ++j) {
-      const float4 terms = *reinterpret_cast<const float4*>(&columns[c + j * 8 + pair]);  // of two columns
-      const int column = j * 8 + pair,
-                offset = ((column / CHUNK) ^ (group / 2 % 4)) * 16 + column % CHUNK * int(sizeof(T));
+      const float4 terms = *reinterpret_cast<const float4*>(&columns[c + j * 8 + pair]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t (&sums)[4] = reinterpret_cast<const int32_t (&)[4]>(acc[(c / 8 + j) * 4]);
-        finish<T>(reinterpret_cast<T*>(piece + (group + half * 8) * 64 + offset), sums[half * 2], sums[half * 2 + 1],
-                  scale_m[half], {terms.x, terms.y}, {terms.z, terms.w});
+        const int32_t sum0 = acc[j * 4 + half * 2], sum1 = acc[j * 4 + half * 2 + 1];
+        const float y0 = scaled(sum0, part.scale_m[half], {terms.x, terms.y}),
+                    y1 = scaled(sum1, part.scale_m[half], {terms.z, terms.w});
+        *reinterpret_cast<float2*>(staging + staged(group + half * 8, j * 2 + pair / 4) + pair % 4 * 4) = {
+            raw ? __int_as_float(sum0) : y0, raw ? __int_as_float(sum1) : y1};
       }
     }
-    ptx::fence_proxy_async();
     __syncwarp();
-    if (lane_id == 0) {
-      ptx::tma_store(&params.d, ptx::shared_address(piece), static_cast<int>(n0 + c), static_cast<int>(m0));
-      ptx::bulk_commit();
+#pragma unroll 1
+    for (int v = lane_id; v < 16 * PIECE / COUNT; v += 32) {
+      const int row = v / (PIECE / COUNT), column = v % (PIECE / COUNT) * COUNT;
+      const int64_t m = part.m0 + row, n = part.n0 + c + column;
+      float y[COUNT];
+#pragma unroll
+      for (int e = 0; e < COUNT; e += 4)
+        *reinterpret_cast<float4*>(&y[e]) = *reinterpret_cast<const float4*>(staging + staged(row, (column + e) / 4));
+      if (!raw) {
+        finish_row(p, y, m, n, inverse);
+      } else if (m < p.m) {
+#pragma unroll
+        for (int e = 0; e < COUNT; ++e)
+          if (n + e < p.n) static_cast<int32_t*>(p.d)[m * p.ldd + n + e] = __float_as_int(y[e]);
+      }
     }
+    __syncwarp();
+#pragma unroll
+    for (int i = PIECE / 2; i < C::ACCUMULATORS; ++i) acc[i - PIECE / 2] = acc[i];
   }
 }
 
 template <typename C>
-__global__ void __launch_bounds__(C::THREADS, 1) gemm_sm90(const __grid_constant__ Params params) {
+__device__ __forceinline__ void store(const Params& params, int32_t (&acc)[C::ACCUMULATORS], const Part& part,
+                                      const float2* columns, uint8_t* staging) {
+  const Gemm& p = params.gemm;
+  if (!params.chunks || has_options(p)) return store_any<C>(p, acc, part, columns, staging);
+  auto store_as = [&](auto type) {
+    using T = decltype(type);
+    if (sizeof(T) == 4 || p.bias) {
+      store_rows<C, T, true>(params, acc, part, columns, staging);
+    } else if constexpr (sizeof(T) == 2) {
+      store_rows<C, T, false>(params, acc, part, columns, staging);
+    }
+  };
+  switch (p.d_dtype) {
+    case DType::kFloat32: return store_as(float{});
+    case DType::kFloat16: return store_as(__half{});
+    case DType::kBFloat16: return store_as(__nv_bfloat16{});
+    default: return store_as(int32_t{});
+  }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const Gemm& p = params.gemm;
   extern __shared__ __align__(1024) uint8_t shared[];
   const uint32_t base = ptx::shared_address(shared);
-  const uint32_t full = base + C::RING_BYTES + C::CONSUMERS * (4 * C::STAGING_BYTES + C::COLUMN_BYTES);
-  const uint32_t empty = full + C::STAGES * 8;
+  // Arrays of barriers: a buffer of the ring is full, is empty; column terms are there, are read; a consumer's turn.
+  const uint32_t full = base + C::BARRIERS, empty = full + C::STAGES * 8, columns_full = empty + C::STAGES * 8,
+                 columns_empty = columns_full + 16, turn = columns_empty + 16;
+  float2* columns = reinterpret_cast<float2*>(shared + C::COLUMNS);
 
-  const int warpgroup = threadIdx.x / 128, warp_id = threadIdx.x / 32 % 4;
-  const uint32_t rank = C::CLUSTER > 1 ? ptx::cluster_rank() : 0;
-  const TileOrder order{static_cast<int>((p.m + C::CLUSTER * C::BLOCK_M - 1) / (C::CLUSTER * C::BLOCK_M)),
-                        static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N)};
-  const int first_tile = blockIdx.x / C::CLUSTER, tile_step = gridDim.x / C::CLUSTER;
+  const int warpgroup = threadIdx.x / 128, warp_id = threadIdx.x / 32 % 4, lane_id = threadIdx.x % 32;
+  const TileOrder order{static_cast<int>((p.m + C::BLOCK_M - 1) / C::BLOCK_M),
+                        static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N), params.group_rows};
+  const int first_tile = blockIdx.x, tile_step = gridDim.x, tiles = order.count();
   const int k_tiles = static_cast<int>((p.k + C::BLOCK_K - 1) / C::BLOCK_K);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::STAGES; ++s) {
-      ptx::mbarrier_init(full + s * 8, 1);  // this block's producer; the rest is bytes
-      ptx::mbarrier_init(empty + s * 8, C::CONSUMERS * C::CLUSTER);  // every consumer of every block that is written to
+      ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
+      ptx::mbarrier_init(empty + s * 8, C::SHARERS);
+    }
+    for (int i = 0; i < 2; ++i) {
+      ptx::mbarrier_init(columns_full + i * 8, 32);
+      ptx::mbarrier_init(columns_empty + i * 8, C::SHARERS * 4);
+      ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init_fence();
     ptx::tma_prefetch_map(&params.a);
     ptx::tma_prefetch_map(&params.b);
   }
-  if constexpr (C::CLUSTER > 1) {
-    ptx::cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   ptx::grid_wait();
   ptx::grid_release();
 
@@ -156,147 +281,117 @@ __global__ void __launch_bounds__(C::THREADS, 1) gemm_sm90(const __grid_constant
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<40>();
     if (threadIdx.x == 0) {
-      for (int tile = first_tile; tile < order.count(); tile += tile_step) {
+      for (int tile = first_tile; tile < tiles; tile += tile_step) {
         int tile_m, tile_n;
         order.locate(tile, &tile_m, &tile_n);
-        const int row_a = (tile_m * C::CLUSTER + rank) * C::BLOCK_M;
-        const int row_b = tile_n * C::BLOCK_N + rank * C::ROWS_B;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.advance()) {
-          ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);  // free in every block of the cluster
+          ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
           const uint32_t barrier = full + at.stage * 8, smem_a = base + at.stage * C::STAGE_BYTES;
-          const uint32_t smem_b = smem_a + C::BYTES_A + rank * C::ROWS_B * C::BLOCK_K;
           ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
-          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, row_a);
-          if constexpr (C::CLUSTER > 1) {
-            ptx::tma_load_multicast(smem_b, &params.b, barrier, k_tile * C::BLOCK_K, row_b, (1 << C::CLUSTER) - 1);
-          } else {
-            ptx::tma_load(smem_b, &params.b, barrier, k_tile * C::BLOCK_K, row_b);
-          }
+          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, tile_m * C::BLOCK_M);
+          ptx::tma_load(smem_a + C::BYTES_A, &params.b, barrier, k_tile * C::BLOCK_K, tile_n * C::BLOCK_N);
         }
+      }
+    } else if (warp_id == 1) {
+      int buffer = 0;
+      uint32_t parity = 0;
+      for (int tile = first_tile; tile < tiles; tile += tile_step) {
+        int tile_m, tile_n;
+        order.locate(tile, &tile_m, &tile_n);
+        float2 terms[C::BLOCK_N / 32];
+#pragma unroll
+        for (int i = 0; i < C::BLOCK_N / 32; ++i)
+          terms[i] = column_terms(p, int64_t(tile_n) * C::BLOCK_N + i * 32 + lane_id);
+        ptx::mbarrier_wait(columns_empty + buffer * 8, parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < C::BLOCK_N / 32; ++i) columns[buffer * C::BLOCK_N + i * 32 + lane_id] = terms[i];
+        ptx::mbarrier_arrive(columns_full + buffer * 8);
+        if (++buffer == C::COLUMN_BUFFERS) buffer = 0, parity ^= 1;
       }
     }
   } else {
     ptx::setmaxnreg_inc<232>();
-    const int consumer = warpgroup - 1;
-    uint8_t* staging = shared + C::RING_BYTES + (consumer * 4 + warp_id) * C::STAGING_BYTES;
-    // Each consumer has its own column terms, so that they need not wait for each other.
-    float2* columns = reinterpret_cast<float2*>(shared + C::RING_BYTES + C::CONSUMERS * 4 * C::STAGING_BYTES +
-                                                consumer * C::COLUMN_BYTES);
-    auto release = [&](int stage) {
-      if (threadIdx.x % 128 < C::CLUSTER) ptx::mbarrier_arrive_cluster(empty + stage * 8, threadIdx.x % 128);
-    };
-    for (int tile = first_tile; tile < order.count(); tile += tile_step) {
+    const int consumer = warpgroup - 1, buffer = C::PINGPONG ? consumer : 0;
+    const bool leader = threadIdx.x % 128 == 0;
+    uint8_t* staging = shared + C::STAGING + (consumer * 4 + warp_id) * C::STAGING_BYTES;
+    const float2* terms = columns + buffer * C::BLOCK_N;
+    Part parts[C::MMAS_M];
+    auto find_parts = [&](int tile) {  // also loads the row scales
       int tile_m, tile_n;
       order.locate(tile, &tile_m, &tile_n);
-      const int64_t m0 = int64_t(tile_m * C::CLUSTER + rank) * C::BLOCK_M + consumer * MMA_M + warp_id * 16;
-      const int64_t n0 = int64_t(tile_n) * C::BLOCK_N;
-      // Loads that would otherwise delay the epilogue. The first barrier keeps the last tile's readers of `columns` and
-      // this tile's writers apart, the one behind the main loop the writers and the readers.
-      const int row = threadIdx.x % 32 / 4;
-      const float scale_m[] = {row_scale(p, m0 + row), row_scale(p, m0 + row + 8)};
-      ptx::warpgroup_barrier_sync(1 + consumer);
-      for (int n = threadIdx.x % 128; n < C::BLOCK_N; n += 128) columns[n] = column_terms(p, n0 + n);
-      int32_t acc[C::ACCUMULATORS];
+#pragma unroll
+      for (int i = 0; i < C::MMAS_M; ++i) {
+        Part& part = parts[i];
+        part.m0 = int64_t(tile_m) * C::BLOCK_M + (C::PINGPONG ? i : consumer) * MMA_M + warp_id * 16;
+        part.n0 = int64_t(tile_n) * C::BLOCK_N;
+        part.scale_m[0] = row_scale(p, part.m0 + lane_id / 4),
+        part.scale_m[1] = row_scale(p, part.m0 + lane_id / 4 + 8);
+      }
+    };
+    int tile = first_tile;
+    if (C::PINGPONG && consumer == 1) tile += tile_step, at.skip(k_tiles);
+    for (uint32_t parity = 0; tile < tiles; tile += tile_step * (C::PINGPONG ? 2 : 1), parity ^= 1) {
+      // NOTE: a wait on a buffer only tells odd fills from even ones, so the consumer whose tile is the next must not
+      // look before the other one has seen all of its own.
+      if (C::PINGPONG) ptx::mbarrier_wait(turn + consumer * 8, parity ^ (consumer == 0));
+      int32_t acc[C::MMAS_M][C::ACCUMULATORS];
       // Invariant: on entry to step k_tile the wgmmas of step k_tile - 1 may still run; its buffer is not yet released.
       int previous = 0;
       for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
         ptx::mbarrier_wait(full + at.stage * 8, at.parity);
-        const uint32_t smem_a = base + at.stage * C::STAGE_BYTES + consumer * MMA_M * C::BLOCK_K;
+        const uint32_t smem_a = base + at.stage * C::STAGE_BYTES + (C::PINGPONG ? 0 : consumer * MMA_M * C::BLOCK_K);
         const uint64_t a = ptx::wgmma_descriptor(smem_a);
         const uint64_t b = ptx::wgmma_descriptor(base + at.stage * C::STAGE_BYTES + C::BYTES_A);
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < C::BLOCK_K / MMA_K; ++step)
-          ptx::wgmma_m64k32_s8(acc, a + step * MMA_K / 16, b + step * MMA_K / 16, k_tile > 0 || step > 0);
+#pragma unroll
+          for (int i = 0; i < C::MMAS_M; ++i)
+            ptx::wgmma_m64k32_s8(acc[i], a + (i * MMA_M * C::BLOCK_K + step * MMA_K) / 16, b + step * MMA_K / 16,
+                                 k_tile > 0 || step > 0);
         ptx::wgmma_commit();
         if (k_tile > 0) {
           ptx::wgmma_wait<1>();
-          release(previous);
+          if (leader) ptx::mbarrier_arrive(empty + previous * 8);
+        } else {
+          find_parts(tile);  // here, where the wgmmas have enough to do
         }
         previous = at.stage;
         at.advance();
       }
+      if (C::PINGPONG && leader) ptx::mbarrier_arrive(turn + (consumer ^ 1) * 8);
       ptx::wgmma_wait<0>();
-      release(previous);
+      if (leader) ptx::mbarrier_arrive(empty + previous * 8);
 
-      ptx::warpgroup_barrier_sync(1 + consumer);
-      switch (p.d_dtype) {
-#define HWKERN_STORE(DTYPE, T) \
-  case DTYPE: store_accumulators<T, C::BLOCK_N>(params, acc, scale_m, m0, n0, columns, staging); break;
-        HWKERN_STORE(DType::kFloat32, float)
-        HWKERN_STORE(DType::kFloat16, __half)
-        HWKERN_STORE(DType::kBFloat16, __nv_bfloat16)
-        HWKERN_STORE(DType::kInt32, int32_t)
-#undef HWKERN_STORE
-        default: break;
-      }
+      ptx::mbarrier_wait(columns_full + buffer * 8, parity);
+#pragma unroll
+      for (int i = 0; i < C::MMAS_M; ++i) store<C>(params, acc[i], parts[i], terms, staging);
+      __syncwarp();
+      if (lane_id == 0) ptx::mbarrier_arrive(columns_empty + buffer * 8);
+      if (C::PINGPONG) at.skip(k_tiles);  // the other consumer's tile
     }
-    ptx::bulk_wait_read<0>();  // shared memory stays until the copy engine has read it
   }
-  // No block leaves while another may still write to its memory or arrive on its barriers.
-  if constexpr (C::CLUSTER > 1) ptx::cluster_sync();
 #endif
-}
-
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// The driver's function, without linking libcuda; null when the driver does not have it.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* pointer = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &result);
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(pointer)
-                                                                         : nullptr;
-  }();
-  return function;
-}
-
-// A row-major matrix in boxes of `box_rows` rows × `box_bytes` (64 or 128), swizzled over that width.
-bool make_map(CUtensorMap* map, CUtensorMapDataType type, int64_t element, const void* matrix, int64_t rows,
-              int64_t columns, int64_t ld, int box_rows, int box_bytes) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(ld * element)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_bytes / element), static_cast<cuuint32_t>(box_rows)},
-                   steps[] = {1, 1};
-  return encode_tiled()(map, type, 2, const_cast<void*>(matrix), sizes, strides, box, steps,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        box_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
-CUtensorMapDataType map_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    case DType::kBFloat16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    case DType::kFloat32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-    default: return CU_TENSOR_MAP_DATA_TYPE_INT32;
-  }
 }
 
 template <typename C>
 Status launch_config(const Gemm& p, int sm_count, Stream stream) {
-  if (!encode_tiled())
-    return {StatusCode::kUnsupportedDevice,
-            "gemm: the driver has no tensor maps; CUDA 12.0's driver or newer is needed"};
+  if (!encode_tiled()) return kNoTensorMaps;
   Params params;
   params.gemm = p;
+  if (!make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BLOCK_M, 128) ||
+      !make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::BLOCK_N, 128))
+    return kTensorMapRefused;
+  const int64_t tiles_m = ceil_div(p.m, C::BLOCK_M), tiles = tiles_m * ceil_div(p.n, C::BLOCK_N);
+  if (tiles > INT32_MAX / 2) return invalid("gemm: M x N is too large for one launch");
   const int64_t element = size_of(p.d_dtype);
-  // NOTE: the copy engine clips a row at 16 bytes, not at the element: N must fill them.
-  params.store_by_tma = p.n * element % 16 == 0 && p.ldd * element % 16 == 0 && is_aligned(p.d, 16);
-  bool mapped = make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BLOCK_M, 128) &&
-                make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::ROWS_B, 128);
-  if (params.store_by_tma)
-    mapped = mapped && make_map(&params.d, map_type(p.d_dtype), element, p.d, p.m, p.n, p.ldd, 16, 64);
-  if (!mapped) return invalid("gemm: the driver refused a tensor map for these sizes and strides");
-  const int64_t tiles = ceil_div(p.m, C::BLOCK_M * C::CLUSTER) * ceil_div(p.n, C::BLOCK_N);
-  const int64_t clusters = sm_count / C::CLUSTER;
-  const unsigned blocks = static_cast<unsigned>((tiles < clusters ? tiles : clusters) * C::CLUSTER);
-  return launch<gemm_sm90<C>>({dim3(blocks), dim3(C::THREADS), C::SHARED_BYTES, C::CLUSTER, /*overlap=*/true}, stream,
-                              params);
+  params.chunks = p.n % 8 == 0 && p.ldd * element % 16 == 0 && is_aligned(p.d, 16);
+  params.streams = p.m * p.n * element > kStreamedBytes;
+  int64_t rows = 1;
+  while ((rows + 1) * (rows + 1) * C::BLOCK_M <= int64_t{sm_count} * C::BLOCK_N) ++rows;
+  params.group_rows = static_cast<int>(ceil_div(tiles_m, ceil_div(tiles_m, rows)));
+  const unsigned blocks = static_cast<unsigned>(tiles < sm_count ? tiles : sm_count);
+  return launch<gemm_sm90<C>>({dim3(blocks), dim3(THREADS), C::SHARED_BYTES, 1, /*overlap=*/true}, stream, params);
 }
 
 }  // namespace

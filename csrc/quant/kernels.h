@@ -1,4 +1,4 @@
-// The launchers behind quant.cpp, which has validated the problems.
+// The launchers behind quant.cpp and fused.cpp, which have validated the problems.
 #pragma once
 
 #include "hwkern.h"
@@ -8,5 +8,7 @@ namespace hwkern {
 Status launch_quantize_per_token(const Quantize& problem, Stream stream);
 Status launch_quantize_static(const Quantize& problem, ScaleAxis axis, Stream stream);
 Status launch_dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
+Status launch_norm_quantize(const NormQuantize& problem, const Device& device, Stream stream);
+Status launch_activation_quantize(const ActivationQuantize& problem, const Device& device, Stream stream);
 
 }  // namespace hwkern

@@ -40,6 +40,9 @@ class Int8Linear(nn.Module):
     # hwkern.patch's handle on the float module; not a submodule, not in the state_dict.
     _original: Original | None
     _transposed = False  # whether the float weight is [K, N]
+    _scheme = "w8a8"
+    # Buffers that .half() and so on leave in float32.
+    _float32: tuple[str, ...] = ("weight_scale",)
 
     def __init__(
         self,
@@ -116,6 +119,29 @@ class Int8Linear(nn.Module):
         """A float weight as ``[N, K]``, without a copy; its own inverse."""
         return weight.t() if cls._transposed else weight
 
+    def _pack(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of this layer that follow from a float weight ``rows [N, K]``, by name, on ``device``."""
+        weight, scale = quantize_weight(rows, device)
+        return {"weight": weight, "weight_scale": scale}
+
+    def _unpack(self, rows: slice) -> Tensor:
+        """Rows of the dequantized weight as float32 ``[..., K]``."""
+        return self.weight[rows, : self.in_features].float() * self.weight_scale[rows].unsqueeze(-1)
+
+    @property
+    def scheme(self) -> str:
+        """How this layer computes: "w8a8" (dynamic scale per token), "w8a8-static", "w8a8-asymmetric", "w8a16", …"""
+        return self._scheme
+
+    def _options(self) -> dict[str, Any]:
+        """What, beside sizes and dtypes, a layer of zeros needs to take this layer's state; plain data for JSON."""
+        return {}
+
+    def _set_options(self, options: Mapping[str, Any]) -> None:
+        """Turn a layer of zeros into one with these :meth:`_options`. KeyError, TypeError, ValueError for nonsense."""
+        if options:
+            raise ValueError(f"{type(self).__name__} has no options, but got {sorted(options)}")
+
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A new float layer with the dequantized weight ``weight * weight_scale`` and a copy of the bias.
 
@@ -127,7 +153,7 @@ class Int8Linear(nn.Module):
         with torch.no_grad():
             target = self._rows(linear.weight)
             for rows in row_chunks(self.out_features, self.in_features):
-                target[rows] = self.weight[rows, : self.in_features].float() * self.weight_scale[rows].unsqueeze(-1)
+                target[rows] = self._unpack(rows)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
@@ -168,10 +194,11 @@ class Int8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the layer, but keep the weight int8 and its scale float32: together they are one format."""
         weight, scale = self.weight, self.weight_scale
+        fixed = [weight, *(self._buffers[name] for name in self._float32)]
 
         def keeping_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if tensor is weight or tensor is scale:
+            if any(tensor is one for one in fixed):
                 return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
             return moved
 
@@ -209,7 +236,8 @@ class Int8Linear(nn.Module):
             problem = self._float_state_problem(weight)
             if problem is None:
                 target = weight.device if assign or self.weight.is_meta else self.weight.device
-                state[weight_key], state[scale_key] = quantize_weight(self._rows(weight.detach()), target)
+                for name, tensor in self._pack(self._rows(weight.detach()), target).items():
+                    state[prefix + name] = tensor
                 problem = self._scale_problem(state[scale_key])
         elif weight_key in state or scale_key in state:
             problem = self._int8_state_problem(weight, state.get(scale_key))

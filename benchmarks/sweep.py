@@ -1,0 +1,103 @@
+"""Cliffs: the time of every M from 1 to 512, and where one token more costs more than its share.
+
+t(M + 1) / t(M) should stay near 1: a batch that grows by one token must not fall off an edge of the tiles or of the
+choice between kernels. Each M is timed briefly; wherever the ratio is above 1.05 both sides are timed again at length,
+and the longer times count.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import gemm
+import timing
+import torch
+
+from hwkern import _native, hardware, ops
+from hwkern._console import print_table
+
+SECONDS = 0.001  # of replays at first (five replays at least), then where it matters:
+AGAIN_SECONDS = 0.02
+SUSPECT = 1.05
+
+
+def times(n: int, k: int, most: int, operator: str, gpu: hardware.Gpu) -> list[float]:
+    """µs at M = 1 … ``most``: the product with scales, or the whole layer; bfloat16 out."""
+    sets = timing.rotations(n * k, gpu.l2_bytes)
+    weights = [timing.random_int8(n, ops.padded(k), device="cuda") for _ in range(sets)]
+    scale_n, scale_m = (torch.rand(size, device="cuda") + 0.5 for size in (n, most))
+    a = timing.random_int8(most, k, device="cuda")
+    x = torch.randn(most, k, device="cuda", dtype=torch.bfloat16)
+
+    def calls(m: int) -> list[timing.Call]:
+        if operator == "linear":
+            return [functools.partial(ops.int8_linear, x[:m], w, scale_n) for w in weights]
+        return [
+            functools.partial(ops.int8_matmul, a[:m], w[:, :k], scale_m[:m], scale_n, None, torch.bfloat16)
+            for w in weights
+        ]
+
+    us = [timing.cuda_us({"": calls(m)}, SECONDS, graph_calls=10)[""] for m in range(1, most + 1)]
+    return recheck(us, lambda m: timing.cuda_us({"": calls(m)}, AGAIN_SECONDS)[""])
+
+
+def recheck(us: list[float], again: Callable[[int], float]) -> list[float]:
+    """``us`` (of M = 1, 2, …) with both sides of every suspicious step timed again."""
+    suspects = {m for m in range(1, len(us)) if us[m] / us[m - 1] > SUSPECT}
+    fresh = {m: again(m) for m in sorted(suspects | {m + 1 for m in suspects})}
+    return [fresh.get(m, value) for m, value in enumerate(us, 1)]
+
+
+def worst(us: list[float], count: int = 5) -> list[tuple[float, int]]:
+    """The largest ``(t(M + 1) / t(M), M)``."""
+    return sorted(((us[m] / us[m - 1], m) for m in range(1, len(us))), reverse=True)[:count]
+
+
+def main() -> None:
+    """Measure, print, save."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--most", type=int, default=512, metavar="M", help="the largest M (default 512)")
+    parser.add_argument("--shapes", type=timing.shapes, metavar="NxK,NxK", help="layers (default Llama-3-8B's)")
+    parser.add_argument("--operator", choices=["gemm", "linear"], default="gemm", help="the product, or a whole layer")
+    arguments = parser.parse_args()
+    timing.need_cuda()
+    torch.manual_seed(0)
+    gpu = timing.current_gpu()
+    native = _native.extension()
+    rows: list[dict[str, Any]] = []
+    layers = arguments.shapes or ([(4096, 4096)] if arguments.quick else gemm.SHAPES)
+    for n, k in layers:
+        us = times(n, k, arguments.most, arguments.operator, gpu)
+        device = (gpu.sm_count, gpu.compute, gpu.shared_bytes)
+        chosen = [native.gemm_choose(m, n, k, *device) for m in range(1, arguments.most + 1)]
+        rows.append(
+            {
+                "n": n, "k": k, "operator": arguments.operator, "us": [round(value, 3) for value in us],
+                "configs": chosen, "worst": [[round(ratio, 4), m] for ratio, m in worst(us)],
+            }
+        )  # fmt: skip
+        print(rows[-1]["n"], rows[-1]["k"], rows[-1]["worst"], file=sys.stderr, flush=True)
+        torch.cuda.empty_cache()
+    print_table(
+        f"Steps of one token on {gpu.name}, M = 1 … {arguments.most}: the five largest t(M + 1) / t(M) of each layer",
+        ["N×K", "M → M + 1", "µs", "ratio", "configs"],
+        [
+            [
+                f"{row['n']}×{row['k']}",
+                f"{m} → {m + 1}",
+                f"{row['us'][m - 1]:.2f} → {row['us'][m]:.2f}",
+                f"{ratio:.3f}",
+                " → ".join(map(str, dict.fromkeys(row["configs"][m - 1 : m + 1]))),
+            ]
+            for row in rows
+            for ratio, m in row["worst"]
+        ],
+    )
+    timing.save(arguments.json, timing.result("sweep", "cuda", arguments.commit, rows))
+
+
+if __name__ == "__main__":
+    main()

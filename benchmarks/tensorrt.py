@@ -1,0 +1,530 @@
+"""hwkern's plugin against TensorRT's own FP32, FP16 and INT8 (Q/DQ): single linears and whole encoders.
+
+Needs TensorRT (8.6 or newer) with a GPU, numpy and onnx; no torch.
+
+    python benchmarks/tensorrt.py --json tensorrt.json               # linears, and an encoder of BERT-base's size
+    python benchmarks/tensorrt.py --minilm FOLDER --plot out.svg      # FOLDER: from benchmarks/tensorrt_minilm.py
+
+Linears: µs per enqueue inside a CUDA graph; as many copies of the engine take turns as keep the L2 cold. One profile
+per M, float16 input and output for all. `kernel` is hwkern's own entry point without TensorRT, timed the same way.
+Models: µs per enqueue inside a CUDA graph at each (batch, length), one copy; and the wall-clock latency of a Runner
+call from numpy to numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+# This file's folder must not be searched for `tensorrt`: it would find this file.
+_here = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _here]
+sys.path.append(str(_here))
+
+import numpy as np  # noqa: E402
+import tensorrt_models as models  # noqa: E402
+
+sys.path.remove(str(_here))
+
+import hwkern  # noqa: E402
+import hwkern.tensorrt as ht  # noqa: E402
+from hwkern import _native  # noqa: E402
+from hwkern._console import print_table  # noqa: E402
+from hwkern.tensorrt import _api, _cuda, measure  # noqa: E402
+from hwkern.tensorrt.packing import padded, quantize_weight  # noqa: E402
+from hwkern.tensorrt.planner import choose  # noqa: E402
+
+Rows = list[dict[str, Any]]
+
+LINEARS = ((4096, 4096), (4096, 14336))  # N, K
+M = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192)
+REQUESTS = ((1, 32), (1, 128), (8, 128), (32, 128), (8, 512))  # batch, length
+VARIANTS = ("fp16", "qdq", "hwkern")
+
+
+# ---- engines -------------------------------------------------------------------------------------------------------
+
+
+class OutOfTime(Exception):  # noqa: N818
+    """The budget is used up: what is measured so far is the result."""
+
+
+class Builder:
+    """Builds with one timing cache and says how long it took."""
+
+    def __init__(self, cache: Path | None, budget: float) -> None:
+        self.cache, self.api, self.until = cache, _api.find(), time.monotonic() + budget
+
+    def __call__(
+        self, what: str, model: Any, profiles: Sequence[ht.Profile], precision: str, half_io: bool
+    ) -> ht.Engine:
+        if time.monotonic() > self.until:
+            raise OutOfTime
+        start = time.perf_counter()
+        edit = self._half_io if half_io and not self.api.strongly_typed else None
+        cache = None if self.api.rtx else self.cache
+        engine = ht.build(model, profiles, precision, timing_cache=cache, edit=edit)
+        print(f"built {what}: {time.perf_counter() - start:.1f} s, {len(engine.data) / 1e6:.1f} MB", flush=True)
+        return engine
+
+    def _half_io(self, network: Any) -> None:
+        network.get_input(0).dtype = network.get_output(0).dtype = self.api.module.float16
+
+
+def variant_of(variant: str, model: Any, scales: dict[str, float], plan: ht.Plan | None = None) -> Any:
+    """The ONNX model of one variant."""
+    if variant in ("fp32", "fp16"):
+        return model
+    if variant == "qdq":
+        return models.with_qdq(model, scales)
+    options: dict[str, Any] = {
+        "hwkern": {}, "linear": {"include": "*"}, "residual": {"fuse_residual": True}, "unmerged": {"merge": False},
+        "plain": {"fuse_activation": False}, "plan": {"plan": plan},
+    }[variant]  # fmt: skip
+    return ht.rewrite(model, **options).model
+
+
+# ---- linears -------------------------------------------------------------------------------------------------------
+
+
+def bench_linears(build: Builder, ms: Sequence[int], variants: Sequence[str], rows: Rows) -> None:
+    for n, k in LINEARS:
+        model = models.linear(n, k)
+        x = np.random.default_rng(1).standard_normal((max(ms), k), dtype=np.float32).astype(np.float16)
+        # The best that a static scale can do: calibrated on the very data that is measured.
+        scale = float(np.abs(x[: min(len(x), 1024)]).max()) / 127
+        profiles = [_fixed("x", (m, k)) for m in ms]
+        times: dict[str, dict[int, dict[str, float]]] = {}
+        errors: dict[str, float] = {}
+        sizes: dict[str, int] = {}
+        try:
+            times["kernel"] = _bare_kernel(model, x, ms)
+        except RuntimeError as error:
+            print(f"bare kernel: {error}", flush=True)
+        try:
+            for variant in variants:
+                made = variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
+                precision = "fp32" if variant == "fp32" else "fp16"
+                try:
+                    try:
+                        engine = build(f"{variant} {n}x{k}", made, profiles, precision, variant != "fp32")
+                    except RuntimeError as error:
+                        if variant != "qdq":
+                            raise
+                        print(f"qdq with float16 input and output: {error}\nqdq with float32:", flush=True)
+                        engine = build(f"{variant} {n}x{k}", made, profiles, precision, False)
+                    errors[variant] = _linear_error(engine, model, x[:64])
+                    if variant == "hwkern" and errors[variant] > 0.02:
+                        raise RuntimeError(f"wrong results, relative error {errors[variant]:.4f}: not timed")
+                    sizes[variant] = len(engine.data)
+                    times[variant] = _time_engine(engine, {"x": x}, [{"x": (m, k)} for m in ms], ms)
+                except RuntimeError as error:  # TensorRT cannot build or run it: the others count all the same
+                    print(f"{variant} {n}x{k}: {error}", flush=True)
+        finally:
+            for m in ms:
+                row = {"what": "linear", "n": n, "k": k, "m": m, "errors": errors, "engine_bytes": sizes}
+                rows.append(row | {name: t[m] for name, t in times.items() if m in t})
+            _show_linears(rows, n, k)
+
+
+def _fixed(name: str, shape: tuple[int, ...]) -> ht.Profile:
+    return ht.Profile({name: shape}, {name: shape}, {name: shape})
+
+
+def _time_engine(
+    engine: ht.Engine,
+    data: dict[str, Any],
+    requests: Sequence[dict[str, tuple[int, ...]]],
+    keys: Sequence[Any],
+    copies: int | None = None,
+) -> dict[Any, dict[str, float]]:
+    held = measure.Copies(engine, copies)
+    times = {}
+    try:
+        with held.runners[0].context.current():
+            for key, shapes in zip(keys, requests, strict=True):
+                fill = {
+                    name: np.ascontiguousarray(data[name][: s[0]] if data[name].shape != s else data[name])
+                    for name, s in shapes.items()
+                }
+                fill = {n: f.astype(held.runners[0].inputs[n].dtype, copy=False) for n, f in fill.items()}
+                calls, alive = held.enqueues(shapes, fill)
+                times[key] = measure.graph_us(calls)
+                measure.free(alive)
+                print(f"  {key}: {times[key]['p50']:.1f} us", flush=True)
+    finally:
+        held.close()
+    return times
+
+
+def _linear_error(engine: ht.Engine, model: Any, x: Any) -> float:
+    """Relative error (root mean squares) against float32 mathematics."""
+    weight, bias = _weights(model)
+    with ht.Runner(engine) as run:
+        wanted = x.astype(np.float32) @ weight.T + bias
+        rows = min(len(x), max(p.max["x"][0] for p in run.profiles))
+        covered = next(p.max["x"][0] for p in reversed(run.profiles) if p.max["x"][0] <= rows)
+        y = run({"x": x[:covered].astype(run.inputs["x"].dtype)})["y"].astype(np.float32)
+    return float(np.sqrt(np.mean((y - wanted[:covered]) ** 2) / np.mean(wanted[:covered] ** 2)))
+
+
+def _weights(model: Any) -> tuple[Any, Any]:
+    from onnx import numpy_helper
+
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return found["linear.weight"].T, found["linear.bias"]
+
+
+def _bare_kernel(model: Any, x: Any, ms: Sequence[int]) -> dict[int, dict[str, float]]:
+    """hwkern's linear without TensorRT: float16 in and out, the same weights, copies in turn."""
+    native = _native.extension()
+    weight, bias = _weights(model)
+    packed, scales = quantize_weight(weight)
+    n, k = weight.shape
+    context = _cuda.Context()
+    times = {}
+    with context.current():
+        l2 = int(native.device_properties(context.device_index())["l2_bytes"])
+        copies = measure.rotations(packed.nbytes, l2)
+        held: list[Any] = []
+
+        def put(array: Any) -> int:
+            array = np.ascontiguousarray(array)
+            buffer = _cuda.DeviceBuffer(array.nbytes)
+            _cuda.to_device(buffer.pointer, array.ctypes.data, array.nbytes, 0)
+            _cuda.synchronize(0)
+            held.append(buffer)
+            return buffer.pointer
+
+        weights = [put(packed) for _ in range(copies)]
+        scale_at, bias_at = put(scales), put(bias.astype(np.float16))
+        for m in ms:
+            kept = len(held)
+            calls: list[Callable[[int], None]] = []
+            size = int(native.linear_workspace_bytes(m, k))
+            for w in weights:
+                at, y, scratch = put(x[:m]), put(np.empty((m, n), np.float16)), put(np.empty(size, np.uint8))
+                # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
+                arguments = (at, 1, k, w, padded(k), scale_at, bias_at, 1, y, n, 1, m, n, k, -1, scratch, size)
+                calls.append(lambda stream, a=arguments: native.linear(*a, stream, 0, 0, 0, 0))
+            try:
+                times[m] = measure.graph_us(calls)
+            except TypeError as error:  # an extension with another signature
+                print(f"bare kernel: {error}")
+                return times
+            for buffer in held[kept:]:
+                buffer.free()
+            del held[kept:]
+        for buffer in held:
+            buffer.free()
+    return times
+
+
+def _show_linears(rows: Rows, n: int, k: int) -> None:
+    mine = [r for r in rows if r["what"] == "linear" and (r["n"], r["k"]) == (n, k)]
+    names = [v for v in ("fp32", *VARIANTS, "kernel") if v in mine[0]]
+    table = []
+    for r in mine:
+        ours = r.get("hwkern", {}).get("p50", math.nan)
+        ratios = [f"{r[v]['p50'] / ours:.2f}x" for v in ("fp16", "qdq") if v in r]
+        over = f"{ours / r['kernel']['p50']:.3f}" if "kernel" in r else ""
+        table.append((str(r["m"]), *(f"{r[v]['p50']:.1f}" for v in names), *ratios, over))
+    heads = [f"vs {v}" for v in ("fp16", "qdq") if v in mine[0]]
+    print_table(f"{n} x {k}, us per enqueue", ("M", *names, *heads, "over kernel"), table)
+    print("relative errors:", {name: round(e, 5) for name, e in mine[0]["errors"].items()}, flush=True)
+
+
+def geomeans(rows: Rows) -> dict[str, float]:
+    """The figures of merit over both linears."""
+    found = {}
+    for name, keep in (("m <= 64", lambda m: m <= 64), ("m >= 512", lambda m: m >= 512)):
+        chosen = [r for r in rows if r["what"] == "linear" and keep(r["m"]) and "hwkern" in r]
+        for peer in ("fp16", "qdq"):
+            ratios = [r[peer]["p50"] / r["hwkern"]["p50"] for r in chosen if peer in r]
+            if ratios:
+                found[f"{peer} / hwkern, {name}"] = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    over = [
+        r["hwkern"]["p50"] / r["kernel"]["p50"]
+        for r in rows
+        if r["what"] == "linear" and "hwkern" in r and "kernel" in r
+    ]
+    if over:
+        found["engine / kernel, geomean"] = math.exp(sum(map(math.log, over)) / len(over))
+        found["engine / kernel, worst"] = max(over)
+    return found
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+def bench_model(
+    build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float],
+    rows: Rows,
+    requests: Sequence[tuple[int, int]], variants: Sequence[str], wanted: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``)."""
+    feeds = {request: inputs(*request) for request in requests}
+    profiles = [ht.profiles_from([feed])[0] for feed in feeds.values()]
+    shapes = [{n: tuple(a.shape) for n, a in feed.items()} for feed in feeds.values()]
+    if wanted is not None:
+        check = _as_request(wanted, max(requests))
+    plan = None
+    for variant in variants:
+        if variant == "plan":
+            start = time.perf_counter()
+            plan = ht.make_plan(model, profiles[: len(requests)], timing_cache=build.cache, progress=print)
+            print(plan, f"\nplanned in {time.perf_counter() - start:.0f} s", flush=True)
+        made = variant_of(variant, model, scales, plan)
+        free, _ = _memory()
+        try:
+            engine = build(f"{name} {variant}", made, profiles, "fp32" if variant == "fp32" else "fp16", False)
+            row: dict[str, Any] = {"what": "model", "model": name, "variant": variant, "engine_bytes": len(engine.data)}
+            if plan is not None and variant == "plan":
+                row["plan"] = plan.measured
+            times = {}
+            for feed, shape, request in zip(feeds.values(), shapes, requests, strict=True):
+                times.update(_time_engine(engine, feed, [shape], [request], copies=1))
+            row["gpu_us"] = {f"{b}x{s}": t for (b, s), t in times.items()}
+            with ht.Runner(engine) as run:
+                row["latency_us"] = {f"{b}x{s}": _latency(run, feeds[b, s]) for b, s in requests}
+                row["device_bytes"] = free - _memory()[0]
+                if wanted is not None:
+                    y = run(check)["y"][:, : wanted["y"].shape[1]]
+                    row["cosine"] = _cosine(y, wanted["y"][: len(y)], wanted["inputs.attention_mask"][: len(y)])
+            rows.append(row)
+        except RuntimeError as error:
+            print(f"{name} {variant}: {error}", flush=True)
+    _show_models(rows, name, requests)
+    mine = {r["variant"]: [t["p50"] for t in r["gpu_us"].values()] for r in rows if r.get("model") == name}
+    if "fp16" in mine and plan is None:
+        mine = {"float" if v == "fp16" else v: t for v, t in mine.items() if v in ("fp16", "hwkern", "residual")}
+        print(f"{name}: a plan of whole engines takes {choose(mine)!r}", flush=True)
+
+
+def _as_request(wanted: dict[str, Any], request: tuple[int, int]) -> dict[str, Any]:
+    """The texts as one request: the first of them, padded (the mask is 0 there) to its length."""
+    batch, length = request
+    found = {}
+    for name, value in wanted.items():
+        if name.startswith("inputs."):
+            rows = np.zeros((batch, length), value.dtype)
+            rows[:, : value.shape[1]] = value[:batch]
+            found[name.removeprefix("inputs.")] = rows
+    return found
+
+
+def _memory() -> tuple[int, int]:
+    with _cuda.Context().current():
+        return _cuda.memory_info()
+
+
+def _latency(run: ht.Runner, feed: dict[str, Any], seconds: float = 0.4) -> dict[str, float]:
+    """Wall-clock µs of a call from numpy to numpy."""
+    for _ in range(5):
+        run(feed)
+    samples = []
+    until = time.perf_counter() + seconds
+    while len(samples) < 20 or time.perf_counter() < until:
+        start = time.perf_counter()
+        run(feed)
+        samples.append((time.perf_counter() - start) * 1e6)
+    return measure.summary(samples)
+
+
+def _cosine(y: Any, wanted: Any, mask: Any) -> dict[str, float]:
+    """Of every token's vector, and of every sentence's mean over its tokens: the least and the mean."""
+    y, wanted = y.astype(np.float64), wanted.astype(np.float64)
+
+    def cosines(a: Any, b: Any) -> Any:
+        return (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+    keep = mask.astype(bool)
+    tokens = cosines(y, wanted)[keep]
+    weights = mask[..., None] / mask.sum(1)[:, None, None]
+    sentences = cosines((y * weights).sum(1), (wanted * weights).sum(1))
+    return {
+        "token_min": float(tokens.min()), "token_mean": float(tokens.mean()),
+        "sentence_min": float(sentences.min()), "sentence_mean": float(sentences.mean()),
+    }  # fmt: skip
+
+
+def _show_models(rows: Rows, name: str, requests: Sequence[tuple[int, int]]) -> None:
+    mine = [r for r in rows if r["what"] == "model" and r["model"] == name]
+    keys = [f"{b}x{s}" for b, s in requests]
+    for kind, title in (
+        ("gpu_us", "us per enqueue in a CUDA graph"),
+        ("latency_us", "us from numpy to numpy, p50 / p95 / p99"),
+    ):
+        table = []
+        for r in mine:
+            cells = [
+                f"{r[kind][k]['p50']:.0f}" if kind == "gpu_us" else " / ".join(f"{v:.0f}" for v in r[kind][k].values())
+                for k in keys
+            ]
+            rate = max(b / r["latency_us"][f"{b}x{s}"]["p50"] * 1e6 for b, s in requests)
+            cosine = f"{r['cosine']['sentence_min']:.4f}" if "cosine" in r else ""
+            table.append(
+                (
+                    r["variant"],
+                    *cells,
+                    f"{rate:.0f}",
+                    f"{r['engine_bytes'] / 1e6:.1f}",
+                    f"{r['device_bytes'] / 1e6:.0f}",
+                    cosine,
+                )
+            )
+        heads = ("variant", *keys, "requests/s", "engine MB", "device MB", "cosine")
+        print_table(f"{name}: {title}", heads, table)
+
+
+# ---- the frame -----------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    native = _native.extension()
+    gpu = native.device_properties(0)
+    command = [
+        "nvidia-smi",
+        "--id=0",
+        "--query-gpu=driver_version,clocks.max.sm,power.limit",
+        "--format=csv,noheader,nounits",
+    ]
+    try:
+        smi = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        smi = ""
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "hwkern": hwkern.__version__,
+        "tensorrt": str(_api.find()),
+        "python": platform.python_version(),
+        "gpu": gpu["name"],
+        "compute": gpu["compute"],
+        "wheel_cuda": native.cuda_version,
+        "nvidia_smi": smi,
+    }
+
+
+def save(path: Path, document: dict[str, Any]) -> None:
+    """One row per line."""
+    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
+    body = ",\n".join("  " + json.dumps(row) for row in document["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n{body}\n ]\n}}\n', encoding="utf-8")
+    print(f"wrote {path}", flush=True)
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Speed against FP16 over M, one panel per linear (needs matplotlib)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in document["rows"] if r["what"] == "linear" and "fp16" in r]
+    shapes = sorted({(r["n"], r["k"]) for r in rows})
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 3.8), squeeze=False, sharey=True)
+    for axis, shape in zip(axes[0], shapes, strict=True):
+        mine = [r for r in rows if (r["n"], r["k"]) == shape]
+        for name, label in (("hwkern", "hwkern plugin"), ("qdq", "TensorRT INT8 (Q/DQ)"), ("fp32", "TensorRT FP32")):
+            points = [(r["m"], r["fp16"]["p50"] / r[name]["p50"]) for r in mine if name in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label)
+        axis.axhline(1.0, color="0.5", linewidth=1, label="TensorRT FP16")
+        axis.set(xscale="log", xlabel="rows (M)", title=f"{shape[0]} × {shape[1]}")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("times as fast as TensorRT FP16")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    print(f"wrote {path}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the result here, after each section")
+    parser.add_argument("--plot", type=Path, help="also draw it (needs matplotlib)")
+    parser.add_argument("--from-json", type=Path, help="draw an old result instead of measuring")
+    parser.add_argument("--cache", type=Path, help="timing cache file")
+    parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no engine is started")
+    parser.add_argument("--commit", help="commit to record")
+    parser.add_argument("--sections", default="linears,minilm,bert", help="which to run")
+    parser.add_argument("--m", default=",".join(map(str, M)), help="rows of the linears")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of fp32, fp16, qdq, hwkern")
+    parser.add_argument("--model-variants", default="fp16,qdq,hwkern,plan", help="also residual, unmerged, fp32")
+    parser.add_argument("--requests", default=",".join(f"{b}x{s}" for b, s in REQUESTS), help="batch x length")
+    parser.add_argument("--minilm", type=Path, help="folder with minilm.onnx, minilm.npz and scales.json")
+    parser.add_argument("--bert-scales", type=Path, help="scales.json of the encoder, for Q/DQ")
+    arguments = parser.parse_args()
+    if arguments.from_json:
+        plot(json.loads(arguments.from_json.read_text()), arguments.plot)
+        return 0
+    if (problem := _native.cuda_problem()) is not None:
+        sys.exit(f"This benchmark needs an NVIDIA GPU: {problem}")
+    sections = arguments.sections.split(",")
+    requests = [(int(b), int(s)) for b, s in (r.split("x") for r in arguments.requests.split(","))]
+    build, rows = Builder(arguments.cache, arguments.budget), []
+    document = {
+        "schema": 1,
+        "benchmark": "tensorrt",
+        "environment": environment() | {"commit": arguments.commit},
+        "rows": rows,
+    }
+    print(document["environment"], flush=True)
+
+    def done() -> None:
+        document["geomeans"] = geomeans(rows)
+        if arguments.json:
+            save(arguments.json, document)
+
+    rng = np.random.default_rng(2)
+
+    def ids(vocabulary: int, names: Sequence[str]) -> Callable[[int, int], dict[str, Any]]:
+        def make(batch: int, length: int) -> dict[str, Any]:
+            feed = {name: np.zeros((batch, length), np.int32) for name in names}
+            feed["input_ids"] = rng.integers(1, vocabulary, (batch, length), dtype=np.int32)
+            feed["attention_mask"] = np.ones((batch, length), np.int32)
+            return feed
+
+        return make
+
+    try:
+        if "linears" in sections:
+            bench_linears(build, [int(m) for m in arguments.m.split(",")], arguments.variants.split(","), rows)
+            done()
+            print(document["geomeans"], flush=True)
+        chosen = arguments.model_variants.split(",")
+        if "minilm" in sections and arguments.minilm:
+            import onnx
+
+            wanted = dict(np.load(arguments.minilm / "minilm.npz"))
+            scales = json.loads((arguments.minilm / "scales.json").read_text())
+            model = onnx.load(str(arguments.minilm / "minilm.onnx"))
+            names = [value.name for value in model.graph.input]
+            bench_model(build, "MiniLM", model, ids(1000, names), scales, rows, requests, chosen, wanted)
+            done()
+        if "bert" in sections:
+            model = models.encoder()
+            scales = json.loads(arguments.bert_scales.read_text()) if arguments.bert_scales else {}
+            kept = [v for v in chosen if v != "qdq" or scales]
+            names = [value.name for value in model.graph.input]
+            bench_model(build, "BERT-base (random weights)", model, ids(1000, names), scales, rows, requests, kept)
+            done()
+    except OutOfTime:
+        print("The budget is used up.")
+    done()
+    if arguments.plot:
+        plot(document, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

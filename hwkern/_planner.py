@@ -1,0 +1,400 @@
+"""The work behind ``hwkern.plan``: observe, find and time the candidates, choose, check against task and clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hwkern import _batches, _fold, _native
+from hwkern._back_off import back_off
+from hwkern._choose import Candidate, Policy, threshold
+from hwkern._console import progress
+from hwkern._layers import Layer, Selector, tied
+from hwkern._measure import Clock, Shape, bucket, stamp
+from hwkern._observe import Seen, evaluating, observe
+from hwkern._recipes import Recipe, dtype_of, float_rows
+from hwkern.calibrate import OBSERVERS, Judge, candidates, inputs, outliers, smooth, static, unusable
+from hwkern.metrics import Function, Metric, as_metric
+from hwkern.nn import Calibration
+from hwkern.nn.conv1d import conv1d_class
+from hwkern.nn.pack import dtype_name
+from hwkern.ops import padded
+from hwkern.plan import Accuracy, Plan, PlannedLayer
+
+#: Rounds of the whole model's own timing, before and with the plan, in turn by halves.
+WHOLE_ROUNDS = 5
+#: The whole model may be this much slower in a measurement before the plan is doubted.
+WHOLE_NOISE = 0.02
+
+
+@dataclass
+class _Unit:
+    """A layer, or all layers that share one weight: they get one recipe."""
+
+    layers: list[Layer]
+    shape: Shape
+    calls: dict[int, int]
+    judges: list[Judge]
+
+    @property
+    def name(self) -> str:
+        return self.layers[0].names[0]
+
+    def snr(self, recipe: Recipe) -> float:
+        return min(judge(recipe) for judge in self.judges)
+
+
+def make_plan(
+    model: nn.Module,
+    batches: Iterable[Any],
+    accuracy: Accuracy,
+    policy: Policy,
+    metric: Metric | Function | None,
+    include: Selector | None,
+    exclude: Selector | None,
+    verify: bool,
+    save: bool,
+    show: bool,
+) -> Plan:
+    """See :func:`hwkern.plan.plan`."""
+    start = time.perf_counter()
+    from hwkern.patch import _check_model
+
+    _check_model(model, "plan")
+    task = as_metric(metric)
+    device = _batches.device_of(model)
+    if device.type == "cuda" and (problem := _native.cuda_problem()) is not None:
+        raise RuntimeError(f"The model is on {device}, where hwkern cannot run: {problem}")
+    layers, left = candidates(model, include, exclude)
+    found = _batches.check(batches, device)
+    with progress("Observing the layers' inputs", len(found), show) as step:
+        seen = observe(model, layers, found, step)
+    left |= unusable(layers, seen)
+    units = _units([layer for layer in layers if layer.names[0] not in left], seen)
+    with progress("Measuring errors on your data", len(units), show) as step:
+        recipes, groups = _candidates(model, units, accuracy, step)
+    for unit in units:
+        unit.judges.clear()  # the samples of a large model are gigabytes
+    seen.clear()
+    clock = Clock(device, save)
+    planned = _timed(units, recipes, groups, clock, show)
+    result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left)
+    result.decide()
+    if task is not None and accuracy.max_metric_drop is not None:
+        _hold_task(result, model, task, found, accuracy.max_metric_drop, show)
+    if verify and any(layer.chosen for layer in planned.values()):
+        _verify(result, model, found, show)
+    result.seconds = round(time.perf_counter() - start, 3)
+    result.measured, result.reused = clock.measured, clock.reused
+    return result
+
+
+def _units(layers: Sequence[Layer], seen: dict[str, Seen]) -> list[_Unit]:
+    units = []
+    for group in tied(layers):
+        module = group[0].module
+        n, k = float_rows(module).shape
+        conv1d = conv1d_class()
+        kind = "Conv1D" if conv1d is not None and isinstance(module, conv1d) else "Linear"
+        dtype = dtype_of(module)
+        bias = module._parameters.get("bias") is not None
+        calls: dict[int, int] = {}
+        for layer in group:
+            for m, count in seen[layer.names[0]].calls.items():
+                calls[m] = calls.get(m, 0) + count
+        judges = [Judge(layer.module, seen[layer.names[0]]) for layer in group]
+        units.append(_Unit(list(group), Shape(kind, n, k, dtype, bias), bucket(calls), judges))
+    return units
+
+
+# ---- which recipes, and how accurate each is ------------------------------------------------------------------------
+
+_Measured = list[tuple[Recipe, float]]
+
+
+def _candidates(
+    model: nn.Module, units: Sequence[_Unit], accuracy: Accuracy, step: Callable[[], None]
+) -> tuple[dict[str, _Measured], dict[str, str]]:
+    """Recipes with their SNR for each unit, and the norm that each unit's folded recipes divide."""
+    by_name = {unit.name: unit for unit in units}
+    alone = [unit.layers[0] for unit in units if len(unit.layers) == 1 and len(unit.layers[0].names) == 1]
+    norms = {name: group.norm_name for group in _fold.groups(model) for name in group.readers}
+    found: dict[str, _Measured] = {}
+    groups: dict[str, str] = {}
+    for readers, foldable in inputs(model, alone):
+        members = [by_name[layer.names[0]] for layer in readers]
+        base = Calibration()
+        if foldable:
+            base, _ = smooth([unit.judges[0] for unit in members], folded=True)
+        for unit in members:
+            found[unit.name] = _family(unit, Calibration(), accuracy)
+            if base.smooth:
+                groups[unit.name] = norms[unit.name]
+                found[unit.name] += _family(unit, base, accuracy)
+            step()
+    for unit in units:
+        if unit.name not in found:  # shares its weight: nothing that depends on one layer's own input
+            found[unit.name] = [(r, unit.snr(r)) for r in (Recipe("w8a8"), Recipe("w8a16"))]
+            step()
+    return found, groups
+
+
+def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
+    """The recipes on top of ``base`` (plain, or a folded smoothing)."""
+    judge = unit.judges[0]
+    found: _Measured = []
+
+    def add(*options: Recipe) -> float:
+        """Keeps the most accurate of options that take the same time."""
+        snr, _, recipe = max((judge(option), -i, option) for i, option in enumerate(options))
+        found.append((recipe, snr))
+        return snr
+
+    dynamic = add(Recipe("w8a8", base))
+    add(Recipe("w8a16", base))
+    ranges = [static(judge.seen, observer, False, base) for observer in OBSERVERS]
+    fixed = add(*(Recipe("w8a8-static", calibration) for calibration in ranges))
+    shifted = [static(judge.seen, observer, True, base) for observer in OBSERVERS]
+    shifted = [calibration for calibration in shifted if calibration.zero_point]
+    if shifted:
+        add(*(Recipe("w8a8-asymmetric", calibration) for calibration in shifted))
+        if found[-1][1] <= fixed:
+            found.pop()  # it costs at least as much time
+    if dynamic < accuracy.min_snr_db and not base.smooth:
+        explicit, _ = smooth([judge], folded=False)
+        if explicit.smooth:
+            add(Recipe("w8a8", explicit))
+        beside = outliers(judge, Calibration())
+        if beside.outliers:
+            add(Recipe("w8a8", beside))
+    return found
+
+
+#: Timed for every shape, candidate or not: another model of the same shapes then finds all it needs in the cache.
+_ALWAYS = ("keep", "w8a8", "w8a16", "w8a8-static", "w8a8-asymmetric")
+
+# ---- times ----------------------------------------------------------------------------------------------------------
+
+
+def _timed(
+    units: Sequence[_Unit], recipes: dict[str, _Measured], groups: dict[str, str], clock: Clock, show: bool
+) -> dict[str, PlannedLayer]:
+    wanted: dict[tuple[Shape, int], dict[str, None]] = {}
+    for unit in units:
+        for m in unit.calls:
+            names = wanted.setdefault((unit.shape, m), dict.fromkeys(_ALWAYS))
+            names |= {recipe.timing: None for recipe, _ in recipes[unit.name]}
+    with progress("Timing layers", len(wanted), show) as step:
+        for (shape, m), names in wanted.items():
+            clock.measure(shape, m, list(names))
+            step()
+    return {unit.name: _planned(unit, recipes[unit.name], groups.get(unit.name, ""), clock) for unit in units}
+
+
+def _planned(unit: _Unit, measured: _Measured, group: str, clock: Clock) -> PlannedLayer:
+    shape = unit.shape
+
+    def times(timing: str) -> dict[str, dict[int, float]]:
+        return {mode: {m: clock.us(shape, m, timing, mode) for m in unit.calls} for mode in clock.modes}
+
+    found = [Candidate(Recipe("keep"), float("inf"), _float_bytes(unit), times("keep"))]
+    found += [Candidate(r, snr, _int8_bytes(unit, r), times(r.timing)) for r, snr in measured]
+    found += _dispatching(found, unit.calls)
+    return PlannedLayer(
+        names=tuple(layer.names[0] for layer in unit.layers),
+        kind=shape.kind,
+        n=shape.n,
+        k=shape.k,
+        dtype=dtype_name(shape.dtype),
+        bias=shape.bias,
+        calls=unit.calls,
+        candidates=found,
+        group=group,
+    )
+
+
+def _dispatching(found: Sequence[Candidate], calls: dict[int, int]) -> list[Candidate]:
+    """W8A16 for few tokens and W8A8 for many, where each is the faster one somewhere: times and error follow."""
+    made = []
+    for few in (c for c in found if c.recipe.scheme == "w8a16"):
+        many = next(
+            (c for c in found if c.recipe == replace(few.recipe, scheme="w8a8")),
+            None,
+        )
+        split = None if many is None else threshold(few, many, calls)
+        if many is None or split is None:
+            continue
+        us = {mode: {m: (few if m <= split else many).us[mode][m] for m in calls} for mode in few.us}
+        recipe = replace(few.recipe, scheme="w8a16/w8a8", max_tokens=split)
+        made.append(Candidate(recipe, min(few.snr_db, many.snr_db), few.weight_bytes, us))
+    return made
+
+
+def _bias_bytes(unit: _Unit) -> int:
+    biases = [cast("Tensor | None", layer.module._parameters.get("bias")) for layer in unit.layers]
+    return sum(bias.numel() * bias.element_size() for bias in biases if bias is not None)
+
+
+def _float_bytes(unit: _Unit) -> int:
+    return unit.shape.n * unit.shape.k * unit.shape.dtype.itemsize + _bias_bytes(unit)
+
+
+def _int8_bytes(unit: _Unit, recipe: Recipe) -> int:
+    shape, calibration = unit.shape, recipe.calibration
+    size = shape.n * padded(shape.k) + 4 * shape.n + _bias_bytes(unit)
+    size += calibration.scale is not None and 4 * shape.n + 4  # output_scale, input_scale
+    size += calibration.zero_point != 0 and 4 * shape.n
+    size += bool(calibration.smooth) and not calibration.folded and 4 * shape.k
+    return size + len(calibration.outliers) * (8 + shape.n * shape.dtype.itemsize)
+
+
+# ---- the task and the whole model -----------------------------------------------------------------------------------
+
+
+def _hold_task(
+    result: Plan, model: nn.Module, task: Metric, batches: Sequence[Any], max_drop: float, show: bool
+) -> None:
+    snr = {name: layer.choice.snr_db for layer in result.layers.values() for name in layer.names}
+    why = f"back to float for the {task.name}'s sake"
+
+    def without(kept: Sequence[str]) -> dict[str, Recipe]:
+        trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+        _send_back(trial, kept, why)
+        return trial.recipes
+
+    with progress(f"Holding {task.name}", max(1, len(snr).bit_length()), show) as step:
+        _, result.task = back_off(model, without, snr, task, batches, max_drop, step)
+    result.decide()  # the trials have written their own reasons
+    _send_back(result, result.task.kept, why)
+
+
+def _send_back(result: Plan, names: Sequence[str], why: str) -> None:
+    """These layers stay float; those of the same norm lose their folding."""
+    norms = set()
+    for layer in result.layers.values():
+        if set(layer.names) & set(names):
+            layer.choice.ruled_out = why
+            layer.chosen, layer.reason = 0, why
+            norms.add(layer.group)
+    for layer in result.layers.values():
+        if layer.group and layer.group in norms and layer.choice.recipe.calibration.folded:
+            result._decide(layer, folded=False)
+
+
+def _verify(result: Plan, model: nn.Module, batches: Sequence[Any], show: bool) -> None:
+    """The sum of faster layers must be a faster model: measured, and what does not pay goes back."""
+    with progress("Timing the whole model", 2, show) as step:
+        before, after = _whole(model, result, batches)
+        step()
+        if max(_ratios(before, after)) > 1 + WHOLE_NOISE:
+            # Small gains are the first suspects: their layers cost host time that a layer alone does not show.
+            small = [layer.name for layer in result.layers.values() if layer.chosen and layer.speedup() < 1.15]
+            _send_back(result, small, "the whole model was not faster with it")
+            if any(layer.chosen for layer in result.layers.values()):
+                before, after = _whole(model, result, batches)
+            else:
+                after = before
+        step()
+        if max(_ratios(before, after)) > 1 + WHOLE_NOISE:
+            names = [layer.name for layer in result.layers.values() if layer.chosen]
+            _send_back(result, names, "the whole model was slower with it")
+            after = before
+    old, new = sum(before), sum(after)
+    result.whole = {
+        "before_ms": [round(s * 1e3, 4) for s in before],
+        "after_ms": [round(s * 1e3, 4) for s in after],
+        "text": f"Whole model, eager, all batches: {old * 1e3:.2f} -> {new * 1e3:.2f} ms ({old / new:.2f}×).",
+    }
+
+
+def _ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(after, before, strict=True)]
+
+
+def _whole(model: nn.Module, result: Plan, batches: Sequence[Any]) -> tuple[list[float], list[float]]:
+    """Seconds of each distinct batch shape: without the plan (before and after, the better) and with it."""
+    from hwkern._back_off import _Recipes, _swapped
+    from hwkern.patch import patch, unpatch
+
+    distinct: dict[str, Any] = {}
+    for batch in batches:
+        distinct.setdefault(_signature(batch), batch)
+    some = list(distinct.values())[:4]
+    first = _seconds(model, some)
+    recipes = {name: recipe for name, recipe in result.recipes.items() if recipe.scheme != "keep"}
+    patch(model, originals="host", plan=_Recipes(recipes))
+    try:
+        after = _seconds(model, some)
+    finally:
+        if swapped := [name for name in _swapped(model) if name in recipes]:
+            unpatch(model, include=swapped)
+    second = _seconds(model, some)
+    return [min(pair) for pair in zip(first, second, strict=True)], after
+
+
+def _seconds(model: nn.Module, batches: Sequence[Any]) -> list[float]:
+    device = _batches.device_of(model)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    found = []
+    with torch.no_grad(), evaluating(model):
+        for batch in batches:
+            _batches.call(model, batch)
+            samples = []
+            for _ in range(WHOLE_ROUNDS):
+                wait()
+                start = time.perf_counter()
+                _batches.call(model, batch)
+                wait()
+                samples.append(time.perf_counter() - start)
+            found.append(statistics.median(samples) if device.type == "cuda" else min(samples))
+    return found
+
+
+def _signature(batch: Any) -> str:
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+    return " ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else repr(v) for v in values)
+
+
+# ---- another device -------------------------------------------------------------------------------------------------
+
+
+def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
+    """``old`` with every candidate timed where ``model`` is, and chosen anew; errors and calls stay."""
+    device = _batches.device_of(model)
+    clock = Clock(device)
+    layers = {}
+    wanted = sum(len(layer.calls) for layer in old.layers.values())
+    with progress("Timing layers", wanted, show) as step:
+        for name, layer in old.layers.items():
+            dtype = getattr(torch, layer.dtype)
+            shape = Shape(layer.kind, layer.n, layer.k, dtype, layer.bias)
+            plain = [c for c in layer.candidates if c.recipe.scheme != "w8a16/w8a8"]
+            for m in layer.calls:
+                clock.measure(shape, m, [c.recipe.timing for c in plain])
+                step()
+            timed = [
+                replace(
+                    c,
+                    us={
+                        mode: {m: clock.us(shape, m, c.recipe.timing, mode) for m in layer.calls}
+                        for mode in clock.modes
+                    },
+                )
+                for c in plain
+            ]
+            layers[name] = replace(layer, candidates=[*timed, *_dispatching(timed, layer.calls)], chosen=0)
+    made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
+    made.decide()
+    if old.task is not None:
+        _send_back(made, old.task.kept, f"back to float for the {old.task.metric}'s sake")
+    return made

@@ -1,0 +1,91 @@
+"""GPU times that can be compared: cold L2, CUDA-graph replays, peers in turn, medians. Needs torch with CUDA to run.
+
+A measured call is captured many times in one CUDA graph, each time on another set of buffers, so that the set is larger
+than three times the L2 cache and every call starts with its operands in device memory. Events around a replay give the
+time per call; peers are replayed in turn, so that clock and temperature are the same for all. The benchmarks and the
+tuner measure with this and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
+GRAPH_SECONDS = 0.02  # but no more than fit in this: power and clock have settled by then
+REPLAY_SECONDS = 0.15  # time spent on each peer
+MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
+
+
+def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTES) -> int:
+    """How many buffer sets keep the L2 cold: their total is at least 3 × L2 (and at most ``limit`` bytes)."""
+    wanted = math.ceil(3 * l2_bytes / max(1, bytes_per_call)) + 1
+    return max(1, min(wanted, int(limit // max(1, bytes_per_call))))
+
+
+def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda.CUDAGraph, int]:
+    """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many.
+
+    Fewer where so many would take longer than ``GRAPH_SECONDS``.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.inference_mode():
+        for call in calls:  # everything lazy (handles, workspaces, checks) happens before the capture
+            call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[0]()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    torch.cuda.current_stream().wait_stream(stream)
+    rounds = max(1, math.ceil(min(least, GRAPH_SECONDS / seconds) / len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.inference_mode():
+        for _ in range(rounds):
+            for call in calls:
+                call()
+    return graph, rounds * len(calls)
+
+
+def cuda_us(
+    peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
+) -> dict[str, float]:
+    """Median µs per call of each peer; a peer is a list of calls, one per buffer set.
+
+    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, ``seconds`` (by default
+    ``REPLAY_SECONDS``) or five times each, whichever is longer.
+    """
+    seconds = REPLAY_SECONDS if seconds is None else seconds
+    graphs = {name: capture(calls, graph_calls) for name, calls in peers.items()}
+    replays = {}
+    for name, (graph, _) in graphs.items():
+        graph.replay()
+        replays[name] = max(5, min(200, math.ceil(seconds / max(1e-6, replay_seconds(graph)))))
+    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(max(replays.values(), default=0)):
+        for name, (graph, calls) in graphs.items():
+            if turn < replays[name]:
+                samples[name].append(replay_seconds(graph) * 1e6 / calls)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    """One replay, between two events on the current stream."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def random_int8(*shape: int, device: str | torch.device) -> torch.Tensor:
+    """Uniform over the symmetric int8 range: the switching activity, and so the power, of real data."""
+    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)

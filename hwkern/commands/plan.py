@@ -1,0 +1,39 @@
+"""Measure which scheme is best for each layer of a model on this device, print it, and keep it as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from hwkern.commands import models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``hwkern plan``."""
+    models.add_arguments(parser)
+    parser.add_argument("--policy", default="balanced", choices=["fastest", "balanced", "accurate", "smallest"])
+    parser.add_argument("--min-snr-db", type=float, default=20.0, metavar="DB", help="bound of each layer (default 20)")
+    parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    parser.add_argument(
+        "--explain", metavar="LAYER", action="append", default=[], help="also print one layer's figures"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plan; 1 with a sentence when it cannot be."""
+    from hwkern.plan import Accuracy, plan
+
+    try:
+        model, batches, _ = models.load(arguments)
+        found = plan(model, batches, accuracy=Accuracy(arguments.min_snr_db), policy=arguments.policy)
+        if arguments.save:
+            found.save(arguments.save)
+        explained = [found.explain(name) for name in arguments.explain]
+    except (models.UsageError, ValueError, RuntimeError, OSError, KeyError) as error:
+        print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
+        return 1
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    for text in explained:
+        print(f"\n{text}", file=sys.stderr if arguments.json else sys.stdout)
+    return 0

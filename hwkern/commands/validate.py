@@ -1,0 +1,36 @@
+"""Compare a model with its int8 twin, patched by a plan or by default, on the same batches: time, memory, error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from hwkern.commands import models
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``hwkern validate``."""
+    models.add_arguments(parser)
+    parser.add_argument(
+        "--plan", metavar="FILE", help="from `hwkern plan --save`; without one: hwkern.patch's defaults"
+    )
+    parser.add_argument("--allow-other-gpu", action="store_true", help="time a plan of another device again, here")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Validate; 1 with a sentence when it cannot be."""
+    import hwkern
+    from hwkern.plan import Plan
+    from hwkern.validate import validate
+
+    try:
+        plan = Plan.load(arguments.plan) if arguments.plan else None
+        model, batches, again = models.load(arguments)
+        hwkern.patch(model, plan=plan, originals="drop", allow_other_gpu=arguments.allow_other_gpu)
+        found = validate(again(), model, batches)
+    except (models.UsageError, ValueError, RuntimeError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
+    return 0

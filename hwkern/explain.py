@@ -1,0 +1,228 @@
+"""Say which kernel a product of M, N and K takes on this GPU, what else there is, and why not that."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import types
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hwkern import _choice, _native, hardware
+from hwkern._choice import CHOOSE, EDGES, K_MAX
+from hwkern._console import plain_table, print_table
+from hwkern.tune import (
+    NOISE,
+    PEERS,
+    cache_of,
+    candidates,
+    configs_of,
+    ends_of,
+    entry_name,
+    measure,
+    model_choice,
+    product_configs,
+    times_of,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+#: What ``explain`` reckons with on a machine that has no GPU: an H100 SXM.
+H100 = hardware.Gpu(
+    index=0, name="NVIDIA H100 SXM (no GPU here: predictions only)", compute=90, sm_count=132, clock_mhz=1980.0,
+    l2_bytes=50 << 20, memory_bytes=80 << 30, shared_bytes_per_sm=233_472, shared_bytes=232_448,
+    bandwidth=3.352e12, int8_ops=2.141e15, fp16_flops=1.07e15,
+)  # fmt: skip
+
+
+@dataclass
+class Candidate:
+    """One config of the table, for one problem on one GPU."""
+
+    id: int
+    name: str
+    predicted_us: float | None  #: by the cost model, without launch overhead; None: it does not run on this GPU
+    measured_us: float | None  #: from the cache or measured now; None: it was not measured
+    note: str  #: why it cannot run
+
+
+@dataclass(repr=False)
+class Explanation:
+    """Which config ``ops`` takes for ``D [M, N] = A [M, K] · B [N, K]ᵀ``, and why. ``print(explanation)`` shows it."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    gpu: str
+    chosen: int
+    reason: str
+    floor_us: float  #: the speed of light: see hwkern.hardware.speed_of_light
+    candidates: list[Candidate]  #: fastest first, those that cannot run last
+    peers_us: dict[str, float]  #: stock paths, where ``tune(..., peers=True)`` measured them
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def _rows(self) -> list[list[str]]:
+        def text(us: float | None) -> str:
+            return "–" if us is None else f"{us:.2f}"
+
+        rows = [
+            [
+                f"{'→' if c.id == self.chosen else ' '} {c.id} {c.name}",
+                text(c.predicted_us),
+                text(c.measured_us),
+                c.note,
+            ]
+            for c in self.candidates
+        ]
+        return rows + [[f"  torch: {name}", "–", text(us), ""] for name, us in self.peers_us.items()]
+
+    def _title(self) -> str:
+        return (
+            f"M, N, K = {self.m}, {self.n}, {self.k}, {self.dtype} out, on {self.gpu}\n"
+            f"config {self.chosen}: {self.reason}\nspeed of light {self.floor_us:.2f} µs"
+        )
+
+    def __str__(self) -> str:
+        return plain_table(self._title(), _COLUMNS, self._rows())
+
+    __repr__ = __str__
+
+
+def _mark(candidate: Candidate, chosen: int) -> str:
+    return f"{'→' if candidate.id == chosen else ' '} {candidate.id} {candidate.name}"
+
+
+_COLUMNS = ["candidate", "predicted µs", "measured µs", ""]
+
+
+def explain(
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    device: int | None = None,
+    measure_now: bool = False,
+) -> Explanation:
+    """Every candidate for one GEMM with predicted and measured times, the choice, and the reason.
+
+    ``dtype`` is the output's, ``device`` a GPU's index (the first by default); on a machine without a GPU an H100 is
+    assumed and nothing is measured. ``measure_now`` times all candidates at this very M and keeps the times, which
+    ``hwkern.tune`` then uses where M is an end of a step. Raises ValueError for sizes that no kernel takes.
+    """
+    if min(m, n, k) < 1 or k > K_MAX:
+        raise ValueError(f"explain takes M and N of at least 1 and K of 1 … {K_MAX}, not {m}, {n}, {k}.")
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"explain takes float32, float16 and bfloat16, not {name}.")
+    problem = _native.cuda_problem()
+    if measure_now and problem is not None:
+        raise RuntimeError(f"explain can measure only on a GPU: {problem}")
+    gpu = H100 if problem is not None and device is None else hardware.gpu(device or 0)
+    entry: Any = None
+    if problem is None:
+        cache = cache_of(gpu)
+        key = entry_name(m, n, k, name)
+        if measure_now:
+            import torch
+
+            entry = measure(m, n, k, getattr(torch, name), list(candidates(m, n, k, gpu)), gpu, PEERS)
+            cache.update({key: entry})
+        else:
+            entry = cache.read().get(key)
+    predicted, measured = candidates(m, n, k, gpu), configs_of(entry)
+    rows = [
+        Candidate(row["id"], row["name"], predicted.get(row["id"]), measured.get(row["id"]), _obstacle(row, gpu))
+        for row in product_configs()
+    ]
+    # Measured ones first, by their times; then the others by the prediction; what cannot run last.
+    rows.sort(key=lambda c: (c.predicted_us is None, c.measured_us is None, c.measured_us or c.predicted_us or 0))
+    chosen, reason = _reason(m, n, k, name, gpu, predicted, measured)
+    floor = hardware.speed_of_light(m, n, k, gpu, d_bytes=4 if name == "float32" else 2)
+    return Explanation(
+        m, n, k, name, gpu.name, chosen, reason, floor.microseconds, rows, times_of(entry, "peers")
+    )  # fmt: skip
+
+
+def _obstacle(row: Mapping[str, Any], gpu: hardware.Gpu) -> str:
+    if gpu.compute < row["min_compute"]:
+        return f"needs compute capability {row['min_compute'] / 10:.1f}"
+    if gpu.compute > row["max_compute"]:
+        return f"compiled for compute capability {row['max_compute'] / 10:.1f} only"
+    if row["shared_bytes"] > gpu.shared_bytes:
+        return f"needs {row['shared_bytes']} bytes of shared memory a block, there are {gpu.shared_bytes}"
+    return ""
+
+
+def _reason(
+    m: int, n: int, k: int, dtype: str, gpu: hardware.Gpu, predicted: Mapping[int, float], measured: Mapping[int, float]
+) -> tuple[int, str]:
+    if not predicted:
+        return CHOOSE, f"no kernel runs on this GPU: compute capability {hardware.MIN_COMPUTE / 10:.1f} is the least."
+    _choice.load_pending()
+    if _choice.tuned:  # so torch is there
+        import torch
+
+        chosen = _choice.config_for(gpu.index, m, n, k, getattr(torch, dtype))
+        if chosen != CHOOSE:
+            low, high = ends_of(bisect_left(EDGES, m))
+            return chosen, f"measured by hwkern.tune as the fastest for M = {low} … {high}."
+    model = model_choice(m, n, k, gpu)
+    reason = "the cost model predicts it to be the fastest"
+    if model in measured:
+        best = min(measured, key=measured.__getitem__)
+        lost = measured[model] / measured[best] - 1
+        if best != model:
+            reason += f"; config {best} was measured {lost:.1%} faster"
+            reason += " (within the noise)" if lost < NOISE - 1 else ": hwkern.tune makes use of it"
+        else:
+            reason += ", and it was measured so"
+    return model, reason + "."
+
+
+# ---- `hwkern explain M N K` ------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``hwkern explain``."""
+    for name, text in (("m", "tokens (rows of x)"), ("n", "output features"), ("k", "input features")):
+        parser.add_argument(name, type=int, metavar=name.upper(), help=text)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of the output")
+    parser.add_argument("--device", type=int, help="index of the GPU (default: the first)")
+    parser.add_argument("--measure", action="store_true", help="time all candidates now and keep the times")
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``hwkern explain``."""
+    try:
+        found = explain(
+            arguments.m, arguments.n, arguments.k,
+            dtype=arguments.dtype, device=arguments.device, measure_now=arguments.measure,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    if arguments.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print_table(found._title(), _COLUMNS, found._rows())
+    return 0
+
+
+class _CallableModule(types.ModuleType):
+    """As in tune.py: the module may stand where the function is meant."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Explanation:
+        return explain(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

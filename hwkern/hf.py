@@ -1,0 +1,242 @@
+"""transformers: ``from_pretrained`` and ``save_pretrained`` of models with int8 layers, through its quantizer registry.
+
+``import hwkern`` is enough: as soon as transformers' registry is there, this file adds the method "hwkern" to it. A
+float checkpoint becomes int8 while it is loaded, layer by layer, with ``quantization_config=hwkern.HwkernConfig()``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hwkern import _native
+from hwkern._layers import find_layers
+from hwkern._shards import FORMAT_VERSION, CheckpointError, check_version
+from hwkern.nn import Int8Linear
+from hwkern.nn.pack import all_finite, nonfinite_rows
+from hwkern.nn.scheme import describe
+
+METHOD = "hwkern"
+
+
+class HwkernConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a model with hwkern's int8 layers.
+
+    Args:
+        layers: name → description of each int8 layer, as saved; None: the checkpoint is float, and the layers that
+            :func:`hwkern.patch` would take become int8 while they are loaded.
+        include, exclude: patterns for that choice, as in :func:`hwkern.patch`.
+        format_version: of this description.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        check_version(format_version, "quantization_config")
+        if unknown:
+            raise ValueError(f"quantization_config has the unknown fields {sorted(unknown)}.")
+        self.quant_method: Any = quant_method
+        self.layers, self.include, self.exclude = layers, include, exclude
+        self.format_version = format_version
+
+
+class HwkernQuantizer(HfQuantizer):
+    """What transformers calls before, while and after it loads a model with a :class:`HwkernConfig`."""
+
+    requires_calibration = False
+    quantization_config: HwkernConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """A sentence before anything is loaded, when the int8 kernels cannot run on a device of the map."""
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for device in devices:
+            if device == "disk":
+                raise ValueError("device_map: hwkern cannot offload int8 layers to the disk.")
+            gpu = isinstance(device, int) or str(device).startswith("cuda")
+            if gpu and (problem := _native.cuda_problem()) is not None:
+                raise RuntimeError(f"device_map puts int8 layers on {device!r}: {problem}")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from hwkern.checkpoint import replacements
+        from hwkern.patch import patch
+
+        config = self.quantization_config
+        if self.pre_quantized:
+            if config.layers is None:
+                raise CheckpointError("config.json says 'hwkern', but describes no layers.")
+            for layer, int8 in replacements(model, config.layers):
+                for parent, attribute in layer.slots:
+                    parent._modules[attribute] = int8
+        else:
+            patch(model, include=config.include, exclude=config.exclude, originals="drop")
+        return model
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:
+            return False
+        name, _, last = param_name.rpartition(".")
+        return last == "weight" and isinstance(model.get_submodule(name), Int8Linear)
+
+    def get_quantize_ops(self) -> Any:
+        from transformers.core_model_loading import ConversionOps
+
+        class Quantize(ConversionOps):
+            """One float weight, on its device already, to int8 and scale."""
+
+            def convert(self, input_dict: dict[str, Any], *patterns: Any, model: Any = None, **kwargs: Any) -> Any:
+                ((key, value),) = input_dict.items()
+                weight = value[0] if isinstance(value, list) else value
+                name = key.removesuffix(".weight")
+                layer = model.get_submodule(name)
+                made = layer._pack(layer._rows(weight), weight.device)
+                if not all_finite(made["weight_scale"]):
+                    raise CheckpointError(f"{key!r} has NaN or ±inf in {nonfinite_rows(made['weight_scale'])}.")
+                layer.float_dtype = weight.dtype
+                return {f"{name}.{part}": tensor for part, tensor in made.items()}
+
+        return Quantize()
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.quantization_config.layers = described(model)
+        for layer in find_layers(model):
+            module = layer.module
+            if isinstance(module, Int8Linear):
+                tensors = (*module._parameters.values(), *module._buffers.values())
+                if any(t is not None and t.is_meta for t in tensors):
+                    raise CheckpointError(f"The files lack tensors of the int8 layer {layer.names[0]!r}.")
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        for layer in find_layers(model):
+            if isinstance(layer.module, Int8Linear):
+                restored = layer.module.to_float(dtype)
+                for parent, attribute in layer.slots:
+                    parent._modules[attribute] = restored
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
+        """Before config.json is written: what the layers are now."""
+        self.quantization_config.layers = described(model)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # adapters on top, and biases
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def described(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The descriptions of the model's int8 layers by name."""
+    layers = find_layers(model)
+    return {layer.names[0]: describe(layer.module) for layer in layers if isinstance(layer.module, Int8Linear)}
+
+
+def register() -> None:
+    """Add "hwkern" to transformers' registries; twice does nothing."""
+    if not hasattr(auto, "AUTO_QUANTIZER_MAPPING") or not hasattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        return  # a transformers without a registry (before 4.38)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, HwkernConfig)
+    auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, HwkernQuantizer)
+
+
+def sync(model: nn.Module) -> None:
+    """Let ``save_pretrained`` know of the int8 layers that a transformers model has now, or no longer has."""
+    config: Any = getattr(model, "config", None)
+    if not callable(getattr(model, "save_pretrained", None)) or config is None:
+        return
+    layers = described(model)
+    current = getattr(config, "quantization_config", None)
+    ours = isinstance(current, HwkernConfig)
+    if layers and (current is None or ours):
+        config.quantization_config = HwkernConfig(layers)
+        model.__dict__["hf_quantizer"] = HwkernQuantizer(config.quantization_config, pre_quantized=True)
+    elif not layers and ours:
+        del config.quantization_config
+        model.__dict__.pop("hf_quantizer", None)
+
+
+def empty_model(folder: Path) -> nn.Module:
+    """The transformers model that a folder's config.json describes, on meta; buffers that no file holds are real."""
+    import transformers
+
+    from hwkern.checkpoint import check_attributes
+
+    try:
+        data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = data["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no config.json that names a transformers model ({type(error).__name__}: {error}): build the "
+            "float model yourself and call hwkern.load(folder, model)."
+        ) from error
+    cls: Any = getattr(transformers, str(architecture), None)
+    if cls is None:
+        raise CheckpointError(f"transformers {transformers.__version__} has no {architecture!r}.")
+    config = cls.config_class.from_pretrained(str(folder))
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dtype = getattr(config, "dtype", None) or torch.get_default_dtype()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        with torch.device("meta"):
+            model: Any = cls(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.tie_weights()
+    _fill_transient_buffers(model)
+    check_attributes(model)
+    return model.eval()
+
+
+def _fill_transient_buffers(model: Any) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies, positions) get their values from the model's own code."""
+    for name, module in model.named_modules():
+        keys = [key for key in module._non_persistent_buffers_set if module._buffers.get(key) is not None]
+        keys = [key for key in keys if module._buffers[key].is_meta]
+        if not keys:
+            continue
+        for key in keys:
+            empty = torch.empty_like(module._buffers[key], device="cpu")
+            mark = (
+                math.nan if empty.is_floating_point() else (torch.iinfo(empty.dtype).min if not _is_bool(empty) else 0)
+            )
+            module._buffers[key] = empty.fill_(mark)
+        with torch.no_grad():
+            model._init_weights(module)
+        for key in keys:
+            buffer = module._buffers[key]
+            stale = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+            if not _is_bool(buffer) and bool(stale.any()):
+                raise CheckpointError(
+                    f"The buffer {name}.{key} is in no file, and {type(model).__name__} does not initialise it: build "
+                    "the model on the CPU and call hwkern.load(folder, model)."
+                )
+
+
+def _is_bool(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.bool
+
+
+register()

@@ -1,0 +1,81 @@
+"""W8A16: int8 weights and float activations, for few tokens; alone, or below a measured number of tokens."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hwkern import ops
+from hwkern.nn.conv1d import Int8Conv1D
+from hwkern.nn.linear import Int8Linear
+
+# The name is looked up, not written down: this file also runs in a build of hwkern without the W8A16 kernel.
+_NAME = "hwkern._weight_only"
+weight_only_linear: Callable[..., Tensor] | None = None
+if importlib.util.find_spec(_NAME) is not None:
+    weight_only_linear = importlib.import_module(_NAME).weight_only_linear
+
+
+class WeightOnlyInt8Linear(Int8Linear):
+    """An :class:`Int8Linear` that leaves ``x`` in its float dtype for up to ``max_tokens`` tokens.
+
+    Attributes:
+        max_tokens: for more rows than this in ``x`` (the product of its leading dimensions) the layer is an ordinary
+            :class:`Int8Linear`; None: never. Both ways read the same int8 weight.
+    """
+
+    max_tokens: int | None = None
+
+    @property
+    def scheme(self) -> str:
+        return "w8a16" if self.max_tokens is None else "w8a16/w8a8"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., K]`` -> ``[..., N]`` in x's dtype (autocast's under autocast)."""
+        if self.max_tokens is not None and math.prod(x.shape[:-1]) > self.max_tokens:
+            return super().forward(x)
+        return weight_only(x, self.weight, self.weight_scale, self.bias, self.in_features)
+
+    def _options(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens}
+
+    def _set_options(self, options: Mapping[str, Any]) -> None:
+        tokens = options["max_tokens"]
+        if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
+            raise ValueError(f"max_tokens = {tokens!r}: a number of tokens, or None")
+        self.max_tokens = tokens
+
+    @classmethod
+    def from_float(cls, linear: nn.Module, max_tokens: int | None = None) -> Any:
+        """As :meth:`Int8Linear.from_float`, with the layer's ``max_tokens``."""
+        layer = super().from_float(linear)
+        layer._set_options({"max_tokens": max_tokens})
+        return layer
+
+    def extra_repr(self) -> str:
+        tokens = "" if self.max_tokens is None else f", max_tokens={self.max_tokens}"
+        return f"{super().extra_repr()}{tokens}"
+
+
+class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
+    """:class:`WeightOnlyInt8Linear` in the place of transformers' ``Conv1D``."""
+
+
+def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
+    """``x @ (weight * weight_scale).T + bias`` in x's dtype (autocast's under autocast).
+
+    Through the operator where it takes x; float32 on CUDA goes through the dequantized weight, for there is no tensor
+    core for float32 and int8.
+    """
+    if weight_only_linear is not None and not (x.is_cuda and x.dtype == torch.float32):
+        return weight_only_linear(x, weight, weight_scale, bias)
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    w = ops.dequantize(weight, weight_scale, 0, dtype)[:, :k]
+    return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))

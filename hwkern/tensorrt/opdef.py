@@ -1,0 +1,352 @@
+"""The ONNX face of the plugin's op: node, attributes, and a function body in standard ops.
+
+``LinearInt8(x, weight, weight_scale[, bias][, input_scale][, residual]) -> y``
+
+==============  =============================================================================
+x               ``[..., K]`` float32, float16 or bfloat16
+weight          ``[N, K16]`` int8 (K16: K rounded up to 16, zeros in the padding), or its bytes as INT32 ``[N, K16/4]``
+weight_scale    ``[N]`` float32; ``w8a8_static``: times input_scale, so y = sum · weight_scale + bias
+bias            ``[N]`` float32, float16 or bfloat16
+input_scale     ``[1]`` or ``[K]`` float32: the static scale of x (scheme ``w8a8_static``)
+residual        ``[..., N]`` of x's dtype
+y               ``[..., N]`` of x's dtype
+==============  =============================================================================
+
+Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell
+which are there. The mathematics is ``hwkern/reference.py``'s.
+
+TensorRT finds the plugin by the op's name and ``plugin_namespace``, and does not look at the domain. onnx's evaluator
+and ONNX Runtime find the function body by domain and name; a body holds for one combination of dtype and inputs (ONNX
+has no optional function inputs that a body can test), so each combination has a domain of its own below ``hwkern``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+
+from hwkern.tensorrt.packing import ROW_ALIGNMENT
+
+NAMESPACE = "hwkern"
+PLUGIN_VERSION = "1"
+OP = "LinearInt8"
+CHOOSE = -1  # hwkern.h kChoose: the kernels' cost model (or TensorRT's timing) picks the config
+SCHEMES = ("w8a8_dynamic", "w8a8_static", "w8a16")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+#: ONNX element types that x, y, bias and residual may have.
+FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float32",
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+}
+METADATA_KEY = "hwkern"
+
+# All of them on every node: TensorRT's parser warns about each one that is missing.
+_ATTRIBUTES = (
+    "in_features",
+    "out_features",
+    "scheme",
+    "activation",
+    "has_bias",
+    "has_input_scale",
+    "has_residual",
+    "config",
+    "plugin_namespace",
+    "plugin_version",
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides a function body: the node's dtype, options and inputs."""
+
+    dtype: int  # ONNX element type of x and y
+    scheme: str = "w8a8_dynamic"
+    activation: str = "none"
+    has_bias: bool = False
+    has_residual: bool = False
+    int32_weight: bool = False
+
+    @property
+    def has_input_scale(self) -> bool:
+        return self.scheme == "w8a8_static"
+
+    @property
+    def domain(self) -> str:
+        parts = [NAMESPACE, self.scheme, FLOATS[self.dtype]]
+        parts += ["bias"] * self.has_bias
+        parts += [self.activation] * (self.activation != "none")
+        parts += ["residual"] * self.has_residual
+        parts += ["int32"] * self.int32_weight
+        return ".".join(parts)
+
+    @property
+    def inputs(self) -> list[str]:
+        optional = (("bias", self.has_bias), ("input_scale", self.has_input_scale), ("residual", self.has_residual))
+        return ["x", "weight", "weight_scale", *(name for name, there in optional if there)]
+
+
+def make_node(
+    variant: Variant, in_features: int, out_features: int, inputs: Sequence[str], output: str, name: str
+) -> NodeProto:
+    """The node; ``inputs`` in the order of :attr:`Variant.inputs`."""
+    return helper.make_node(
+        OP,
+        list(inputs),
+        [output],
+        name=name,
+        domain=variant.domain,
+        in_features=in_features,
+        out_features=out_features,
+        scheme=variant.scheme,
+        activation=variant.activation,
+        has_bias=int(variant.has_bias),
+        has_input_scale=int(variant.has_input_scale),
+        has_residual=int(variant.has_residual),
+        config=CHOOSE,
+        plugin_namespace=NAMESPACE,
+        plugin_version=PLUGIN_VERSION,
+    )
+
+
+def is_hwkern(node: NodeProto) -> bool:
+    return node.op_type == OP and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """A node's attributes as Python values, strings as str."""
+    values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Variant:
+    """The variant of an existing hwkern node; the dtype is its x's."""
+    found = attributes(node)
+    return Variant(
+        dtype=dtype,
+        scheme=found["scheme"],
+        activation=found["activation"],
+        has_bias=bool(found["has_bias"]),
+        has_residual=bool(found["has_residual"]),
+        int32_weight=int32_weight,
+    )
+
+
+# ---- the function body ---------------------------------------------------------------------------------------------
+
+
+class _Body:
+    """Collects nodes; every method returns the name of its result."""
+
+    def __init__(self, opset: int) -> None:
+        self.opset = opset
+        self.nodes: list[NodeProto] = []
+
+    def op(self, op_type: str, *inputs: str, **attributes: Any) -> str:
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, value: float | int | list[int], element: int) -> str:
+        dims = [len(value)] if isinstance(value, list) else []
+        values = value if isinstance(value, list) else [value]
+        return self.op("Constant", value=helper.make_tensor("value", element, dims, values))
+
+    def floating(self, value: float) -> str:
+        return self.constant(value, TensorProto.FLOAT)
+
+    def integers(self, *values: int) -> str:
+        return self.constant(list(values), TensorProto.INT64)
+
+    def cast(self, x: str, element: int) -> str:
+        return self.op("Cast", x, to=element)
+
+    def row_max(self, x: str) -> str:
+        if self.opset >= 18:
+            return self.op("ReduceMax", x, self.integers(-1), keepdims=1)
+        return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+
+    def in_features(self) -> str:
+        """The attribute as a tensor ``[1]``."""
+        scalar = self.op("Constant")
+        self.nodes[-1].attribute.append(
+            AttributeProto(name="value_int", ref_attr_name="in_features", type=AttributeProto.INT)
+        )
+        return self.op("Reshape", scalar, self.integers(1))
+
+
+def _int8_weight(body: _Body, variant: Variant) -> str:
+    """``weight [N, K16 or K16/4]`` as int32 values ``[N, K]``."""
+    if not variant.int32_weight:
+        packed = body.cast("weight", TensorProto.INT32)
+    else:
+        # Four bytes of an int32, lowest first. Integer Mod takes the divisor's sign, so each byte comes out as 0 … 255.
+        rest, pieces = "weight", []
+        size = body.constant(256, TensorProto.INT32)
+        half = body.constant(128, TensorProto.INT32)
+        for _ in range(4):
+            byte = body.op("Mod", rest, size)
+            signed = body.op("Sub", body.op("Mod", body.op("Add", byte, half), size), half)
+            pieces.append(body.op("Unsqueeze", signed, body.integers(2)))
+            rest = body.op("Div", body.op("Sub", rest, byte), size)
+        packed = body.op("Reshape", body.op("Concat", *pieces, axis=2), body.integers(0, -1))
+    return body.op("Slice", packed, body.integers(0), body.in_features(), body.integers(1))
+
+
+def _quantized(body: _Body, variant: Variant, x: str) -> tuple[str, str]:
+    """(int8 values of x as float32, scale per row; none with a static scale, which weight_scale has in it)."""
+    dynamic_scale = ""
+    if variant.has_input_scale:
+        scale = "input_scale"
+    else:
+        largest = body.op("Div", body.row_max(body.op("Abs", x)), body.floating(127.0))
+        scale = body.op("Max", largest, body.floating(2.0**-126))
+        # 0, or NaN for a row that holds NaN or ±inf.
+        marker = body.op("ReduceSum", body.op("Mul", x, body.floating(0.0)), body.integers(-1), keepdims=1)
+        scale = dynamic_scale = body.op("Add", scale, marker)
+    scaled = body.op("Mul", x, body.op("Div", body.floating(1.0), scale))
+    q = body.op("Clip", body.op("Round", scaled), body.floating(-127.0), body.floating(127.0))
+    return body.op("Where", body.op("IsNaN", scaled), body.floating(0.0), q), dynamic_scale
+
+
+def _activation(body: _Body, name: str, y: str) -> str:
+    one, half = body.floating(1.0), body.floating(0.5)
+    if name == "relu":
+        return body.op("Max", y, body.floating(0.0))
+    if name == "gelu":
+        erf = body.op("Erf", body.op("Mul", y, body.floating(math.sqrt(0.5))))
+        return body.op("Mul", body.op("Mul", half, y), body.op("Add", one, erf))
+    if name == "gelu_tanh":
+        cube = body.op("Mul", body.op("Mul", y, y), y)
+        inner = body.op("Add", y, body.op("Mul", body.floating(0.044715), cube))
+        tanh = body.op("Tanh", body.op("Mul", body.floating(math.sqrt(2 / math.pi)), inner))
+        return body.op("Mul", body.op("Mul", half, y), body.op("Add", one, tanh))
+    return body.op("Div", y, body.op("Add", one, body.op("Exp", body.op("Neg", y))))  # silu
+
+
+def function(variant: Variant, opset: int) -> FunctionProto:
+    """The body for one variant in the standard ops of ``opset`` (13 or newer)."""
+    body = _Body(opset)
+    # No casts from float32 to itself: ONNX Runtime 1.32 loses the input of such a cast when it inlines a function.
+    is_float = variant.dtype == TensorProto.FLOAT
+    x = "x" if is_float else body.cast("x", TensorProto.FLOAT)
+    weight = _int8_weight(body, variant)
+    if variant.scheme == "w8a16":
+        w = body.cast(body.op("Transpose", weight, perm=[1, 0]), TensorProto.FLOAT)
+        y = body.op("MatMul", x, w)
+    else:
+        # uint8 around 128 on both sides: ONNX Runtime's int8 × int8 saturates on CPUs without VNNI, this never does.
+        q, scale = _quantized(body, variant, x)
+        middle = body.constant(128, TensorProto.UINT8)
+        a = body.cast(body.op("Add", q, body.floating(128.0)), TensorProto.UINT8)
+        shifted = body.op("Add", weight, body.constant(128, TensorProto.INT32))
+        b = body.op("Transpose", body.cast(shifted, TensorProto.UINT8), perm=[1, 0])
+        y = body.cast(body.op("MatMulInteger", a, b, middle, middle), TensorProto.FLOAT)
+        if scale:
+            y = body.op("Mul", y, scale)
+    y = body.op("Mul", y, "weight_scale")
+    if variant.has_bias:
+        y = body.op("Add", y, body.cast("bias", TensorProto.FLOAT))
+    if variant.activation != "none":
+        y = _activation(body, variant.activation, y)
+    if variant.has_residual:
+        y = body.op("Add", y, "residual" if is_float else body.cast("residual", TensorProto.FLOAT))
+    if not is_float:
+        body.cast(y, variant.dtype)
+    body.nodes[-1].output[0] = "y"
+    return helper.make_function(
+        variant.domain, OP, variant.inputs, ["y"], body.nodes, [helper.make_opsetid("", opset)], _ATTRIBUTES
+    )
+
+
+# ---- whole models --------------------------------------------------------------------------------------------------
+
+
+def graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and the bodies of its If, Loop and Scan nodes, at any depth."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from graphs(attribute.g)
+            elif attribute.type == AttributeProto.GRAPHS:
+                for inner in attribute.graphs:
+                    yield from graphs(inner)
+
+
+def opset_version(model: ModelProto) -> int:
+    """The version of ONNX's own operators that the model uses; 0 when it uses none."""
+    return max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def hwkern_nodes(model: ModelProto) -> list[NodeProto]:
+    return [node for graph in graphs(model.graph) for node in graph.node if is_hwkern(node)]
+
+
+def add_functions(model: ModelProto, variants: Sequence[Variant]) -> None:
+    """Add the bodies (once each) and import their domains."""
+    there = {(f.domain, f.name) for f in model.functions}
+    domains = {entry.domain for entry in model.opset_import}
+    for variant in dict.fromkeys(variants):
+        if (variant.domain, OP) not in there:
+            model.functions.append(function(variant, opset_version(model)))
+        if variant.domain not in domains:
+            model.opset_import.append(helper.make_opsetid(variant.domain, 1))
+            domains.add(variant.domain)
+    model.ir_version = max(model.ir_version, 8)  # functions came with IR version 8
+
+
+def strip_functions(model: ModelProto) -> None:
+    """Remove the bodies: TensorRT 10.0 … 10.2 would import a body in the plugin's place."""
+    kept = [f for f in model.functions if not (f.name == OP and f.domain.startswith(NAMESPACE + "."))]
+    del model.functions[:]
+    model.functions.extend(kept)
+
+
+def view_weights_as_int32(model: ModelProto) -> int:
+    """Retype the packed weights to INT32 ``[N, K16/4]``, in place and without touching a byte; returns how many.
+
+    For TensorRT before 10.1. Drops the function bodies, which are written for int8.
+    """
+    names = {node.input[1] for node in hwkern_nodes(model)}
+    changed = 0
+    for graph in graphs(model.graph):
+        for tensor in graph.initializer:
+            if tensor.name in names and tensor.data_type == TensorProto.INT8:
+                n, k16 = tensor.dims
+                if k16 % ROW_ALIGNMENT:
+                    raise ValueError(
+                        f"{tensor.name} has {k16} columns: a packed weight has a multiple of {ROW_ALIGNMENT}."
+                    )
+                if tensor.data_location != TensorProto.EXTERNAL and not tensor.raw_data:
+                    tensor.raw_data = onnx.numpy_helper.to_array(tensor).tobytes()
+                    del tensor.int32_data[:]
+                tensor.data_type = TensorProto.INT32
+                tensor.dims[:] = [n, k16 // 4]
+                changed += 1
+    if changed:
+        strip_functions(model)
+    return changed
+
+
+def set_metadata(model: ModelProto, value: dict[str, Any]) -> None:
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = json.dumps(value)
+            return
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(value))
+
+
+def metadata(model: ModelProto) -> dict[str, Any]:
+    """What hwkern wrote into the model, or {}."""
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            found: dict[str, Any] = json.loads(entry.value)
+            return found
+    return {}

@@ -1,0 +1,291 @@
+"""``make_plan``: which matrix multiplies of a model become int8 on this GPU, by measuring.
+
+1. Every kind of linear in the model (sizes, bias, activation) is built alone, in the float precision and as int8,
+   and timed for the number of rows that each profile gives it. Those that are faster in int8 are the winners.
+2. An engine of a few candidates (all linears, the winners, the clear winners) and the float engine are built whole and
+   timed at each profile's ``opt``. The plan is the fastest one that is nowhere slower than float; if there is none, the
+   plan keeps everything float. So a model that is rewritten by its plan is never slower than TensorRT's own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from hwkern._console import plain_table
+from hwkern.tensorrt import graph, measure, opdef
+from hwkern.tensorrt.builder import Engine, build
+from hwkern.tensorrt.profiles import Profile, Shape
+from hwkern.tensorrt.rewriter import NodeReport, Selector, rewrite
+
+#: A whole engine counts as not slower while it is within the noise of two measurements of the same engine.
+NOISE = 1.005
+_CLEAR = 1.15  # a clear winner is this much faster alone
+
+Progress = Callable[[str], None]
+
+
+class Plan(dict[str, str]):
+    """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``."""
+
+    def __init__(self, nodes: Mapping[str, str], measured: Mapping[str, Any] | None = None) -> None:
+        super().__init__(nodes)
+        self.measured: dict[str, Any] = dict(measured or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"nodes": dict(self), "measured": self.measured}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """As JSON, for ``rewrite(plan=path)``."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        linears = [
+            (f"{k} x {n}", ", ".join(extra), f"{m}", f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
+            for (k, n, *extra), m, a, b in self.measured.get("linears", [])
+        ]
+        engines = [
+            (name, *(f"{t:.1f}" for t in times), "chosen" if name == self.measured.get("chosen") else "")
+            for name, times in self.measured.get("engines", {}).items()
+        ]
+        columns = [f"profile {i}, us" for i in range(len(engines[0]) - 2)] if engines else []
+        return "\n\n".join(
+            [
+                plain_table(
+                    "each linear alone", ("in x out", "with", "rows", "float us", "int8 us", "faster"), linears
+                ),
+                plain_table("the whole engine", ("candidate", *columns, ""), engines),
+            ]
+        )
+
+
+@dataclass
+class _Kind:
+    """Linears that cost the same: one measurement for all."""
+
+    key: tuple[Any, ...]  # (k, n, "bias", "gelu" …)
+    names: list[str] = field(default_factory=list)
+    rows: tuple[int, ...] = ()  # for each profile
+
+
+def make_plan(
+    onnx: str | os.PathLike[str] | bytes | ModelProto,
+    profiles: Sequence[Profile],
+    precision: str = "fp16",
+    *,
+    include: Selector | None = None,
+    exclude: Selector | None = None,
+    timing_cache: str | os.PathLike[str] | None = None,
+    workspace: int | None = None,
+    progress: Progress | None = None,
+    trt: ModuleType | str | None = None,
+) -> Plan:
+    """Measure on the GPU that is here which linears gain from int8. Takes about as long as five builds of the model.
+
+    Args:
+        onnx: the float model. profiles, precision, timing_cache, workspace, trt: as for ``build``.
+        include, exclude: as for ``rewrite``.
+        progress: called with a sentence at each step.
+
+    Returns:
+        A :class:`Plan` for ``rewrite(plan=…)``; print it for the measurements.
+    """
+    profiles = list(profiles)
+    if not profiles:
+        raise ValueError("make_plan needs at least one profile: see profiles_from.")
+    say = progress or (lambda text: None)
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "timing_cache": timing_cache,
+        "workspace": workspace,
+        "trt": trt,
+    }
+    model, _ = graph.load(onnx if isinstance(onnx, (bytes, ModelProto)) else os.fspath(onnx))
+    report = rewrite(_without_data(model), include=include, exclude=exclude)
+    kinds = _kinds(model, report.swapped, profiles)
+    gains: dict[tuple[Any, ...], float] = {}
+    linears = []
+    for kind in kinds:
+        say(f"{kind.key[0]} x {kind.key[1]}, {len(kind.names)} times, {kind.rows} rows")
+        floats, ints = _time_alone(kind, settings)
+        gains[kind.key] = min(a / b for a, b in zip(floats, ints, strict=True))
+        linears += [(list(kind.key), m, a, b) for m, a, b in zip(kind.rows, floats, ints, strict=True)]
+    schemes = {node.name: node.scheme for node in report.swapped}
+    others = {node.name: "float" for node in report.nodes}
+    candidates: dict[str, dict[str, str]] = {}
+    for name, least in (("all", 0.0), ("winners", 1.0), ("clear winners", _CLEAR)):
+        nodes = {n: schemes[n] for kind in kinds if gains[kind.key] >= least for n in kind.names}
+        if nodes and nodes not in candidates.values():
+            candidates[name] = nodes
+    requests = [profile.opt for profile in profiles]
+    say("the float engine")
+    times = {"float": measure.engine_us(build(onnx, profiles, **settings), requests, copies=1)}
+    for name, nodes in candidates.items():
+        say(f"the engine with {name}: {len(nodes)} of {len(schemes)} linears")
+        times[name] = measure.engine_us(_engine(onnx, {**others, **nodes}, profiles, settings), requests, copies=1)
+    chosen = choose(times)
+    nodes = {**others, **candidates.get(chosen, {})}
+    return Plan(nodes, {"linears": linears, "engines": times, "chosen": chosen, "precision": precision})
+
+
+def choose(times: Mapping[str, Sequence[float]]) -> str:
+    """The candidate with the least total among those that are at no profile slower than "float"."""
+    base = times["float"]
+    fit = [
+        name
+        for name, values in times.items()
+        if name == "float" or all(v <= b * NOISE for v, b in zip(values, base, strict=True))
+    ]
+    return min(fit, key=lambda name: sum(v / b for v, b in zip(times[name], base, strict=True)))
+
+
+def _engine(onnx: Any, plan: Mapping[str, str], profiles: Sequence[Profile], settings: Mapping[str, Any]) -> Engine:
+    report = rewrite(onnx if isinstance(onnx, (bytes, ModelProto)) else _in_memory(os.fspath(onnx)), plan=plan)
+    assert report.model is not None
+    return build(report.model, profiles, **settings)
+
+
+def _in_memory(path: str) -> ModelProto:
+    """The model with all its weights inside."""
+    model, reader = graph.load(path)
+    for tensor in graph.all_tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            value = numpy_helper.from_array(np.ascontiguousarray(reader.read(tensor)), tensor.name)
+            tensor.CopyFrom(value)
+    return model
+
+
+def _without_data(model: ModelProto) -> ModelProto:
+    """The same graph with weights of zeros, to find out quickly and in little memory what would be swapped."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for tensor in graph.all_tensors(copy):
+        if graph.tensor_bytes(tensor) > graph.SMALL_BYTES and tensor.data_type in opdef.FLOATS:
+            size = graph.tensor_bytes(tensor)
+            shape, kind, name = list(tensor.dims), tensor.data_type, tensor.name
+            tensor.Clear()
+            tensor.dims.extend(shape)
+            tensor.data_type, tensor.name, tensor.raw_data = kind, name, bytes(size)
+    return copy
+
+
+def _kinds(model: ModelProto, nodes: Sequence[NodeReport], profiles: Sequence[Profile]) -> list[_Kind]:
+    rows = _rows(model, nodes, profiles)
+    kinds: dict[Any, _Kind] = {}
+    by_name = {node.name: node for node in nodes}
+    for node in nodes:
+        group = node.merged or (node.name,)
+        if node.name != group[0]:
+            continue
+        total = sum(by_name[name].out_features for name in group)
+        extra = ["bias"] * node.bias + [node.activation] * (node.activation != "none")
+        key = (node.in_features, total, *extra)
+        kind = kinds.setdefault((key, rows[node.name]), _Kind(key, [], rows[node.name]))
+        kind.names += group
+    return list(kinds.values())
+
+
+def _rows(model: ModelProto, nodes: Sequence[NodeReport], profiles: Sequence[Profile]) -> dict[str, tuple[int, ...]]:
+    """How many rows each linear's x has at every profile's opt; by the names of dynamic axes where they are known."""
+    types = graph.infer_shapes(model)
+    inputs = {value.name: value for value in model.graph.input}
+    found = {}
+    for node in nodes:
+        source = next(
+            n for g in opdef.graphs(model.graph) for n in g.node if (n.name or n.output[0]) == node.name and n.input
+        )
+        _, dims = types.get(source.input[0], (0, None))
+        counts = []
+        for profile in profiles:
+            sizes: dict[str, int] = {}
+            for name, shape in profile.opt.items():
+                axes = inputs[name].type.tensor_type.shape.dim if name in inputs else ()
+                sizes.update({axis.dim_param: d for axis, d in zip(axes, shape, strict=False) if axis.dim_param})
+            known = [sizes.get(d, 0) if isinstance(d, str) else d for d in (dims or (None,))[:-1]]
+            # Axes without a name: as many rows as the largest dynamic input has elements.
+            largest = max((math.prod(s) for s in profile.opt.values()), default=1)
+            counts.append(math.prod(known) if known and all(known) else largest)  # type: ignore[arg-type]
+        found[node.name] = tuple(counts)
+    return found
+
+
+def _time_alone(kind: _Kind, settings: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """µs of the linear alone for each number of rows: in float, in int8."""
+    model = _linear(kind.key)
+    profiles = [Profile({"x": (m, kind.key[0])}, {"x": (m, kind.key[0])}, {"x": (m, kind.key[0])}) for m in kind.rows]
+    requests: list[dict[str, Shape]] = [{"x": (m, kind.key[0])} for m in kind.rows]
+    int8 = rewrite(model, include="*").model
+    assert int8 is not None
+    return (
+        measure.engine_us(build(model, profiles, **settings, edit=_half_io(settings)), requests),
+        measure.engine_us(build(int8, profiles, **settings, edit=_half_io(settings)), requests),
+    )
+
+
+def _half_io(settings: Mapping[str, Any]) -> Callable[[Any], object]:
+    """Let the lonely linear read and write the precision that it has inside a model, not the ONNX file's float32."""
+    from hwkern.tensorrt import _api
+
+    api = _api.find(settings["trt"])
+
+    def edit(network: Any) -> None:
+        if not api.strongly_typed and settings["precision"] == "fp16":
+            network.get_input(0).dtype = network.get_output(0).dtype = api.module.float16
+
+    return edit
+
+
+def _linear(key: tuple[Any, ...]) -> ModelProto:
+    k, n, *extra = key
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.standard_normal((k, n), dtype=np.float32) * np.float32(0.02)}
+    nodes: list[NodeProto] = [helper.make_node("MatMul", ["x", "w"], ["t0"], name="linear")]
+
+    def then(op: str, *inputs: str) -> None:
+        nodes.append(helper.make_node(op, list(inputs), [f"t{len(nodes)}"]))
+
+    if "bias" in extra:
+        weights["b"] = np.zeros(n, np.float32)
+        then("Add", "t0", "b")
+    y = f"t{len(nodes) - 1}"
+    constants = {"one": 1.0, "half": 0.5, "root": math.sqrt(0.5), "cube": 0.044715, "slope": math.sqrt(2 / math.pi)}
+    weights.update({name: np.float32(value) for name, value in constants.items()})
+    if "relu" in extra:
+        then("Relu", y)
+    elif "silu" in extra:
+        then("Sigmoid", y)
+        then("Mul", y, f"t{len(nodes) - 1}")
+    elif "gelu" in extra:
+        then("Mul", y, "root")
+        then("Erf", f"t{len(nodes) - 1}")
+        then("Add", f"t{len(nodes) - 1}", "one")
+        then("Mul", f"t{len(nodes) - 1}", y)
+        then("Mul", f"t{len(nodes) - 1}", "half")
+    elif "gelu_tanh" in extra:
+        then("Mul", y, y)
+        then("Mul", f"t{len(nodes) - 1}", y)
+        then("Mul", f"t{len(nodes) - 1}", "cube")
+        then("Add", f"t{len(nodes) - 1}", y)
+        then("Mul", f"t{len(nodes) - 1}", "slope")
+        then("Tanh", f"t{len(nodes) - 1}")
+        then("Add", f"t{len(nodes) - 1}", "one")
+        then("Mul", f"t{len(nodes) - 1}", y)
+        then("Mul", f"t{len(nodes) - 1}", "half")
+    last = nodes[-1].output[0]
+    made = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
+        [helper.make_tensor_value_info(last, TensorProto.FLOAT, ["m", n])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

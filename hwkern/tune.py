@@ -1,0 +1,404 @@
+"""Measure instead of predict: ``hwkern.tune`` times the candidates of a layer on this GPU and uses the fastest.
+
+Without this file the C++ cost model chooses every config. ``tune`` measures, keeps the times in the user's cache folder
+(``_cache.py``) and makes ``ops`` use them in this process; a later process uses them after ``use_tuned()`` or with
+HWKERN_TUNED=1 in its environment. M is tuned in steps (``_choice.EDGES``): a step is measured at both its ends, and a
+config replaces the model's only if it is faster over the two by more than the noise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import sys
+import types
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hwkern import _choice, _native, hardware
+from hwkern._cache import Cache, device_stamp
+from hwkern._choice import CHOOSE, EDGES, K_MAX
+from hwkern._console import plain_table, progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Target = nn.Module | Iterable[tuple[int, int]]
+
+PRUNE = 2.0  # configs that the model predicts to be slower than its best by this factor are not measured
+LEAST_CANDIDATES = 4  # but at least so many are
+NOISE = 1.02  # two measurements of one kernel differ by up to 1 %; a change must be worth more
+SECONDS = 0.004  # of replays for each candidate, after its capture of about the same length
+PEERS = ("bf16", "int_mm")  # stock paths that can be timed beside ours: cuBLAS in bfloat16 and cuBLAS INT8, raw sums
+
+# ---- the cache's entries: "MxNxK dtype" → {"configs": {id: µs}, "peers": {name: µs}} -------------------------------
+
+
+def cache_of(gpu: hardware.Gpu) -> Cache:
+    return Cache("tune", device_stamp(gpu))
+
+
+def entry_name(m: int, n: int, k: int, dtype: str) -> str:
+    return f"{m}x{n}x{k} {dtype}"
+
+
+def times_of(entry: Any, kind: str = "configs") -> dict[str, float]:
+    """Name or config id → µs of one entry; what is not a positive number is left out, like what is not there."""
+    found = entry.get(kind) if isinstance(entry, dict) else None
+    if not isinstance(found, dict):
+        return {}
+    return {name: float(us) for name, us in found.items() if isinstance(us, (int, float)) and us > 0}
+
+
+def configs_of(entry: Any) -> dict[int, float]:
+    return {int(name): us for name, us in times_of(entry).items() if name.isdecimal()}
+
+
+def ends_of(step: int) -> tuple[int, int]:
+    """The smallest and the largest M of a step."""
+    return (EDGES[step - 1] + 1 if step else 1), EDGES[step]
+
+
+def _choose(model: Sequence[int], times: Sequence[Mapping[int, float]]) -> int:
+    """The config of one step, from the model's choice and the measured times at the step's ends; CHOOSE: the model's.
+
+    The slowdown against the fastest of each end, multiplied over the ends, is least; and the model's own choices are
+    beaten by more than the noise.
+    """
+    if not all(times):
+        return CHOOSE
+    common = set.intersection(*(set(end) for end in times))
+    if not common or any(choice not in end for choice, end in zip(model, times, strict=True)):
+        return CHOOSE
+    cost = {config: math.prod(end[config] for end in times) for config in sorted(common)}
+    best = min(cost, key=cost.__getitem__)
+    of_model = math.prod(end[choice] for choice, end in zip(model, times, strict=True))
+    return best if cost[best] * NOISE ** len(times) < of_model else CHOOSE
+
+
+def _steps(gpu: hardware.Gpu, n: int, k: int, dtype: str, entries: Mapping[str, Any]) -> tuple[int, ...]:
+    """What ``_choice.tuned`` holds for one layer."""
+    chosen = []
+    for step in range(len(EDGES)):
+        ends = sorted(set(ends_of(step)))
+        times = [configs_of(entries.get(entry_name(m, n, k, dtype))) for m in ends]
+        chosen.append(_choose([model_choice(m, n, k, gpu) for m in ends], times) if all(times) else CHOOSE)
+    return (*chosen, CHOOSE)
+
+
+def _device(gpu: hardware.Gpu) -> tuple[int, int, int]:
+    return gpu.sm_count, gpu.compute, gpu.shared_bytes
+
+
+def model_choice(m: int, n: int, k: int, gpu: hardware.Gpu) -> int:
+    choice: int = _native.extension().gemm_choose(m, n, k, *_device(gpu))
+    return choice
+
+
+# ---- use -----------------------------------------------------------------------------------------------------------
+
+
+def use_tuned(on: bool = True) -> contextlib.AbstractContextManager[None]:
+    """Take configs from earlier measurements (``on``) or from the cost model alone, from now on.
+
+    As a context manager it puts back what was in use before: ``with hwkern.use_tuned(): ...``. Reads the cache folder
+    for every GPU of this process; where there is nothing, the cost model goes on choosing.
+    """
+    before = dict(_choice.tuned)
+    found: dict[_choice.Key, tuple[int, ...]] = {}
+    for gpu in hardware.gpus() if on else []:
+        entries = cache_of(gpu).read()
+        layers = {tuple(key.partition(" ")[::2]) for key in entries}
+        for n, k, dtype in sorted({(*shape[1:], name) for text, name in layers if (shape := _shape(text))}):
+            found |= _activation(gpu, n, k, dtype, entries)
+    _choice.tuned.clear()
+    _choice.tuned.update(found)
+
+    @contextlib.contextmanager
+    def restore() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            _choice.tuned.clear()
+            _choice.tuned.update(before)
+
+    return restore()
+
+
+def _shape(text: str) -> tuple[int, int, int] | None:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+        return None
+    m, n, k = map(int, parts)
+    return (m, n, k) if min(m, n, k) > 0 else None
+
+
+def _activation(
+    gpu: hardware.Gpu, n: int, k: int, dtype: str, entries: Mapping[str, Any]
+) -> dict[_choice.Key, tuple[int, ...]]:
+    """The row of ``_choice.tuned`` for one layer, or nothing where the cost model chooses throughout."""
+    import torch
+
+    steps = _steps(gpu, n, k, dtype, entries)
+    known = isinstance(getattr(torch, dtype, None), torch.dtype)
+    return {(gpu.index, n, k, getattr(torch, dtype)): steps} if known and any(s != CHOOSE for s in steps) else {}
+
+
+# ---- measure -------------------------------------------------------------------------------------------------------
+
+
+def product_configs() -> list[dict[str, Any]]:
+    """The rows of the config table for int8 · int8; those of weight-only layers have a choice of their own."""
+    return [row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"]
+
+
+def candidates(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[int, float]:
+    """Config id → predicted µs of every config that runs on the GPU, fastest first."""
+    native = _native.extension()
+    found = {
+        row["id"]: native.gemm_predict_us(row["id"], m, n, k, *_device(gpu))
+        for row in product_configs()
+        if row["min_compute"] <= gpu.compute <= row["max_compute"] and row["shared_bytes"] <= gpu.shared_bytes
+    }
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _worth_measuring(m: int, n: int, k: int, gpu: hardware.Gpu) -> list[int]:
+    predicted = candidates(m, n, k, gpu)
+    limit = PRUNE * min(predicted.values(), default=0)
+    return [config for place, (config, us) in enumerate(predicted.items()) if place < LEAST_CANDIDATES or us <= limit]
+
+
+def measure(
+    m: int, n: int, k: int, dtype: torch.dtype, configs: Sequence[int], gpu: hardware.Gpu, peers: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
+    """µs of a product with scales: ``{"configs": {id: µs}, "peers": {name: µs}}``; peers only where they can run."""
+    import torch
+
+    from hwkern import ops
+    from hwkern._timing import Call, cuda_us, random_int8, rotations
+
+    device = torch.device("cuda", gpu.index)
+    with torch.cuda.device(device):
+        sets = rotations(m * k + n * k + m * n * dtype.itemsize, gpu.l2_bytes)
+        stored = ops.padded(k)  # rows of a packed weight and of quantized activations
+        operands = [
+            (random_int8(m, stored, device=device)[:, :k], random_int8(n, stored, device=device)[:, :k])
+            for _ in range(sets)
+        ]
+        scale_m, scale_n = (torch.rand(size, device=device) + 0.5 for size in (m, n))
+        calls: dict[str, list[Call]] = {
+            str(config): [
+                functools.partial(ops.int8_matmul, a, b, scale_m, scale_n, None, dtype, config) for a, b in operands
+            ]
+            for config in configs
+        }
+        if "bf16" in peers:
+            sets = rotations(2 * (m * k + n * k + m * n), gpu.l2_bytes)
+            normal = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+            calls["bf16"] = [functools.partial(torch.mm, normal(m, k), normal(n, k).t()) for _ in range(sets)]
+        if "int_mm" in peers and m > 16 and k % 8 == 0 and n % 8 == 0:
+            calls["int_mm"] = [
+                functools.partial(torch._int_mm, a.contiguous(), b.contiguous().t()) for a, b in operands
+            ]
+        us = {name: round(value, 3) for name, value in cuda_us(calls, SECONDS).items()}
+    return {
+        "configs": {str(config): us[str(config)] for config in configs},
+        "peers": {name: us[name] for name in PEERS if name in us},
+    }
+
+
+@dataclass
+class Step:
+    """One layer at one step of M."""
+
+    n: int
+    k: int
+    dtype: str
+    m: tuple[int, int]  #: the smallest and the largest M
+    model: tuple[int, ...]  #: what the cost model chooses at each end
+    model_us: tuple[float, ...]
+    config: int  #: what is used from now on; -1: the model's choice
+    us: tuple[float, ...]  #: its times at the ends
+    peers_us: dict[str, float] = field(default_factory=dict)  #: at the largest M
+
+    @property
+    def gain(self) -> float:
+        """How many times faster than the model's choice, in the geometric mean over the ends."""
+        ratio = math.prod(before / after for before, after in zip(self.model_us, self.us, strict=True))
+        return float(ratio ** (1 / len(self.us)))
+
+
+@dataclass(repr=False)
+class Tuning:
+    """What :func:`tune` found. ``print(tuning)`` shows the steps whose config changed."""
+
+    gpu: str
+    steps: list[Step]
+    measured: int  #: points that were timed now
+    known: int  #: points that the cache had
+    file: str | None  #: where the times are kept; None: nowhere
+
+    @property
+    def changed(self) -> list[Step]:
+        """The steps at which a measured config replaces the cost model's."""
+        return [step for step in self.steps if step.config != CHOOSE]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            [
+                f"{s.m[0]}–{s.m[1]}×{s.n}×{s.k}",
+                "/".join(map(str, dict.fromkeys(s.model))),
+                " / ".join(f"{us:.1f}" for us in s.model_us),
+                str(s.config),
+                " / ".join(f"{us:.1f}" for us in s.us),
+                f"{s.gain:.2f}×",
+            ]
+            for s in self.changed
+        ]
+        head = f"Tuned on {self.gpu}: {self.measured} points measured, {self.known} known already; "
+        head += f"{len(rows)} of {len(self.steps)} steps of M have a faster config than the cost model's."
+        if self.file is None:
+            head += " Not kept: the cache folder cannot be written, or save=False."
+        faster = [
+            f"{name} is faster at M = {s.m[1]} of {s.n}×{s.k}: {us:.1f} µs against {s.us[-1]:.1f}."
+            for s in self.steps
+            for name, us in s.peers_us.items()
+            if us < s.us[-1]
+        ]
+        table = [plain_table("", ["M×N×K", "model", "µs", "measured", "µs", "gain"], rows)] if rows else []
+        return "\n".join([head, *table, *faster])
+
+    __repr__ = __str__
+
+
+def tune(
+    target: Target,
+    m: Iterable[int] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | int | None = None,
+    peers: bool = False,
+    save: bool = True,
+    show: bool = True,
+) -> Tuning:
+    """Measure which config is fastest for each layer on this GPU, and use it from now on in this process.
+
+    Args:
+        target: a model with ``Int8Linear`` layers on a GPU (after ``hwkern.patch``), or layer shapes ``[(N, K), …]``.
+        m: numbers of tokens to tune for; the whole step of M around each is tuned. All of 1 … 8192 by default.
+        dtype: the output's; by default each layer's own, or bfloat16 for shapes.
+        device: the GPU; by default the layer's, or the current one for shapes.
+        peers: time stock bfloat16 and cuBLAS INT8 too, and say where one is faster. They are never run in our place:
+            an int8 layer holds no bfloat16 weight, and cuBLAS INT8 gives sums without scales.
+        save: keep the times for later processes: see :func:`use_tuned`.
+        show: a progress bar on stderr.
+
+    Takes about 0.1 s for each point that the cache does not have; a layer has two points a step. Raises RuntimeError
+    without a usable GPU, and ValueError for shapes that no kernel takes and for a model without int8 layers on a GPU.
+    """
+    problem = _native.cuda_problem()
+    if problem is not None:
+        raise RuntimeError(f"hwkern.tune measures on a GPU: {problem}")
+    wanted = None if m is None else sorted({min(bisect_left(EDGES, size), len(EDGES) - 1) for size in m})
+    numbers = range(len(EDGES)) if wanted is None else wanted
+    layers = _layers(target, dtype, device)
+    gpus = {index: hardware.gpu(index) for index, *_ in layers}
+    caches = {index: cache_of(gpu) for index, gpu in gpus.items()}
+    known = {index: cache.read() for index, cache in caches.items()}
+
+    def is_missing(index: int, m: int, n: int, k: int, name: str) -> bool:
+        entry = known[index].get(entry_name(m, n, k, name))
+        enough = set(_worth_measuring(m, n, k, gpus[index])) <= set(configs_of(entry))
+        return not enough or (peers and "bf16" not in times_of(entry, "peers"))
+
+    wanted_points = {
+        (index, rows, n, k, data) for index, n, k, data in layers for number in numbers for rows in ends_of(number)
+    }
+    points = [point for point in sorted(wanted_points, key=str) if is_missing(*point[:4], _name(point[4]))]
+    saved = True
+    with progress(f"Measuring {len(points)} points", len(points), show and bool(points)) as advance:
+        for index, rows, n, k, data in points:
+            configs = _worth_measuring(rows, n, k, gpus[index])
+            entry = {entry_name(rows, n, k, _name(data)): measure(
+                rows, n, k, data, configs, gpus[index], PEERS if peers else ()
+            )}  # fmt: skip
+            known[index] |= entry
+            if save:  # at once: a run that is stopped loses nothing
+                saved = caches[index].update(entry) and saved
+            advance()
+
+    steps = []
+    for index, n, k, data in layers:
+        _choice.tuned.update(_activation(gpus[index], n, k, _name(data), known[index]))
+        steps += [_step(gpus[index], n, k, _name(data), number, known[index]) for number in numbers]
+    file = ", ".join(str(cache.path) for cache in caches.values()) if save and saved else None
+    return Tuning(
+        ", ".join(gpu.name for gpu in gpus.values()), steps, len(points), len(wanted_points) - len(points), file
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _step(gpu: hardware.Gpu, n: int, k: int, dtype: str, number: int, entries: Mapping[str, Any]) -> Step:
+    ends = sorted(set(ends_of(number)))
+    model = tuple(model_choice(m, n, k, gpu) for m in ends)
+    entry = [entries.get(entry_name(m, n, k, dtype)) for m in ends]
+    times = [configs_of(e) for e in entry]
+    chosen = _choose(model, times)
+    model_us = tuple(time[choice] for choice, time in zip(model, times, strict=True))
+    us = model_us if chosen == CHOOSE else tuple(time[chosen] for time in times)
+    return Step(n, k, dtype, ends_of(number), model, model_us, chosen, us, times_of(entry[-1], "peers"))
+
+
+def _layers(
+    target: Target, dtype: torch.dtype | None, device: torch.device | str | int | None
+) -> list[tuple[int, int, int, torch.dtype]]:
+    """(device index, N, K, output dtype) of every different layer."""
+    import torch
+
+    from hwkern import ops
+    from hwkern.nn import Int8Linear
+
+    if isinstance(target, torch.nn.Module):
+        found = {
+            (layer.weight.get_device(), layer.weight.shape[0], layer.in_features, dtype or layer.float_dtype)
+            for layer in target.modules()
+            if isinstance(layer, Int8Linear) and layer.weight.is_cuda
+        }
+        if not found:
+            raise ValueError(
+                "hwkern.tune found no int8 layer on a GPU in this model: hwkern.patch(model.cuda()) first."
+            )
+    else:
+        if device is None:
+            index = torch.cuda.current_device()
+        else:
+            index = device if isinstance(device, int) else torch.device(device).index or 0
+        found = {(index, int(n), int(k), dtype or torch.bfloat16) for n, k in target}
+    for _, n, k, data in found:
+        if n < 1 or not 1 <= k <= K_MAX:
+            raise ValueError(f"hwkern.tune takes N of at least 1 and K of 1 … {K_MAX}, not N = {n}, K = {k}.")
+        if data not in ops.FLOATS:
+            raise ValueError(f"hwkern.tune takes float32, float16 and bfloat16, not {data}.")
+    return sorted(found, key=str)
+
+
+class _CallableModule(types.ModuleType):
+    """``hwkern.tune`` is the function, but importing this file binds that name to the module: let both be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tuning:
+        return tune(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,597 @@
+"""Planning: what is chosen from which numbers, what is measured once, what is refused; the model never changes."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import math
+import multiprocessing
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_patch import Snapshot
+from torch import nn
+
+import hwkern
+from hwkern import _choose, _measure, _planner, metrics
+from hwkern._choose import Candidate, choose, threshold
+from hwkern._measure import Clock, Shape
+from hwkern._recipes import Recipe
+from hwkern.nn import Calibration, Int8Linear, WeightOnlyInt8Linear
+
+planning = importlib.import_module("hwkern.plan")
+CALLS = {1: 10, 512: 1}
+
+
+def candidate(name: str, few: float, many: float, snr: float = 40.0, size: int = 1, **other: float) -> Candidate:
+    recipe = Recipe(name) if name != "w8a16/w8a8" else Recipe(name, max_tokens=1)
+    return Candidate(recipe, snr, size, {"eager": {1: few, 512: many}, **other})  # type: ignore[dict-item]
+
+
+def keep(few: float = 10, many: float = 100) -> Candidate:
+    return candidate("keep", few, many, math.inf, 4)
+
+
+# ---- the choice, from numbers ---------------------------------------------------------------------------------------
+
+
+def test_the_fastest_within_the_bound_is_chosen() -> None:
+    fast, rough = candidate("w8a8", 5, 50), candidate("w8a8-static", 2, 20, snr=12)
+    found, reason = choose([keep(), fast, rough], CALLS, 20, "fastest")
+    assert found is fast
+    assert reason == "2.00× as fast as the float layer at 40.0 dB (fastest)"
+    assert rough.ruled_out == "12.0 dB is below 20 dB"
+
+
+def test_nothing_slower_than_float_is_ever_chosen() -> None:
+    for policy in _choose.POLICIES:
+        for slower in (candidate("w8a8", 10.5, 105), candidate("w8a8", 10, 100), candidate("w8a8", 9.9, 99)):
+            found, reason = choose([keep(), slower], CALLS, 20, policy)
+            if policy != "smallest" or score_of(slower) > 1:
+                assert found.name == "keep", (policy, reason)
+
+
+def score_of(found: Candidate) -> float:
+    return _choose.score(found, keep(), CALLS)
+
+
+def test_faster_on_the_whole_but_slower_at_one_number_of_tokens_is_refused() -> None:
+    mixed = candidate("w8a8", 12, 10)  # half the time over all calls
+    found, reason = choose([keep(), mixed], CALLS, 20, "fastest")
+    assert found.name == "keep"
+    assert reason == "nothing is faster throughout: w8a8 takes 1.20× the time at 1 tokens (eager)"
+
+
+def test_a_number_of_tokens_that_takes_no_time_does_not_matter() -> None:
+    mixed = candidate("w8a8", 12, 50)
+    assert choose([keep(), mixed], {1: 1, 512: 100}, 20, "fastest")[0] is mixed
+
+
+def test_every_way_of_running_counts() -> None:
+    base = keep()
+    base.us["graph"] = {1: 8.0, 512: 100.0}
+    eager_only = candidate("w8a8", 5, 50)
+    eager_only.us["graph"] = {1: 9.0, 512: 50.0}
+    found, reason = choose([base, eager_only], CALLS, 20, "fastest")
+    assert found is base
+    assert "1.12× the time at 1 tokens (graph)" in reason
+
+
+def test_policies() -> None:
+    def pool() -> list[Candidate]:
+        return [
+            keep(),
+            candidate("w8a8-static", 5.0, 50, snr=30, size=3),
+            candidate("w8a8", 5.2, 52, snr=36, size=2),
+            candidate("w8a16", 8.0, 80, snr=43, size=2),
+            candidate("w8a16/w8a8", 9.99, 99.9, snr=38, size=1),
+        ]
+
+    names = {policy: choose(pool(), CALLS, 20, policy)[0].name for policy in _choose.POLICIES}
+    assert names == {"fastest": "w8a8-static", "balanced": "w8a8", "accurate": "w8a16", "smallest": "w8a16/w8a8"}
+
+
+def test_a_kept_layer_says_what_it_missed() -> None:
+    _, reason = choose([keep(), candidate("w8a8", 5, 50, snr=12.3)], CALLS, 20, "balanced")
+    assert reason == "w8a8 would be 2.00× as fast, but has 12.3 dB of the 20 dB wanted"
+    assert choose([keep()], CALLS, 20, "balanced")[1] == "nothing else is possible"
+    assert choose([keep(), candidate("w8a8", 1, 1)], {}, 20, "balanced")[1] == "no batch reached it"
+
+
+def test_threshold_splits_where_the_sum_of_times_is_least() -> None:
+    sizes = {1: 5, 16: 5, 64: 5, 512: 5}
+    few = Candidate(Recipe("w8a16"), 40, 1, {"eager": {1: 1, 16: 2, 64: 9, 512: 90}})
+    many = Candidate(Recipe("w8a8"), 40, 1, {"eager": {1: 3, 16: 3, 64: 4, 512: 20}})
+    assert threshold(few, many, sizes) == 16
+    assert threshold(many, few, sizes) is None or threshold(many, few, sizes) == 0
+    assert threshold(few, few, sizes) is None
+
+
+# ---- planning on measured-looking numbers ---------------------------------------------------------------------------
+
+K, N = 64, 96
+
+
+class Net(nn.Module):
+    """Two layers of one shape, one of another, one that is never run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(K, K), nn.Linear(K, K), nn.Linear(K, N)
+        self.unused = nn.Linear(K, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.b(self.a(x).relu()).tanh())
+
+
+#: µs per token and call, by recipe: what the fake device "measures".
+SPEED = {"keep": 10.0, "w8a8": 5.0, "w8a8-static": 7.0, "w8a8-asymmetric": 7.0, "w8a16": 8.0}
+
+
+class Device:
+    """Stands in for ``_measure.measure``: no clock, and every call is noted."""
+
+    def __init__(self, speed: dict[str, float] | None = None) -> None:
+        self.speed = speed or SPEED
+        self.calls: list[tuple[Shape, int, tuple[str, ...]]] = []
+
+    def __call__(self, shape: Shape, m: int, timings: Any, device: Any) -> dict[tuple[str, str], float]:
+        self.calls.append((shape, m, tuple(timings)))
+        return {(name, "eager"): m * self.speed.get(name, self.speed["w8a8"]) for name in timings}
+
+
+@pytest.fixture(autouse=True)
+def quiet_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HWKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hwkern._layers.cpu_int8_is_fast", lambda: True)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    found = Device()
+    monkeypatch.setattr(_measure, "measure", found)
+    return found
+
+
+BATCHES = [torch.randn(2, 3, K), torch.randn(5, K), torch.randn(6, K)]
+
+
+def make(model: nn.Module | None = None, **options: Any) -> hwkern.Plan:
+    settings = {"include": "*", "verify": False, "show": False, **options}
+    return hwkern.plan(Net() if model is None else model, settings.pop("batches", BATCHES), **settings)
+
+
+def test_each_shape_and_number_of_tokens_is_timed_once(device: Device) -> None:
+    model = Net()
+    before = Snapshot(model)
+    found = make(model)
+    before.assert_same(model)
+    assert sorted((shape.n, m) for shape, m, _ in device.calls) == [(K, 5), (K, 6), (N, 5), (N, 6)]
+    assert found.layers["a"].calls == {5: 1, 6: 2}
+    assert found.left == {"unused": "no batch reached it"}
+    assert {layer.choice.name for layer in found.layers.values()} == {"w8a8"}
+    assert found.measured > 0
+    assert found.reused == 0
+
+
+def test_the_second_run_measures_nothing(device: Device) -> None:
+    first, measured = make(), len(device.calls)
+    second = make()
+    assert len(device.calls) == measured
+    assert second.measured == 0
+    assert second.reused == first.measured
+    make(batches=[torch.randn(9, K)])  # another number of tokens
+    assert len(device.calls) == measured + 2
+
+
+def test_a_damaged_cache_is_measured_again(device: Device, tmp_path: Path) -> None:
+    make()
+    (file,) = (tmp_path / "cache").glob("layers-*.json")
+    measured = len(device.calls)
+    for text in ("{", "[]", json.dumps({"stamp": 1, "entries": {}}), file.read_text().replace(": 5", ": -5")):
+        file.write_text(text)
+        make()
+        assert len(device.calls) > measured
+        measured = len(device.calls)
+
+
+def test_an_interrupt_while_timing_keeps_what_was_measured_and_the_model(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net()
+    before = Snapshot(model)
+
+    def interrupted(*arguments: Any) -> Any:
+        if len(device.calls) == 2:
+            raise KeyboardInterrupt
+        return device(*arguments)
+
+    monkeypatch.setattr(_measure, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(model)
+    before.assert_same(model)
+    monkeypatch.setattr(_measure, "measure", device)
+    make(model)
+    assert len(device.calls) == 4  # the two that were missing
+
+
+def _fill(folder: str, numbers: range, gate: Any) -> None:
+    import os
+
+    os.environ["HWKERN_CACHE"] = folder
+    clock = Clock(torch.device("cpu"))
+    gate.wait()
+    for i in numbers:
+        clock._cache.update({f"Linear 1x1 float32 {i} keep eager": float(i + 1)})  # type: ignore[union-attr]
+
+
+def test_two_processes_write_one_cache_and_lose_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
+    gate = context.Event()
+    folder = str(tmp_path / "cache")
+    workers = [context.Process(target=_fill, args=(folder, range(i * 20, i * 20 + 20), gate)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    gate.set()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert len(Clock(torch.device("cpu"))._known) == 40
+
+
+def test_few_tokens_and_many_get_one_layer_with_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(shape: Shape, m: int, timings: Any, device: Any) -> dict[tuple[str, str], float]:
+        few = {"keep": 10.0, "w8a16": 4.0, "w8a8": 11.0}
+        many = {"keep": 100.0, "w8a16": 130.0, "w8a8": 30.0}
+        return {(name, "eager"): (few if m < 5 else many).get(name, 500.0) for name in timings}
+
+    monkeypatch.setattr(_measure, "measure", measured)
+    model = nn.Sequential(nn.Linear(K, N))
+    found = make(model, batches=[torch.randn(1, K), torch.randn(2, K), torch.randn(64, K)])
+    assert found.recipes["0"] == Recipe("w8a16/w8a8", max_tokens=2)
+    hwkern.patch(model, plan=found)
+    assert isinstance(model[0], WeightOnlyInt8Linear)
+    assert model[0].max_tokens == 2
+
+
+def test_a_layer_below_the_bound_stays_float_and_explain_says_why(device: Device) -> None:
+    found = make(accuracy=hwkern.Accuracy(min_snr_db=60))
+    assert all(recipe.scheme == "keep" for recipe in found.recipes.values())
+    text = found.explain("b")
+    assert "keep: w8a8" in text.replace("-static", "").replace("-asymmetric", "")
+    assert "is below 60 dB" in text
+    assert "← chosen" in text
+    assert "Calls × tokens: 1× 5, 2× 6" in text
+    assert found.explain("unused") == "unused: left as it is, no batch reached it."
+    with pytest.raises(KeyError, match="has no layer 'bb'"):
+        found.explain("bb")
+
+
+def test_outliers_are_offered_help_only_where_they_need_it(device: Device) -> None:
+    model = nn.Sequential(nn.Linear(K, N, bias=False), nn.Linear(N, N))
+    model[0].weight.data[:, 7] /= 200
+    x = torch.randn(64, K)
+    x[:, 7] *= 800
+    found = make(model, batches=[x])
+    names = [c.name for c in found.layers["0"].candidates]
+    assert {"w8a8+smooth", "w8a8+outliers"} <= set(names)
+    assert not {"w8a8+smooth", "w8a8+outliers"} & {c.name for c in found.layers["1"].candidates}
+    assert found.layers["0"].choice.snr_db > 20
+
+
+def test_the_task_sends_layers_back_and_names_them(device: Device) -> None:
+    model, x = Net(), torch.randn(32, K)
+    exact = model(x).detach()
+
+    def fragile(candidate: nn.Module, batches: Any) -> float:
+        return 0.5 if isinstance(candidate.get_submodule("b"), Int8Linear) else 1.0
+
+    before = Snapshot(model)
+    accuracy = hwkern.Accuracy(max_metric_drop=0.01)
+    found = make(model, batches=[x], accuracy=accuracy, metric=fragile)
+    before.assert_same(model)
+    assert "b" in found.task.kept
+    assert (found.task.before, found.task.first, found.task.after) == (1.0, 0.5, 1.0)
+    assert found.layers["b"].reason == "back to float for the fragile's sake"
+    assert "back to float for it:" in str(found)
+    hwkern.patch(model, plan=found)
+    assert type(model.b) is nn.Linear
+    assert torch.cosine_similarity(model(x), exact, dim=-1).min() > 0.99
+
+
+def test_tied_layers_are_planned_as_one(device: Device) -> None:
+    model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
+    model[1].weight = model[0].weight
+    found = make(model, batches=[torch.randn(4, K)])
+    assert found.layers["0"].names == ("0", "1")
+    assert found.layers["0"].calls == {4: 2}
+    hwkern.patch(model, plan=found)
+    assert model[0].weight is model[1].weight
+    assert type(model[1]) is Int8Linear
+
+
+def test_layers_of_one_norm_are_folded_together_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_calibrate import IDS, llama, output
+
+    model = llama()
+    exact = output(model, IDS[0])
+
+    def measured(shape: Shape, m: int, timings: Any, device: Any) -> dict[tuple[str, str], float]:
+        # Nothing pays on the small key and value projections.
+        slow = shape.n == 64
+        return {(name, "eager"): 10.0 if name == "keep" else 20.0 if slow else 5.0 for name in timings}
+
+    monkeypatch.setattr(_measure, "measure", measured)
+    found = make(model, batches=IDS, include="*_proj", accuracy=hwkern.Accuracy(min_snr_db=10))
+    recipes = {name.rsplit(".", 1)[-1]: recipe for name, recipe in found.recipes.items()}
+    assert recipes["gate_proj"].calibration.folded
+    assert recipes["up_proj"].calibration.folded
+    assert recipes["k_proj"].scheme == "keep"
+    assert not recipes["q_proj"].calibration.folded
+    before = Snapshot(model)
+    hwkern.patch(model, plan=found)
+    assert torch.cosine_similarity(output(model, IDS[0]).flatten(), exact.flatten(), dim=0) > 0.99
+    hwkern.unpatch(model)
+    before.assert_same(model)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_plan_is_the_same_plan(device: Device, tmp_path: Path) -> None:
+    found = make()
+    found.save(tmp_path / "plan.json")
+    twin = hwkern.Plan.load(tmp_path / "plan.json")
+    assert twin.to_dict() == found.to_dict()
+    assert str(twin) == str(found)
+    assert twin.explain("a") == found.explain("a")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["plan.json"]
+
+
+def test_saving_a_patched_model_keeps_the_plan(device: Device, tmp_path: Path) -> None:
+    model = Net()
+    found = make(model)
+    hwkern.patch(model, plan=found)
+    hwkern.save(model, tmp_path / "m")
+    with torch.device("meta"):
+        fresh = Net()
+    hwkern.load(tmp_path / "m", fresh)
+    assert hwkern.Plan.from_dict(fresh._hwkern_plan).recipes == found.recipes
+
+
+def edited(change: Any) -> Any:
+    def apply(data: dict[str, Any]) -> None:
+        change(data)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=9), "format 9; this hwkern reads up to 1"),
+        (lambda d: d.pop("layers"), "KeyError: 'layers'"),
+        (lambda d: d.update(layers=[{}]), "KeyError"),
+        (lambda d: d.update(policy="best"), "the policy is 'best'"),
+        (lambda d: d["accuracy"].update(min_snr_db=math.nan), "min_snr_db = nan"),
+        (lambda d: d["layers"][0].update(chosen=99), "layer 'a': ValueError: chosen = 99"),
+        (lambda d: d["layers"][0].update(calls={"-3": 1}), "calls"),
+        (lambda d: d["layers"][0]["candidates"].pop(0), "first candidate is not 'keep'"),
+        (lambda d: d["layers"][0]["candidates"][1]["recipe"].update(scheme="int2"), "the scheme is 'int2'"),
+        (lambda d: d["layers"][0]["candidates"][1].update(us={"eager": {"5": -1, "6": 1}}), "times of w8a8"),
+        (lambda d: d["layers"][0]["candidates"][1].update(us={}), "different modes"),
+        (lambda d: d["layers"][0]["candidates"][2]["recipe"]["calibration"].update(smooth="!"), "Error"),
+        (lambda d: d["layers"][0]["candidates"][1].update(snr_db="loud"), "could not convert"),
+    ],
+)
+def test_a_plan_edited_to_nonsense_is_refused_with_the_place(
+    device: Device, tmp_path: Path, change: Any, message: str
+) -> None:
+    data = make().to_dict()
+    change(data)
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(hwkern.PlanError, match=message):
+        hwkern.Plan.load(tmp_path / "plan.json")
+
+
+def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    for text in ("", "{", "[1]", '"x"'):
+        file.write_text(text)
+        with pytest.raises(hwkern.PlanError, match="is no plan"):
+            hwkern.Plan.load(file)
+    with pytest.raises(FileNotFoundError):
+        hwkern.Plan.load(tmp_path / "none.json")
+
+
+# ---- another model, another device ----------------------------------------------------------------------------------
+
+
+class Longer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(K, K)
+
+
+class Shorter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(K, K)
+
+
+def wider() -> Net:
+    model = Net()
+    model.c = nn.Linear(K, N + 1)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (Longer, r"another model \(Net\): this Longer has the layer 'more'"),
+        (Shorter, "knows the layer 'b', which this Shorter has not"),
+        (wider, "'c' is 64 → 96 float32 in it, but 64 → 97 float32 here"),
+        (lambda: Net().bfloat16(), "'a' is 64 → 64 float32 in it, but 64 → 64 bfloat16 here"),
+    ],
+)
+def test_a_plan_for_another_model_is_refused_with_the_difference(device: Device, other: Any, message: str) -> None:
+    found, model = make(), other()
+    before = Snapshot(model)
+    with pytest.raises(hwkern.PlanError, match=message):
+        hwkern.patch(model, plan=found)
+    before.assert_same(model)
+
+
+def test_a_plan_for_another_gpu_is_refused_or_timed_again(device: Device) -> None:
+    model = Net()
+    found = make(model)
+    found.device = {"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3", "compute": 90, "sm_count": 132}
+    before = Snapshot(model)
+    with pytest.raises(hwkern.PlanError, match=r"gpu 'NVIDIA H100 80GB HBM3'.*here.*allow_other_gpu=True"):
+        hwkern.patch(model, plan=found)
+    before.assert_same(model)
+    device.speed = {**SPEED, "w8a8": 50.0, "w8a8-static": 50.0, "w8a8-asymmetric": 50.0}
+    for file in Path(_measure.Cache("x", {}).path.parent).glob("layers-*"):
+        file.unlink()
+    report = hwkern.patch(model, plan=found, allow_other_gpu=True)
+    assert {type(layer).__name__ for layer in (model.a, model.b, model.c)} == {"WeightOnlyInt8Linear"}
+    assert len(report.swapped) == 3
+
+
+def test_a_model_on_meta_can_be_patched_with_a_plan_and_loaded(device: Device, tmp_path: Path) -> None:
+    model = Net()
+    found = make(model)
+    with torch.device("meta"):
+        empty = Net()
+    hwkern.patch(empty, plan=found)
+    assert type(empty.a) is Int8Linear
+    empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    hwkern.patch(model, plan=found)
+    assert torch.equal(empty(BATCHES[0]), model(BATCHES[0]))
+
+
+def test_a_calibrated_layer_cannot_be_made_on_meta_where_its_scale_would_be_lost() -> None:
+    class Fixed:
+        def __init__(self) -> None:
+            self.recipes = {"a": Recipe("w8a8-static", Calibration(scale=0.1))}
+
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(ValueError, match=r"'a' is on the meta device.*load it first"):
+        hwkern.patch(empty, plan=Fixed())
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": []}, "There are no batches"),
+        ({"batches": [[[1, 2], [3]]]}, "not a tensor"),
+        ({"policy": "best"}, "policy = 'best'"),
+        ({"accuracy": hwkern.Accuracy(max_metric_drop=0.1)}, "max_metric_drop needs a metric"),
+        ({"include": "nothing"}, "matches no linear layer"),
+        (
+            {"metric": lambda m, b: math.nan, "accuracy": hwkern.Accuracy(max_metric_drop=0.1)},
+            "returned nan: nothing can be decided",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_an_error_and_the_model_is_as_before(
+    device: Device, options: dict[str, Any], message: str
+) -> None:
+    model = Net()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        make(model, **options)
+    before.assert_same(model)
+
+
+@pytest.mark.parametrize("bounds", [{"min_snr_db": math.nan}, {"max_metric_drop": -1.0}, {"max_metric_drop": math.nan}])
+def test_bounds_that_cannot_be(bounds: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bounds))):
+        hwkern.Accuracy(**bounds)
+
+
+def test_a_model_without_values_or_already_compiled_cannot_be_planned() -> None:
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(ValueError, match="no parameters with values"):
+        make(empty)
+    with pytest.raises(ValueError, match="was compiled"):
+        make(torch.compile(Net()))
+
+
+def test_a_model_that_raises_is_left_without_hooks() -> None:
+    model = Net()
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        make(model, batches=[torch.randn(2, K + 1)])
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+# ---- with a real clock ----------------------------------------------------------------------------------------------
+
+
+def test_a_real_plan_on_this_cpu_is_never_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 512))
+    before = Snapshot(model)
+    batches = [torch.randn(64, 512), torch.randn(2, 512)]
+    found = hwkern.plan(model, batches, include="*", show=False)
+    before.assert_same(model)
+    for layer in found.layers.values():
+        if layer.chosen:
+            assert _choose.worst(layer.choice, layer.candidates[0], layer.calls)[0] <= 1 + _choose.NOISE
+            assert layer.speedup() >= 1 / (1 - _choose.LEAST_GAIN)
+            assert layer.choice.snr_db >= 20
+    if found.whole:
+        for was, now in zip(found.whole["before_ms"], found.whole["after_ms"], strict=True):
+            assert now <= was * (1 + _planner.WHOLE_NOISE)
+    again = hwkern.plan(model, batches, include="*", show=False)
+    assert again.measured == 0
+    assert again.seconds < 10
+
+
+def test_a_whole_model_that_is_not_faster_keeps_its_layers(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def seconds(model: nn.Module, batches: Any) -> list[float]:
+        int8 = sum(isinstance(module, Int8Linear) for module in model.modules())
+        calls.append(int8)
+        return [1.0 + 0.5 * int8]
+
+    monkeypatch.setattr(_planner, "_seconds", seconds)
+    model = Net()
+    before = Snapshot(model)
+    found = make(model, verify=True)
+    before.assert_same(model)
+    assert max(calls) == 3
+    assert all(recipe.scheme == "keep" for recipe in found.recipes.values())
+    assert found.layers["a"].reason == "the whole model was slower with it"
+
+
+def test_perplexity_and_top1_are_accepted_by_plan(device: Device) -> None:
+    x = torch.randn(16, K)
+    model = Net()
+    labels = [model(x).argmax(-1)]
+    found = make(model, batches=[x], metric=metrics.top1(labels), accuracy=hwkern.Accuracy(max_metric_drop=0.2))
+    assert found.task.before == 1.0
+    assert copy.copy(found.task).metric == "top-1"
+
+
+@pytest.mark.gpu
+def test_a_plan_on_the_gpu_measures_both_ways_of_running() -> None:
+    model = nn.Sequential(nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 2048)).bfloat16().cuda()
+    batches = [torch.randn(m, 2048, dtype=torch.bfloat16) for m in (1, 2048)]
+    found = hwkern.plan(model, batches, show=False)
+    assert set(found.layers["0"].candidates[0].us) == {"eager", "graph"}
+    exact = model(batches[1].cuda())
+    hwkern.patch(model, plan=found)
+    y = model(batches[1].cuda())
+    assert torch.cosine_similarity(y.float(), exact.float(), dim=-1).min() > 0.99

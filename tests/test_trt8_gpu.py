@@ -1,0 +1,362 @@
+"""libhwkern_trt8.so inside TensorRT 8.6 on a GPU: ONNX in, engine out, saved, loaded in a new process, run with pycuda.
+
+Needs no torch, because TensorRT 8.6 lives in an old Python: without one, ``python -m pytest --noconftest -c /dev/null
+tests/test_trt8_gpu.py``. Everything is compared bit for bit with the formula of csrc/hwkern.h, written in numpy: each
+operation is one IEEE float32 operation there too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+trt = pytest.importorskip(
+    "tensorrt_bindings", reason="TensorRT 8.6 (tensorrt_bindings) is not installed", exc_type=ImportError
+)
+onnx = pytest.importorskip("onnx", reason="onnx is not installed", exc_type=ImportError)
+cuda = pytest.importorskip("pycuda.driver", reason="pycuda is not installed", exc_type=ImportError)
+
+from hwkern import _native  # noqa: E402  (after the skips)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+F16, F32 = np.float16, np.float32
+LOGGER = trt.Logger(trt.Logger.WARNING)
+N, K = 136, 100  # a tail of N, and K that needs padding
+
+
+@pytest.fixture(scope="module", autouse=True)
+def device() -> Iterator[None]:
+    try:
+        cuda.init()
+        context = cuda.Device(0).retain_primary_context()
+    except cuda.Error as error:
+        pytest.skip(f"no GPU for TensorRT 8.6: {error}")
+    if _native.tensorrt_plugins().get("libhwkern_trt8.so") is None:
+        pytest.skip("this build of hwkern has no libhwkern_trt8.so")
+    context.push()
+    load()
+    yield
+    the_builder.cache_clear()  # before the context goes
+    cuda.Context.pop()
+
+
+def load() -> Any:
+    plugin = ctypes.CDLL(str(_native.tensorrt_plugins()["libhwkern_trt8.so"]))
+    assert plugin.hwkern_trt8_register() == 1
+    return plugin
+
+
+# ---- The formula of hwkern.h in numpy --------------------------------------------------------------------------------
+
+
+def quantized(x: Any, scale: Any) -> Any:
+    with np.errstate(invalid="ignore"):
+        q = np.clip(np.rint(x.astype(F32) * (F32(1) / scale)), -127, 127)
+    return np.where(np.isnan(q), 0, q).astype(np.int8)
+
+
+def dynamic_scale(x: Any) -> Any:
+    return np.maximum(np.abs(x.astype(F32)).max(-1, keepdims=True) / F32(127), F32(2.0**-126))
+
+
+class Layer:
+    """Weights of one LinearInt8, its ONNX node and its result in numpy."""
+
+    def __init__(self, k: int = K, n: int = N, static: bool = False, bias: bool = True, seed: int = 0) -> None:
+        generator = np.random.default_rng(seed)
+        self.k, self.n, self.static = k, n, static
+        self.weight = np.zeros((n, -(-k // 16) * 16), np.int8)
+        self.weight[:, :k] = generator.integers(-127, 128, (n, k))
+        self.scale = (generator.random(n) * 0.01 + 0.001).astype(F32)
+        self.bias = generator.standard_normal(n).astype(F32) if bias else None
+        self.input_scale = np.array([0.03], F32)
+
+    def __call__(self, x: Any) -> Any:
+        s = self.input_scale if self.static else dynamic_scale(x)
+        sums = (quantized(x, s).astype(np.int64) @ self.weight[:, : self.k].T.astype(np.int64)).astype(F32)
+        y = (sums if self.static else sums * s) * self.scale
+        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+
+    def node(self, name: str, x: str, y: str) -> tuple[Any, list[Any]]:
+        # As INT32: 8.6 asks for a calibration scale of an INT8 constant.
+        values = {"w": self.weight.view(np.int32), "s": self.scale}
+        values |= {} if self.bias is None else {"b": self.bias}
+        values |= {"i": self.input_scale} if self.static else {}
+        constants = [onnx.numpy_helper.from_array(v, f"{name}.{key}") for key, v in values.items()]
+        node = onnx.helper.make_node(
+            "LinearInt8", [x, *(c.name for c in constants)], [y], name=name, domain="hwkern", plugin_namespace="hwkern",
+            plugin_version="1", in_features=self.k, out_features=self.n, activation="none", config=-1, has_residual=0,
+            scheme="w8a8_static" if self.static else "w8a8_dynamic", has_bias=int(self.bias is not None),
+            has_input_scale=int(self.static),
+        )  # fmt: skip
+        return node, constants
+
+
+def model(layers: list[Layer], dtype: Any) -> bytes:
+    """The layers after each other on x [B, S, K]."""
+    names = ["x", *(f"h{i}" for i in range(1, len(layers))), "y"]
+    nodes, constants = [], []
+    for i, layer in enumerate(layers):
+        node, values = layer.node(f"layer{i}", names[i], names[i + 1])
+        nodes.append(node)
+        constants += values
+    element = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    io = [("x", layers[0].k), ("y", layers[-1].n)]
+    infos = [onnx.helper.make_tensor_value_info(name, element, ["B", "S", size]) for name, size in io]
+    graph = onnx.helper.make_graph(nodes, "g", infos[:1], infos[1:], constants)
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("hwkern", 1)]
+    return bytes(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString())
+
+
+# ---- TensorRT 8.6 ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def the_builder() -> Any:
+    """One for all tests: making it loads 0.8 GB of kernels."""
+    return trt.Builder(LOGGER)
+
+
+def build(data: bytes, dtype: Any, profiles: list[list[tuple[int, int]]], k: int = K) -> bytes | None:
+    builder = the_builder()
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    parser = trt.OnnxParser(network, LOGGER)
+    if not parser.parse(data):
+        return None
+    config = builder.create_builder_config()
+    # Without cuBLAS and cuDNN: this machine may have stand-ins for them only.
+    sources = trt.TacticSource.EDGE_MASK_CONVOLUTIONS, trt.TacticSource.JIT_CONVOLUTIONS
+    config.set_tactic_sources(sum(1 << int(source) for source in sources))
+    if dtype == F16:
+        config.set_flag(trt.BuilderFlag.FP16)
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("x", *((b, s, k) for b, s in shapes))
+        config.add_optimization_profile(profile)
+    engine = builder.build_serialized_network(network, config)
+    return None if engine is None else bytes(engine)
+
+
+ONE_PROFILE = [[(1, 1), (4, 16), (8, 64)]]
+
+
+@functools.cache
+def plain_engine() -> bytes:
+    """One layer in float16."""
+    data = build(model([Layer()], F16), F16, ONE_PROFILE)
+    assert data is not None
+    return data
+
+
+class Execution:
+    """One context with its own stream and buffers."""
+
+    def __init__(self, engine: Any, rows: int, dtype: Any, k: int = K, n: int = N, profile: int = 0) -> None:
+        self.context, self.stream = engine.create_execution_context(), cuda.Stream()
+        self.dtype, self.n = np.dtype(dtype), n
+        if profile:
+            assert self.context.set_optimization_profile_async(profile, self.stream.handle)
+        self.x = cuda.mem_alloc(rows * k * self.dtype.itemsize)
+        self.y = cuda.mem_alloc(rows * n * self.dtype.itemsize)
+
+    def set(self, x: Any) -> None:
+        self.host = np.ascontiguousarray(x)
+        cuda.memcpy_htod_async(self.x, self.host, self.stream)
+        assert self.context.set_input_shape("x", x.shape)
+        self.context.set_tensor_address("x", int(self.x))
+        self.context.set_tensor_address("y", int(self.y))
+
+    def enqueue(self) -> None:
+        assert self.context.execute_async_v3(self.stream.handle)
+
+    def get(self) -> Any:
+        y = np.empty((*self.host.shape[:-1], self.n), self.dtype)
+        cuda.memcpy_dtoh_async(y, self.y, self.stream)
+        self.stream.synchronize()
+        return y
+
+    def __call__(self, x: Any) -> Any:
+        self.set(x)
+        self.enqueue()
+        return self.get()
+
+
+def loaded(engine: bytes) -> Any:
+    made = trt.Runtime(LOGGER).deserialize_cuda_engine(engine)
+    assert made is not None
+    return made
+
+
+def random(*shape: int, dtype: Any, seed: int = 1) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_engine_gives_the_bits_of_the_formula(dtype: Any, static: bool, bias: bool) -> None:
+    layer = Layer(static=static, bias=bias)
+    data = build(model([layer], dtype), dtype, ONE_PROFILE)
+    assert data is not None
+    run = Execution(loaded(data), 8 * 64, dtype)
+    for b, s in ((1, 1), (3, 7), (4, 16), (8, 64)):
+        x = random(b, s, K, dtype=dtype)
+        x[0, 0, 0] = 50  # an outlier: the static scheme saturates
+        assert np.array_equal(run(x), layer(x)), (b, s)
+
+
+def test_several_layers_and_several_profiles() -> None:
+    layers = [Layer(), Layer(N, N, static=True, seed=1), Layer(N, N, bias=False, seed=2)]
+    profiles = [[(1, 1), (1, 8), (1, 16)], [(2, 16), (8, 64), (8, 64)]]
+    data = build(model(layers, F16), F16, profiles)
+    assert data is not None
+    engine = loaded(data)
+    for profile, shapes in enumerate(([(1, 1), (1, 16)], [(2, 16), (8, 64)])):
+        run = Execution(engine, 8 * 64, F16, profile=profile)
+        for b, s in shapes:
+            x = random(b, s, K, dtype=F16)
+            want = x
+            for layer in layers:
+                want = layer(want)
+            assert np.array_equal(run(x), want), (profile, b, s)
+
+
+def test_two_contexts_on_two_streams() -> None:
+    layer = Layer()
+    data = build(model([layer], F16), F16, [ONE_PROFILE[0], ONE_PROFILE[0]])
+    assert data is not None
+    engine = loaded(data)
+    runs = [Execution(engine, 8 * 64, F16, profile=i) for i in range(2)]
+    inputs = [random(8, 64, K, dtype=F16, seed=i) for i in range(2)]
+    for run, x in zip(runs, inputs, strict=True):
+        run.set(x)
+    for _ in range(50):
+        for run in runs:
+            run.enqueue()
+    for run, x in zip(runs, inputs, strict=True):
+        assert np.array_equal(run.get(), layer(x))
+
+
+def test_graph_capture_of_an_engine() -> None:
+    layer = Layer()
+    run = Execution(loaded(plain_engine()), 8 * 64, F16)
+    run(random(4, 16, K, dtype=F16))  # TensorRT wants one call before a capture
+    run.stream.begin_capture()
+    run.enqueue()
+    graph = run.stream.end_capture().instantiate()
+    for seed in (2, 3):
+        x = random(4, 16, K, dtype=F16, seed=seed)
+        cuda.memcpy_htod_async(run.x, x, run.stream)
+        graph.launch(run.stream)
+        assert np.array_equal(run.get(), layer(x))
+
+
+def test_quantize_op() -> None:
+    x_info = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["B", "S", K])
+    outputs = [("q", onnx.TensorProto.INT8, ["B", "S", K]), ("scale", onnx.TensorProto.FLOAT, ["B", "S"])]
+    node = onnx.helper.make_node(
+        "Quantize", ["x"], ["q", "scale"], domain="hwkern", plugin_namespace="hwkern", plugin_version="1"
+    )
+    graph = onnx.helper.make_graph([node], "g", [x_info], [onnx.helper.make_tensor_value_info(*o) for o in outputs])
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("hwkern", 1)]
+    proto = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8)
+    builder = the_builder()
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH))
+    assert trt.OnnxParser(network, LOGGER).parse(proto.SerializeToString())
+    # 8.6 wants to know a range for every int8 tensor; the plugin's values do not depend on it.
+    network.get_output(0).dynamic_range = (-127.0, 127.0)
+    network.get_output(0).dtype = trt.int8
+    config = builder.create_builder_config()
+    config.set_flag(trt.BuilderFlag.INT8)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("x", *((b, s, K) for b, s in ONE_PROFILE[0]))
+    config.add_optimization_profile(profile)
+    config.set_tactic_sources(1 << int(trt.TacticSource.JIT_CONVOLUTIONS))
+    data = builder.build_serialized_network(network, config)
+    assert data is not None
+    context, stream = loaded(bytes(data)).create_execution_context(), cuda.Stream()
+    x = random(3, 7, K, dtype=F32)
+    q, scale = np.empty((3, 7, K), np.int8), np.empty((3, 7), F32)
+    buffers = {name: cuda.mem_alloc(array.nbytes) for name, array in (("x", x), ("q", q), ("scale", scale))}
+    cuda.memcpy_htod_async(buffers["x"], x, stream)
+    assert context.set_input_shape("x", x.shape)
+    for name, buffer in buffers.items():
+        context.set_tensor_address(name, int(buffer))
+    assert context.execute_async_v3(stream.handle)
+    cuda.memcpy_dtoh_async(q, buffers["q"], stream)
+    cuda.memcpy_dtoh_async(scale, buffers["scale"], stream)
+    stream.synchronize()
+    want = dynamic_scale(x)
+    assert np.array_equal(scale, want[..., 0])
+    assert np.array_equal(q, quantized(x, want))
+
+
+NEW_PROCESS = """
+import sys; sys.path.insert(0, {tests!r})
+import test_trt8_gpu as t
+t.cuda.init(); t.cuda.Device(0).retain_primary_context().push()
+{load}
+engine = t.trt.Runtime(t.LOGGER).deserialize_cuda_engine(open({path!r}, "rb").read())
+if {expected!r} == "refused":
+    assert engine is None
+else:
+    layer, x = t.Layer(), t.random(4, 16, t.K, dtype=t.F16)
+    assert t.np.array_equal(t.Execution(engine, 64, t.F16)(x), layer(x))
+t.cuda.Context.pop()
+print({expected!r})
+"""
+
+
+@pytest.mark.parametrize("how", ["register", "load_library", "no plugin", "truncated", "damaged plugin data"])
+def test_saved_engine_in_a_new_process(how: str, tmp_path: Any) -> None:
+    data = plain_engine()
+    if how == "truncated":
+        data = data[: len(data) // 2]
+    if how == "damaged plugin data":
+        at = data.index(b"HWKT") + 12
+        data = data[:at] + b"\x77" + data[at + 1 :]
+    (tmp_path / "engine").write_bytes(data)
+    library = str(_native.tensorrt_plugins()["libhwkern_trt8.so"])
+    ways = {
+        "load_library": f"assert t.trt.get_plugin_registry().load_library({library!r}) is not None",
+        "no plugin": "",
+    }
+    expected = "refused" if how in ("no plugin", "truncated", "damaged plugin data") else "same bits"
+    code = NEW_PROCESS.format(
+        tests=str(__import__("pathlib").Path(__file__).parent),
+        load=ways.get(how, "t.load()"),
+        path=str(tmp_path / "engine"),
+        expected=expected,
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+    assert done.stdout.strip().endswith(expected)
+    if how == "damaged plugin data":
+        assert "damaged" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"k": 64}, {"bias": False}])
+def test_a_wrong_model_is_refused_and_the_process_lives(wrong: dict[str, Any]) -> None:
+    layer = Layer()
+    node, constants = layer.node("layer", "x", "y")
+    for attribute in node.attribute:
+        if "k" in wrong and attribute.name == "in_features":
+            attribute.i = wrong["k"]
+        if "bias" in wrong and attribute.name == "has_bias":
+            attribute.i = 0
+    infos = [
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, ["B", "S", s]) for n, s in (("x", K), ("y", N))
+    ]
+    graph = onnx.helper.make_graph([node], "g", infos[:1], infos[1:], constants)
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("hwkern", 1)]
+    data = onnx.helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString()
+    assert build(data, F32, ONE_PROFILE) is None
+    assert build(model([layer], F32), F32, ONE_PROFILE) is not None
