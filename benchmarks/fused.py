@@ -1,8 +1,9 @@
 """Norm + quantize and activation + quantize in one launch, against the norm or activation alone and against a copy.
 
-Peers for a norm: torch's fused kernel (F.rms_norm, F.layer_norm) and the norm under torch.compile, alone, and each
-followed by ``hwkern.ops.quantize``. For an activation: torch.compile's kernel alone (silu(gate) · up, gelu), and with
-the quantization behind it. "copy" moves the same bytes as our kernel, half of them read and half written.
+Peers for a norm: torch's fused kernel (F.rms_norm, F.layer_norm) alone, and followed by ``hwkern.ops.quantize``; with
+--compile also transformers' norm under torch.compile, seconds a shape. For an activation: eager torch, or with
+--compile one kernel. "copy" moves the same bytes as our kernel, half of them read and half written. A row of a few kB
+is partly in L2: there are at most 1000 sets of buffers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ QUICK_M, QUICK_K = (16, 4096), (4096,)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 EPS = 1e-5
 
-COMPILE = True  # cleared by --no-compile
+COMPILE = False  # set by --compile
+MAX_SETS = 1000
 
 Calls = list[Callable[[], object]]
 
@@ -57,24 +59,42 @@ def then_quantize(call: Callable[[], Any]) -> Tensor:
     return ops.quantize(y[0] if isinstance(y, tuple) else y)[0]
 
 
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """torch's fused kernel."""
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual add before it, a launch of its own."""
+    h = x + residual
+    return rms_norm(h, weight), h
+
+
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One graph per shape: what a compiled model of fixed shape runs. Eager with ``--no-compile``."""
-    return torch.compile(function, dynamic=False) if COMPILE else function
+    """One graph per shape: what a compiled model of fixed shape runs."""
+    return torch.compile(function, dynamic=False)
 
 
-def label() -> str:
-    """The name of such a peer."""
-    return "compiled" if COMPILE else "eager"
+def peers(
+    eager: tuple[str, Callable[..., Any]], model: Callable[..., Any], inputs: list[tuple[Any, ...]]
+) -> dict[str, Calls]:
+    """The eager peer, and with --compile the model's own code compiled, over all sets of inputs."""
+    name, function = eager
+    found: dict[str, Calls] = {name: [functools.partial(function, *given) for given in inputs]}
+    if COMPILE:
+        found["compiled"] = [functools.partial(compiled(model), *given) for given in inputs]
+    return found
 
 
 # ---- one row of the table ------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def copy_us(bytes_moved: int, l2_bytes: int) -> float:
     """µs of one device copy that reads half of ``bytes_moved`` and writes the other half, cold L2."""
     half = max(16, bytes_moved // 2)
-    sets = timing.rotations(2 * half, l2_bytes)
+    sets = min(MAX_SETS, timing.rotations(2 * half, l2_bytes))
     buffers = [tuple(torch.empty(half, dtype=torch.uint8, device="cuda") for _ in range(2)) for _ in range(sets)]
     return timing.cuda_us({"copy": [functools.partial(to.copy_, source) for to, source in buffers]})["copy"]
 
@@ -107,7 +127,7 @@ def norms(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any]]:
     """RMSNorm, RMSNorm after a residual add, and LayerNorm."""
     t = DTYPES[dtype]
     moved = m * k * (t.itemsize + 1) + 4 * m
-    sets = timing.rotations(moved + m * k * t.itemsize, l2_bytes)
+    sets = min(MAX_SETS, timing.rotations(moved, l2_bytes))
     xs = [torch.randn(m, k, device="cuda", dtype=t) for _ in range(sets)]
     residuals = [torch.randn(m, k, device="cuda", dtype=t) for _ in range(sets)]
     w, b = torch.randn(k, device="cuda", dtype=t), torch.randn(k, device="cuda", dtype=t)
@@ -116,28 +136,22 @@ def norms(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any]]:
         want = reference.norm_quantize(xs[0][:64], w, bias, residuals[0][:64], kind=kind, eps=EPS)
         assert torch.equal(got.q, want[0]), f"norm_quantize {kind} is wrong at {m}×{k} {dtype}"
     part = functools.partial
-    fused_rms = getattr(F, "rms_norm", None)
-    rms: dict[str, Calls] = {label(): [part(compiled(llama_norm), x, w) for x in xs]}
-    if fused_rms is not None:
-        rms["F.rms_norm"] = [part(fused_rms, x, (k,), w, EPS) for x in xs]
     pairs = list(zip(xs, residuals, strict=True))
     return [
         row(
             "RMSNorm", m, k, dtype, moved, l2_bytes,
-            [part(ops.norm_quantize, x, w, kind="rms_rounded", eps=EPS) for x in xs], rms,
+            [part(ops.norm_quantize, x, w, kind="rms_rounded", eps=EPS) for x in xs],
+            peers(("F.rms_norm", rms_norm), llama_norm, [(x, w) for x in xs]),
         ),
         row(
             "add, RMSNorm", m, k, dtype, moved + 2 * m * k * t.itemsize, l2_bytes,
             [part(ops.norm_quantize, x, w, None, r, kind="rms_rounded", eps=EPS) for x, r in pairs],
-            {label(): [part(compiled(add_llama_norm), x, r, w) for x, r in pairs]},
+            peers(("add, F.rms_norm", add_rms_norm), add_llama_norm, [(x, r, w) for x, r in pairs]),
         ),
         row(
             "LayerNorm", m, k, dtype, moved, l2_bytes,
             [part(ops.norm_quantize, x, w, b, kind="layer", eps=EPS) for x in xs],
-            {
-                label(): [part(compiled(F.layer_norm), x, (k,), w, b, EPS) for x in xs],
-                "F.layer_norm": [part(F.layer_norm, x, (k,), w, b, EPS) for x in xs],
-            },
+            peers(("F.layer_norm", F.layer_norm), F.layer_norm, [(x, (k,), w, b, EPS) for x in xs]),
         ),
     ]  # fmt: skip
 
@@ -146,7 +160,7 @@ def activations(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any
     """silu(gate) · up, and GELU."""
     t = DTYPES[dtype]
     moved = m * k * (t.itemsize + 1) + 4 * m
-    sets = timing.rotations(moved, l2_bytes)
+    sets = min(MAX_SETS, timing.rotations(moved, l2_bytes))
     both = [torch.randn(m, 2 * k, device="cuda", dtype=t) for _ in range(sets)]
     gates = [x[:, :k].contiguous() for x in both]
     # An ulp of the activation may move a value across a rounding boundary, so q may differ by 1.
@@ -157,12 +171,12 @@ def activations(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any
         row(
             "silu · up", m, k, dtype, moved + m * k * t.itemsize, l2_bytes,
             [part(ops.activation_quantize, x, gated=True) for x in both],
-            {label(): [part(compiled(silu_mul), x) for x in both]},
+            peers(("eager", silu_mul), silu_mul, [(x,) for x in both]),
         ),
         row(
             "gelu", m, k, dtype, moved, l2_bytes,
             [part(ops.activation_quantize, x, activation="gelu") for x in gates],
-            {label(): [part(compiled(F.gelu), x) for x in gates], "F.gelu": [part(F.gelu, x) for x in gates]},
+            peers(("F.gelu", F.gelu), F.gelu, [(x,) for x in gates]),
         ),
     ]  # fmt: skip
 
@@ -170,11 +184,11 @@ def activations(m: int, k: int, dtype: str, l2_bytes: int) -> list[dict[str, Any
 def main() -> None:
     """Measure, print, save."""
     parser = timing.parser(__doc__)
-    parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="comma-separated")
-    parser.add_argument("--no-compile", action="store_true", help="eager peers: torch.compile takes seconds a shape")
+    parser.add_argument("--dtypes", default="bfloat16", help="comma-separated")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile's kernels; seconds a shape")
     arguments = parser.parse_args()
     global COMPILE
-    COMPILE = not arguments.no_compile
+    COMPILE = arguments.compile
     timing.need_cuda()
     torch.manual_seed(0)
     torch._dynamo.config.cache_size_limit = 1000  # one graph per shape and dtype

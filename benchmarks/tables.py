@@ -98,6 +98,24 @@ def quantize(document: dict[str, Any]) -> str:
     return markdown(["", "M×K", "µs", "GB/s", "of a copy", "of a 1 GiB copy", "vs eager torch"], rows)
 
 
+def fused(document: dict[str, Any]) -> str:
+    """benchmarks/fused.py."""
+    rows = [
+        [
+            f"{row['operator']}, {row['dtype']}",
+            f"{row['m']}×{row['k']}",
+            f"{row['us']:.1f}",
+            f"{row['of_copy'] * 100:.0f} %",
+            f"{row['alone']} {row['peers_us'][row['alone']]:.1f}",
+            f"{row['of_alone']:.2f}",
+            f"{row['unfused_us'] / row['us']:.2f}×",
+        ]
+        for row in document["rows"]
+    ]
+    columns = ["", "M×K", "µs", "of a copy", "without quantization, µs", "ours / that", "vs unfused"]
+    return markdown(columns, rows)
+
+
 LAYER_PEERS = (
     "bf16", "fp16", "fp32", "bitsandbytes", "compiled_int8", "torchao_int8", "torchao_weight_only", "torchao_fp8",
 )  # fmt: skip
@@ -166,6 +184,7 @@ def demo(document: dict[str, Any]) -> str:
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gemm": gemm,
     "quantize": quantize,
+    "fused": fused,
     "linear": linear,
     "sweep": sweep,
     "cpu_linear": cpu_linear,
