@@ -74,6 +74,22 @@ def test_a_calibrated_layer_keeps_its_static_scale(tmp_path: Path) -> None:
         ht.export(shifted, (x,), tmp_path / "m.onnx")
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.ops.hwkern, "weight_only_linear"), reason="this hwkern has no weight-only operator"
+)
+def test_a_weight_only_layer(tmp_path: Path) -> None:
+    from hwkern.nn.weight_only import WeightOnlyInt8Linear
+
+    layer = WeightOnlyInt8Linear.from_float(nn.Linear(256, 192)).eval()
+    x = torch.randn(7, 256)
+    path = ht.export(layer, (x,), tmp_path / "m.onnx", input_names=["x"])
+    assert [opdef.attributes(n)["scheme"] for n in opdef.hwkern_nodes(onnx.load(str(path)))] == ["w8a16"]
+    with torch.no_grad():
+        y = layer(x).numpy()
+    # float32 sums of 256 products in an order of ONNX Runtime's own
+    np.testing.assert_allclose(run(str(path), {"x": x.numpy()})[0], y, rtol=1e-5, atol=1e-4)
+
+
 def test_keyword_inputs_and_a_float_model(tmp_path: Path) -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

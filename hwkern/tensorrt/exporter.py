@@ -84,8 +84,8 @@ def _translations() -> dict[Any, Any]:
     domain = onnxscript.values.Opset(opdef.NAMESPACE, 1)
 
     def node(
-        x: Any, weight: Any, scale: Any, bias: Any, input_scale: Any, residual: Any, out_dtype: Any, config: int,
-        activation: str,
+        scheme: str, x: Any, weight: Any, scale: Any, bias: Any, input_scale: Any, residual: Any, out_dtype: Any,
+        config: int, activation: str,
     ) -> Any:  # fmt: skip
         k = x.shape[-1] if x.shape is not None else None
         if not isinstance(k, int):
@@ -100,7 +100,7 @@ def _translations() -> dict[Any, Any]:
             *inputs,
             in_features=k,
             out_features=int(weight.shape[0]),
-            scheme="w8a8_dynamic" if input_scale is None else "w8a8_static",
+            scheme=scheme,
             activation=activation,
             has_bias=int(bias is not None),
             has_input_scale=int(input_scale is not None),
@@ -114,7 +114,13 @@ def _translations() -> dict[Any, Any]:
         x: Any, weight: Any, weight_scale: Any, bias: Any = None, out_dtype: Any = None, config: int = opdef.CHOOSE,
         activation: str = "none", residual: Any = None,
     ) -> Any:  # fmt: skip
-        return node(x, weight, weight_scale, bias, None, residual, out_dtype, config, activation)
+        return node("w8a8_dynamic", x, weight, weight_scale, bias, None, residual, out_dtype, config, activation)
+
+    def weight_only_linear(
+        x: Any, weight: Any, weight_scale: Any, bias: Any = None, out_dtype: Any = None, config: int = opdef.CHOOSE,
+        activation: str = "none", residual: Any = None,
+    ) -> Any:  # fmt: skip
+        return node("w8a16", x, weight, weight_scale, bias, None, residual, out_dtype, config, activation)
 
     def int8_linear_static(
         x: Any, weight: Any, output_scale: Any, input_scale: Any, zero_point: int = 0, bias: Any = None,
@@ -124,11 +130,13 @@ def _translations() -> dict[Any, Any]:
             raise ValueError(
                 f"A static layer with the zero point {zero_point} has no TensorRT kernel: calibrate symmetrically."
             )
-        return node(x, weight, output_scale, bias, input_scale, None, out_dtype, config, "none")
+        return node("w8a8_static", x, weight, output_scale, bias, input_scale, None, out_dtype, config, "none")
 
     found: dict[Any, Any] = {torch.ops.hwkern.int8_linear.default: int8_linear}
-    if hasattr(torch.ops.hwkern, "int8_linear_static"):  # registered when a model has such layers
-        found[torch.ops.hwkern.int8_linear_static.default] = int8_linear_static
+    for translation in (int8_linear_static, weight_only_linear):  # each where its kind of layer is in use
+        operator = getattr(torch.ops.hwkern, translation.__name__, None)
+        if operator is not None:
+            found[operator.default] = translation
     return found
 
 
