@@ -64,9 +64,8 @@ constexpr int kAnyNewer = 999;
              w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
              BLOCKS,                                                                 \
              Scheme::kW8A16},
-constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
-                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)
-                                           HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
+constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(
+    HWKERN_SM90_ROW) HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW) HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW

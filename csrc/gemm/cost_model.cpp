@@ -53,7 +53,8 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   constexpr double kOpsPerCycle = 8143;  // of 8192
   constexpr double kL2BytesPerCycle = 221;  // what an operand byte costs while all SMs load: energy, so clock
   constexpr double kEpilogueCyclesPerColumn = 14.7, kHiddenEpilogue = 0.65;  // the latter in ping-pong
-  constexpr double kMemoryBytesPerUs = 3.02e6;
+  // Few rows of A leave too little under way for the whole bandwidth: 28672×4096 takes 51 µs at 64 rows, 48 at 128.
+  const double memory_bytes_per_us = m > 256 ? 3.02e6 : 2.6e6;
   constexpr double kFixedUs = 0.56;
   const double operations = 2.0 * c.block_m * c.block_n * c.block_k;
   const double bytes = double(c.block_m + c.block_n) * c.block_k;
@@ -67,7 +68,7 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   const double cycles =
       steps * (double(waves - 1) * step(device.sm_count) + step(tiles - (waves - 1) * device.sm_count)) +
       kEpilogueCyclesPerColumn * c.block_n * exposed;
-  return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
+  return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / memory_bytes_per_us);
 }
 
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
