@@ -79,6 +79,7 @@ struct GemmConfig {
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
   Scheme scheme = Scheme::kW8A8;
+  int split_k = 1;           // blocks of a cluster that split K between them
 };
 
 // What the choice of a config depends on.
@@ -116,10 +117,12 @@ const GemmConfig* gemm_config(int id);  // null for an unknown id
 bool gemm_runs_on(const GemmConfig& config, const Device& device);
 
 // The id that the cost model predicts to be fastest among those that run on the device; -1 if none does.
-int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device);
+// `b_is_constant`: as in Gemm.
+int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant = false);
 
-// Predicted time in microseconds of one config, without launch overhead. Comparable between configs of one device.
-double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device);
+// Predicted time in microseconds of one config in a row of such calls. Comparable between configs of one device.
+double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
+                       bool b_is_constant = false);
 
 constexpr int kChoose = -1;
 Status gemm(const Gemm& problem, int config_id, Stream stream);

@@ -20,9 +20,10 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
   float* scale = reinterpret_cast<float*>(q + p.m * k16);
   const Status status = quantize_per_token({p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype}, stream);
   if (!status.ok()) return status;
-  return gemm({q, p.weight, scale, p.weight_scale, p.bias, p.y, k16, p.ldb, p.ldy, p.m, p.n, p.k, p.bias_dtype, p.y_dtype,
-               p.activation, p.residual, p.ldr, p.residual_dtype},
-              config_id, stream);
+  Gemm problem{q,   p.weight, scale, p.weight_scale, p.bias,    p.y,          k16,        p.ldb, p.ldy,
+               p.m, p.n,      p.k,   p.bias_dtype,   p.y_dtype, p.activation, p.residual, p.ldr, p.residual_dtype};
+  problem.b_is_constant = true;  // the kernel before the GEMM is quantize's
+  return gemm(problem, config_id, stream);
 }
 
 }  // namespace hwkern

@@ -4,8 +4,9 @@ No activation is quantized, so the only error beside float32 rounding is that of
 few tokens, where reading the weight is all the time, it is as fast as int8 activations or faster.
 
 On CUDA one kernel (csrc/gemm/w8a16.cu). On the CPU a float32 matmul over blocks of rows that are widened in the cache:
-the fastest of the ways that keep float32 sums (one thread, 4096×4096: 1.2–2 times a float32 layer at M >= 4; torch's
-``_weight_int8pack_mm`` is several times slower in float32, and in bfloat16 it rounds the scale and the sum).
+the fastest of the ways that keep float32 sums, but slower than a float32 layer, because the weight is widened in every
+call (one thread, 4096×4096: 1.5–2.8 times at M >= 16, more below). torch's ``_weight_int8pack_mm`` is 5–40 times slower
+in float32, and in bfloat16, where it is fast, it rounds the scale and the sum.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ py::dict as_dict(const GemmConfig& c) {
                   "cluster"_a = c.cluster, "block_m"_a = c.block_m, "block_n"_a = c.block_n, "block_k"_a = c.block_k,
                   "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k, "stages"_a = c.stages,
                   "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm,
-                  "scheme"_a = c.scheme == Scheme::kW8A16 ? "w8a16" : "w8a8");
+                  "scheme"_a = c.scheme == Scheme::kW8A16 ? "w8a16" : "w8a8", "split_k"_a = c.split_k);
 }
 
 py::list configs() {
@@ -149,10 +149,11 @@ py::list configs() {
   return list;
 }
 
-double predict_us(int id, int64_t m, int64_t n, int64_t k, int sm_count, int compute, int shared_bytes) {
+double predict_us(int id, int64_t m, int64_t n, int64_t k, int sm_count, int compute, int shared_bytes,
+                  bool b_is_constant) {
   const GemmConfig* config = gemm_config(id);
   if (!config) throw py::value_error("unknown config id " + std::to_string(id) + "; gemm_configs() lists them");
-  return gemm_predict_us(*config, m, n, k, {sm_count, compute, shared_bytes});
+  return gemm_predict_us(*config, m, n, k, {sm_count, compute, shared_bytes}, b_is_constant);
 }
 
 py::tuple cuda_status() {
@@ -194,11 +195,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("gemm_configs", &configs);
   m.def(
       "gemm_choose",
-      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes) {
-        return gemm_choose(M, N, K, {sm_count, compute, shared_bytes});
+      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes, bool b_is_constant) {
+        return gemm_choose(M, N, K, {sm_count, compute, shared_bytes}, b_is_constant);
       },
-      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
-  m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
+      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a, "b_is_constant"_a = false);
+  m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a,
+        "b_is_constant"_a = false);
 
   m.def("gemm", &py_gemm, "a"_a, "lda"_a, "b"_a, "ldb"_a, "scale_m"_a, "scale_n"_a, "bias"_a, "bias_dtype"_a, "d"_a,
         "ldd"_a, "d_dtype"_a, "m"_a, "n"_a, "k"_a, "config"_a, "stream"_a, "b_is_constant"_a = false,

@@ -29,6 +29,24 @@ constexpr int kAnyNewer = 999;
              1,                                                                                    \
              sm90_shared_bytes(BN, STAGES, PINGPONG),                                              \
              1},
+// ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
+#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS) \
+  GemmConfig{ID,                                                       \
+             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES,   \
+             90,                                                       \
+             90,                                                       \
+             TOKENS,                                                   \
+             ROWS,                                                     \
+             kSm90BlockK,                                              \
+             1,                                                        \
+             ROWS / 16,                                                \
+             1,                                                        \
+             STAGES,                                                   \
+             1,                                                        \
+             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),     \
+             BLOCKS,                                                   \
+             Scheme::kW8A8,                                            \
+             SPLIT},
 // A cluster or the copy engine needs Hopper or newer.
 #define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS) \
   GemmConfig{ID,                                                                     \
@@ -47,9 +65,11 @@ constexpr int kAnyNewer = 999;
              BLOCKS,                                                                 \
              Scheme::kW8A16},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
-                                       HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
+                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)
+                                           HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
+#undef HWKERN_SM90_SPLIT_ROW
 #undef HWKERN_W8A16_ROW
 
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
@@ -72,12 +92,12 @@ bool gemm_runs_on(const GemmConfig& config, const Device& device) {
          device.shared_bytes >= config.shared_bytes;
 }
 
-int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device) {
+int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
   int best = -1;
   double best_us = 0;
   for (const GemmConfig& config : kConfigs) {
     if (config.scheme != Scheme::kW8A8 || !gemm_runs_on(config, device)) continue;
-    const double us = gemm_predict_us(config, m, n, k, device);
+    const double us = gemm_predict_us(config, m, n, k, device, b_is_constant);
     if (best < 0 || us < best_us) best = config.id, best_us = us;
   }
   return best;

@@ -24,6 +24,21 @@
   X(105, 128, 6, true)         \
   X(106, 192, 5, false)
 
+// X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K
+#define HWKERN_SM90_SPLIT_CONFIGS(X) \
+  X(200, 128, 8, 1, 6, 2)            \
+  X(201, 64, 16, 4, 7, 3)            \
+  X(202, 64, 16, 4, 5, 4)            \
+  X(203, 64, 16, 2, 7, 3)            \
+  X(204, 64, 16, 1, 11, 2)           \
+  X(205, 64, 32, 4, 5, 3)            \
+  X(206, 64, 32, 2, 9, 2)            \
+  X(207, 64, 32, 1, 9, 2)            \
+  X(208, 64, 64, 2, 6, 2)            \
+  X(209, 64, 64, 1, 7, 2)            \
+  X(210, 128, 128, 2, 7, 1)          \
+  X(211, 64, 256, 2, 5, 1)
+
 namespace hwkern {
 
 constexpr int kColumnTermBytes = 8;  // float2: scale_n and bias of one column
@@ -54,8 +69,33 @@ constexpr int sm90_shared_bytes(int block_n, int stages, bool pingpong) {
          sm90_control_bytes(block_n, stages, pingpong);
 }
 
+constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;
+constexpr bool is_sm90_split(int id) { return id >= kFirstSm90SplitId && id <= kLastSm90SplitId; }
+
+// The other blocks' sums of one block's share of the tile: in memory of their own while that is little, so that they can
+// arrive while the ring is in use; else over the ring.
+constexpr int sm90_split_receive_bytes(int rows, int tokens, int split) {
+  return rows * tokens * 4 / split * (split - 1);
+}
+constexpr bool sm90_split_own_receive(int rows, int tokens, int split) {
+  return sm90_split_receive_bytes(rows, tokens, split) <= 24 * 1024;
+}
+// The ring, over it the block's own sums, and what it receives.
+constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages) {
+  const int ring = stages * (rows + tokens) * kSm90BlockK, staging = rows * tokens * 4;
+  const int receive = sm90_split_receive_bytes(rows, tokens, split);
+  const bool own = sm90_split_own_receive(rows, tokens, split);
+  const int over_ring = staging + (own ? 0 : receive);
+  return (ring > over_ring ? ring : over_ring) + (own ? receive : 0);
+}
+// That, the token scales, the column terms, two barriers a stage and two more.
+constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages) {
+  return sm90_split_data_bytes(rows, tokens, split, stages) + 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
+}
+
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
-Status launch_gemm_sm80(const Gemm& problem, int config_id, Stream stream);
+Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream);
 Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);
+Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream);
 
 }  // namespace hwkern

@@ -3,6 +3,7 @@
 // Constants were fitted to times measured on an H100 SXM (Llama-3-8B shapes, M 1 … 8192, benchmarks/gemm.py --tune-json):
 //   mma.sync rows   45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at worst
 //   wgmma rows      15 shapes (M 512 and more) × 4 configs: 0.9 %, 6 % at worst
+//   split-K rows    24 shapes (M 256 and less) × 12 configs, with constant B and without: 0.6 %, 6 % at worst
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -28,8 +29,8 @@ double predict_mma_sync(const GemmConfig& c, int64_t m, int64_t n, int64_t k, co
   constexpr double kWarpsToFill = 4.71;  // warps that one SM needs for that rate
   constexpr double kCyclesPerBuffer = 263;  // barrier and latency for each BLOCK_K step of a block that runs alone
   constexpr double kL2BytesPerCycle = 34.8;  // operands into one SM
-  constexpr double kMemoryBytesPerUs = 2.72e6;
-  constexpr double kFixedUs = 2.03;  // launch, first load, epilogue
+  constexpr double kMemoryBytesPerUs = 2.78e6;
+  constexpr double kFixedUs = 1.7;  // first load, epilogue; with overlapping launches
   const double operations = 2.0 * c.block_m * c.block_n * c.block_k;
   const double bytes = double(c.block_m + c.block_n) * c.block_k;
   const int warps = c.warps_m * c.warps_n * c.warps_k;
@@ -69,11 +70,44 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
 }
 
+// One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
+double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
+  constexpr double kFixedUs = 2.2;  // from the preceding kernel's end to the first wgmma, and the epilogue
+  constexpr double kMemoryBytesPerUs = 3.16e6, kL2BytesPerUs = 11.5e6;  // L2: into all SMs
+  constexpr double kSmBytesPerUs = 138e3;  // into one
+  constexpr double kOpsPerCycle = 5200;
+  constexpr double kBlockUs = 0.147, kRoundUs = 1.38;  // start and end of a block; of all that run at once
+  constexpr double kOutUs = 2.23;  // a tile of 8192 sums that one block finishes
+  constexpr double kLateUs = 0.76;  // when the next launch does not fit beside this one, its blocks start late
+  constexpr double kTailUs = 1.68;  // constant weights: what they fill of this launch's tail in that case
+  constexpr double kClashUs = 0.85;  // otherwise all compete with this launch's and none fill its tail
+  const int64_t blocks = ceil_div(m, c.block_m) * ceil_div(n, c.block_n) * c.split_k;
+  const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
+  // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
+  const int64_t at_once = c.split_k < 4 ? slots : slots - slots / 16;
+  const double on_one_sm = double(ceil_div(blocks, device.sm_count)), rounds = double(ceil_div(blocks, at_once));
+  const double steps = double(ceil_div(ceil_div(k, c.block_k), c.split_k));
+  const double bytes = double(c.block_m + c.block_n) * c.block_k * steps;
+  const double operations = 2.0 * c.block_m * c.block_n * c.block_k * steps;
+  const double sm_us =
+      on_one_sm * (std::max(bytes / kSmBytesPerUs, operations / kOpsPerCycle / kCyclesPerUs) + kBlockUs * c.split_k);
+  const double stream_us =
+      smooth_max(smooth_max(bytes_moved(m, n, k) / kMemoryBytesPerUs, double(blocks) * bytes / kL2BytesPerUs), sm_us);
+  const double out_us =
+      kOutUs * c.block_m * c.block_n / c.split_k / 8192 * std::min<double>(on_one_sm, c.blocks_per_sm);
+  const bool next_fits = 2 * blocks <= slots;
+  const double early_us = next_fits ? kClashUs : m <= c.block_m ? -kTailUs : 0;
+  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + (next_fits ? 0 : kLateUs) +
+         (b_is_constant ? early_us : 0);
+}
+
 }  // namespace
 
-double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device) {
+double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
+                       bool b_is_constant) {
   if (m < 1 || n < 1 || k < 1) return 0;
   if (config.scheme == Scheme::kW8A16) return predict_w8a16(config, m, n, k, device);
+  if (is_sm90_split(config.id)) return predict_split(config, m, n, k, device, b_is_constant);
   return config.id >= kFirstSm90Id ? predict_wgmma(config, m, n, k, device) : predict_mma_sync(config, m, n, k, device);
 }
 

@@ -45,7 +45,7 @@ Status gemm(const Gemm& p, int config_id, Stream stream) {
   if (const Status status = validate(p); !status.ok()) return status;
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
-  if (config_id == kChoose) config_id = gemm_choose(p.m, p.n, p.k, device);
+  if (config_id == kChoose) config_id = gemm_choose(p.m, p.n, p.k, device, p.b_is_constant);
   if (config_id < 0)
     return {StatusCode::kUnsupportedDevice,
             "gemm: no kernel for this GPU; hwkern needs compute capability 8.0 or newer"};
@@ -54,8 +54,9 @@ Status gemm(const Gemm& p, int config_id, Stream stream) {
   if (!gemm_runs_on(*config, device))
     return {StatusCode::kUnsupportedDevice,
             "gemm: this config is for another GPU: see its compute capabilities and shared memory"};
+  if (is_sm90_split(config_id)) return launch_gemm_sm90_split(p, config_id, stream);
   return config_id >= kFirstSm90Id ? launch_gemm_sm90(p, config_id, device.sm_count, stream)
-                                   : launch_gemm_sm80(p, config_id, stream);
+                                   : launch_gemm_sm80(p, config_id, device.compute, stream);
 }
 
 }  // namespace hwkern

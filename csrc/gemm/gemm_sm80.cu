@@ -11,6 +11,7 @@
 #include "gemm/epilogue.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/grid.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 
@@ -110,6 +111,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm80(const 
     copy_b.issue(buffer + C::BYTES_A, k0, bytes);
   };
 
+  ptx::grid_wait();
+  ptx::grid_release();
   // Visible to all after the main loop's first barrier.
   float2* columns = reinterpret_cast<float2*>(smem + C::RING_BYTES);
   for (int n = thread; n < C::BLOCK_N; n += C::THREADS) columns[n] = column_terms(p, n0 + n);
@@ -196,18 +199,20 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm80(const 
 }
 
 template <typename C>
-Status launch_config(const Gemm& p, Stream stream) {
+Status launch_config(const Gemm& p, bool overlap, Stream stream) {
   const int64_t tiles = ceil_div(p.m, C::BLOCK_M) * ceil_div(p.n, C::BLOCK_N);
   if (tiles > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
-  return launch<gemm_sm80<C>>({dim3(static_cast<unsigned>(tiles)), dim3(C::THREADS), C::SHARED_BYTES}, stream, p);
+  return launch<gemm_sm80<C>>({dim3(static_cast<unsigned>(tiles)), dim3(C::THREADS), C::SHARED_BYTES, 1, overlap},
+                              stream, p);
 }
 
 }  // namespace
 
-Status launch_gemm_sm80(const Gemm& problem, int config_id, Stream stream) {
+Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream) {
+  const bool overlap = compute >= 90;
   switch (config_id) {
 #define HWKERN_CASE(ID, ...) \
-  case ID: return launch_config<Config<__VA_ARGS__>>(problem, stream);
+  case ID: return launch_config<Config<__VA_ARGS__>>(problem, overlap, stream);
     HWKERN_SM80_CONFIGS(HWKERN_CASE)
 #undef HWKERN_CASE
     default: return invalid("gemm: this id is not one of the sm80 kernels");

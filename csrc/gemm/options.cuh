@@ -37,9 +37,9 @@ __device__ __forceinline__ void load_row(const T* row, int64_t n, int64_t column
   }
 }
 
-template <typename T, int COUNT, typename F>
-__device__ __forceinline__ void store_row(T* row, int64_t n, int64_t columns, bool aligned,
-                                          const float (&values)[COUNT], F round) {
+template <typename T, typename V, int COUNT, typename F>
+__device__ __forceinline__ void store_row(T* row, int64_t n, int64_t columns, bool aligned, const V (&values)[COUNT],
+                                          F round) {
   constexpr int WIDTH = COUNT * sizeof(T) > 16 ? 16 / sizeof(T) : COUNT;
   if (aligned && n + COUNT <= columns) {
 #pragma unroll

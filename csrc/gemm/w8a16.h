@@ -18,7 +18,6 @@
 
 namespace hwkern {
 
-constexpr int kFirstW8A16Id = 300;
 constexpr int kW8A16Step = 64;         // k that a warp takes at once: 16 a lane
 constexpr int kW8A16PieceTokens = 8;   // tokens whose partial sums are added at once
 

@@ -18,7 +18,17 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const void* map, uint32_
       : "memory");
 }
 
-// The same into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
+// tma_load, marked as the first to leave L2: for what is read once.
+__device__ __forceinline__ void tma_load_once(uint32_t smem, const void* map, uint32_t barrier, int column, int row) {
+  asm volatile(
+      "{\n.reg .b64 policy;\ncreatepolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4}], [%2], policy;\n}\n" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(column), "r"(row)
+      : "memory");
+}
+
+// tma_load into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
 __device__ __forceinline__ void tma_load_multicast(uint32_t smem, const void* map, uint32_t barrier, int column,
                                                    int row, uint16_t blocks) {
   asm volatile(
@@ -41,6 +51,16 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 template <int PENDING>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(PENDING) : "memory");
+}
+
+// Shared memory of this block into `remote`, an address of another block of the cluster; its bytes count on the barrier at
+// `remote_barrier` there. Addresses and `bytes` are multiples of 16. The source must stay until that barrier completes.
+__device__ __forceinline__ void bulk_copy_to_block(uint32_t remote, uint32_t smem, uint32_t bytes,
+                                                   uint32_t remote_barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];\n" ::"r"(remote),
+      "r"(smem), "r"(bytes), "r"(remote_barrier)
+      : "memory");
 }
 
 // Makes this thread's ordinary writes to shared memory visible to the copy engine.

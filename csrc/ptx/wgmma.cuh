@@ -25,6 +25,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #define HWKERN_D16(i) HWKERN_D4(i), HWKERN_D4(i + 4), HWKERN_D4(i + 8), HWKERN_D4(i + 12)
 #define HWKERN_D32(i) HWKERN_D16(i), HWKERN_D16(i + 16)
 #define HWKERN_D64(i) HWKERN_D32(i), HWKERN_D32(i + 32)
+#define HWKERN_D8(i) HWKERN_D4(i), HWKERN_D4(i + 4)
 #define HWKERN_REGS32                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -46,6 +47,28 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // D[64×N] (+)= A[64×32] · B[N×32]ᵀ, int8 in, int32 out, both operands in shared memory; `accumulate` false starts anew.
 // D's layout in each of the four warps is that of N / 8 mma.sync m16n8 fragments in a row.
+__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[4], uint64_t A, uint64_t B, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%0, %1, %2, %3}, %4, %5, p;\n}\n"
+      : HWKERN_D4(0)
+      : "l"(A), "l"(B), "r"(int{accumulate}));
+}
+__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[8], uint64_t A, uint64_t B, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p;\n}\n"
+      : HWKERN_D8(0)
+      : "l"(A), "l"(B), "r"(int{accumulate}));
+}
+__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[16], uint64_t A, uint64_t B, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
+      "%14, %15}, %16, %17, p;\n}\n"
+      : HWKERN_D16(0)
+      : "l"(A), "l"(B), "r"(int{accumulate}));
+}
 __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[32], uint64_t A, uint64_t B, bool accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -76,6 +99,7 @@ __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[128], uint64_t A, u
 }
 
 #undef HWKERN_D4
+#undef HWKERN_D8
 #undef HWKERN_D16
 #undef HWKERN_D32
 #undef HWKERN_D64

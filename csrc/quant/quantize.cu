@@ -5,6 +5,7 @@
 // A pass moves M·K·(sizeof(T) + 1) bytes; at 4096 × 4096 bfloat16 that is 50 MB, 16.5 µs at 3.05 TB/s.
 #include "core/device.h"
 #include "core/launch.cuh"
+#include "ptx/grid.cuh"
 #include "quant/kernels.h"
 #include "quant/row.cuh"
 
@@ -16,6 +17,8 @@ namespace {
 template <typename T, int VECTORS, bool WHOLE>
 __global__ void __launch_bounds__(MAX_THREADS, 1) quantize_per_token_kernel(const Quantize p, const bool rows_aligned) {
   using Row = RowVector<T>;
+  ptx::grid_wait();
+  ptx::grid_release();
   const bool aligned = WHOLE || rows_aligned;
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (m >= p.m) return;
@@ -133,7 +136,7 @@ Status launch_quantize_per_token(const Quantize& p, Stream stream) {
     const bool aligned = rows_aligned<T>(p);
     const RowShape shape(aligned && p.k % RowVector<T>::COUNT == 0, p.m, ceil_div(p.ldq, RowVector<T>::COUNT),
                          device.sm_count);
-    const Launch at{shape.grid, shape.block};
+    const Launch at{shape.grid, shape.block, /*shared_bytes=*/0, /*cluster=*/1, /*overlap=*/device.compute >= 90};
     if (!shape.whole) return launch<quantize_per_token_kernel<T, 1, false>>(at, stream, p, aligned);
     return shape.vectors == 1 ? launch<quantize_per_token_kernel<T, 1, true>>(at, stream, p, true)
                               : launch<quantize_per_token_kernel<T, 4, true>>(at, stream, p, true);

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,12 +13,6 @@ from torch.nn import functional as F
 from hwkern import ops
 from hwkern.nn.conv1d import Int8Conv1D
 from hwkern.nn.linear import Int8Linear
-
-# The name is looked up, not written down: this file also runs in a build of hwkern without the W8A16 kernel.
-_NAME = "hwkern._weight_only"
-weight_only_linear: Callable[..., Tensor] | None = None
-if importlib.util.find_spec(_NAME) is not None:
-    weight_only_linear = importlib.import_module(_NAME).weight_only_linear
 
 
 class WeightOnlyInt8Linear(Int8Linear):
@@ -68,14 +60,19 @@ class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
     """:class:`WeightOnlyInt8Linear` in the place of transformers' ``Conv1D``."""
 
 
+# On CUDA, with more tokens than this multiplying is the limit, and cuBLAS on the widened weight the faster way.
+_FEW_TOKENS = 64
+
+
 def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
     """``x @ (weight * weight_scale).T + bias`` in x's dtype (autocast's under autocast).
 
-    Through the operator where it takes x; float32 on CUDA goes through the dequantized weight, for there is no tensor
-    core for float32 and int8.
+    :func:`hwkern.ops.weight_only_linear` on the CPU, and on CUDA for few tokens in a 16-bit dtype; else a matmul on the
+    dequantized weight, which is rounded to that dtype.
     """
-    if weight_only_linear is not None and not (x.is_cuda and x.dtype == torch.float32):
-        return weight_only_linear(x, weight, weight_scale, bias)
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
+    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= _FEW_TOKENS)):
+        return ops.weight_only_linear(x, weight, weight_scale, bias)
     w = ops.dequantize(weight, weight_scale, 0, dtype)[:, :k]
     return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))

@@ -1,0 +1,88 @@
+"""Kernels that start while their predecessor still runs (Hopper and newer; elsewhere plain stream order).
+
+Every test enqueues without a synchronisation and compares with the same calls one at a time, bit for bit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_helpers import REDUCED, Guarded, gemm, random_int8, same_bits
+from test_gemm import all_configs
+
+from hwkern import _native, ops, reference
+from hwkern.ops import DTYPES
+
+pytestmark = pytest.mark.gpu
+
+ROUNDS = 3 if REDUCED else 20
+
+
+def quantize(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
+    """The kernel alone, into buffers that exist."""
+    _native.extension().quantize_per_token(
+        x.data_ptr(), DTYPES[x.dtype], x.stride(0), x.shape[0], x.shape[1], q.data_ptr(), q.stride(0),
+        scale.data_ptr(), torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+
+
+@pytest.mark.sanitizer
+@all_configs
+@pytest.mark.parametrize("m", [5] if REDUCED else [1, 40, 300])
+def test_a_chain_of_layers_gives_the_bits_of_single_steps(config: int, m: int):
+    """Each layer reads what the one before wrote, and all share one workspace."""
+    width = 160 if REDUCED else 1056
+    x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
+    layers = [ops.quantize(torch.randn(width, width, device="cuda")) for _ in range(3)]
+
+    def chain(wait: bool) -> torch.Tensor:
+        y = x
+        for weight, scale in layers * 2:
+            y = ops.int8_linear(y, weight, scale, config=config)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    expected = chain(wait=True)
+    for _ in range(ROUNDS):
+        assert same_bits(chain(wait=False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(wait=False)
+    for _ in range(ROUNDS):
+        y.zero_()
+        graph.replay()
+        assert same_bits(y, expected)
+
+
+@all_configs
+def test_weights_declared_constant_change_no_bit_and_the_rest_is_waited_for(config: int):
+    """A, the row scales and D belong to the kernel before, which is long; only B is constant."""
+    m, n, k = 33, 200, 700
+    b = random_int8(n, k)
+    big = torch.randn(4096, 704, device="cuda")
+    q, scale = torch.zeros(4096, 704, dtype=torch.int8, device="cuda"), torch.zeros(4096, device="cuda")
+    for _ in range(ROUNDS):
+        x = torch.randn(4096, 704, device="cuda")
+        d = Guarded(m, n, torch.float32)
+        torch.cuda.synchronize()
+        quantize(big, q, scale)
+        quantize(x, q, scale)
+        gemm(q[-m:, :k], b, d, config, scale[-m:], b_is_constant=True)
+        want_q, want_scale = reference.quantize(x[-m:])
+        assert same_bits(d.value, reference.int8_matmul(want_q[:, :k], b, want_scale, None, None, torch.float32))
+        d.assert_untouched_outside()
+
+
+def test_a_layer_packed_right_before_its_first_call():
+    """The kernel that writes the weights directly precedes the one that reads them, and takes longer to run than the
+    next two take to start."""
+    n = k = 1024 if REDUCED else 4096
+    weight, scale = torch.zeros(n, k, dtype=torch.int8, device="cuda"), torch.zeros(n, device="cuda")
+    x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+    for _ in range(ROUNDS):
+        source = torch.randn(n, k, device="cuda")
+        torch.cuda.synchronize()
+        quantize(source, weight, scale)
+        y = ops.int8_linear(x, weight, scale)
+        assert same_bits(y, reference.int8_linear(x, *reference.quantize(source)))
