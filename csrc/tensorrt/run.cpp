@@ -54,9 +54,9 @@ int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n
   if (op.kind == Kind::kQuantize || op.scheme == kW8A16 || op.config != kChoose || m_opt < 1 || n < 1 ||
       !current_device(&device).ok())
     return 0;
-  const int favourite = gemm_choose(m_opt, n, op.in_features, device);
+  const int favourite = gemm_choose(m_opt, n, op.in_features, device, true);
   if (favourite < 0) return 0;
-  const double best = gemm_predict_us(*gemm_config(favourite), m_opt, n, op.in_features, device);
+  const double best = gemm_predict_us(*gemm_config(favourite), m_opt, n, op.in_features, device, true);
   const int32_t base = (m_min == m_max ? 0 : bucket_of(m_opt)) * kBucketStep + kFirstConfig;
   struct Timed {
     double us;
@@ -67,7 +67,7 @@ int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n
   for (int i = 0; i < rows && found < kMaxTimed; ++i) {
     if (configs[i].id == favourite || !config_fits(op.scheme, configs[i].id) || !gemm_runs_on(configs[i], device))
       continue;
-    const double us = gemm_predict_us(configs[i], m_opt, n, op.in_features, device);
+    const double us = gemm_predict_us(configs[i], m_opt, n, op.in_features, device, true);
     if (us <= kWorthTiming * best) timed[found++] = {us, configs[i].id};
   }
   std::sort(timed, timed + found, [](const Timed& a, const Timed& b) { return a.us < b.us; });
