@@ -1,8 +1,9 @@
 """INT8 GEMM: D [M, N] = scale_m · scale_n · (A [M, K] · B [N, K]ᵀ) in bfloat16, against its peers.
 
 Every shape is first checked: the raw int32 sum equals the reference's, for every config that is timed; and CUTLASS's
-result has the same bits as ours. Peers are described in peers/products.py; one that cannot run is listed with the
-reason. CUTLASS is compiled on first use where `pip install nvidia-cutlass` was run (peers/cutlass.py).
+result has the same bits as ours. Ours is timed as a layer calls it: its weights are declared constant. Peers are
+described in peers/products.py; one that cannot run is listed with the reason. CUTLASS is compiled on first use where
+`pip install nvidia-cutlass` was run (peers/cutlass.py).
 """
 
 from __future__ import annotations
@@ -48,6 +49,19 @@ def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
         sys.exit(f"Wrong result: config {config} at M, N, K = {m}, {n}, {a.shape[1]} differs in {wrong} elements.")
 
 
+def constant_matmul(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, config: int
+) -> torch.Tensor:
+    """:func:`ops.int8_matmul` as a layer calls it: B is known to be constant, so its loads may start early."""
+    (m, k), n = a.shape, b.shape[0]
+    d = torch.empty((m, n), dtype=torch.bfloat16, device=a.device)
+    _native.extension().gemm(
+        a.data_ptr(), k, b.data_ptr(), k, scale_a.data_ptr(), scale_b.data_ptr(), 0, 0, d.data_ptr(), n,
+        ops.DTYPES[torch.bfloat16], m, n, k, config, torch.cuda.current_stream().cuda_stream, b_is_constant=True,
+    )  # fmt: skip
+    return d
+
+
 def check_cutlass(problem: products.Problem, candidates: dict[str, list[peers.Call]]) -> None:
     """Leave with a sentence unless CUTLASS computes what we compute: else its time would be no comparison."""
     want = ops.int8_matmul(*problem.bytes[0], *problem.scales, None, torch.bfloat16)
@@ -63,10 +77,7 @@ def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gp
         check(*problem.bytes[0], config)
 
     def ours(config: int) -> list[peers.Call]:
-        return [
-            functools.partial(ops.int8_matmul, a, b, *problem.scales, None, torch.bfloat16, config)
-            for a, b in problem.bytes
-        ]
+        return [functools.partial(constant_matmul, a, b, *problem.scales, config) for a, b in problem.bytes]
 
     calls = {f"config {config}": ours(config) for config in configs}
     makers = {name: maker for name, maker in products.MAKERS.items() if name in names}
@@ -90,7 +101,7 @@ def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gp
         us["cutlass"] = min(us.pop(name) for name in best)
     native = _native.extension()
     device = (gpu.sm_count, gpu.compute, gpu.shared_bytes)
-    chosen = native.gemm_choose(m, n, k, *device)
+    chosen = native.gemm_choose(m, n, k, *device, b_is_constant=True)
     by_config = {config: us.pop(f"config {config}") for config in configs}
     floor = hardware.speed_of_light(m, n, k, gpu)
     time = by_config.get(chosen, by_config.get(ops.CHOOSE, min(by_config.values())))
@@ -104,7 +115,9 @@ def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gp
         "absent": absent,
         "configs_us": {config: round(value, 3) for config, value in by_config.items() if config >= 0},
         "predicted_us": {
-            config: round(native.gemm_predict_us(config, m, n, k, *device), 3) for config in by_config if config >= 0
+            config: round(native.gemm_predict_us(config, m, n, k, *device, b_is_constant=True), 3)
+            for config in by_config
+            if config >= 0
         },
     }
 
