@@ -5,6 +5,8 @@ Every test enqueues without a synchronisation and compares with the same calls o
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from kernel_helpers import REDUCED, Guarded, gemm, random_int8, same_bits
@@ -46,6 +48,8 @@ def test_a_chain_of_layers_gives_the_bits_of_single_steps(config: int, m: int):
     expected = chain(wait=True)
     for _ in range(ROUNDS):
         assert same_bits(chain(wait=False), expected)
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
+        return  # under a sanitizer every tensor is a cudaMalloc of its own, which no capture allows
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = chain(wait=False)
