@@ -23,6 +23,7 @@ from peers import products
 
 from hwkern import _native, hardware, ops
 from hwkern._console import print_table
+from hwkern._timing import layer_product
 from hwkern.tune import product_configs
 
 # Llama-3-8B's linear layers as (N, K): fused qkv, attention output, fused gate and up, down.
@@ -49,19 +50,6 @@ def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
         sys.exit(f"Wrong result: config {config} at M, N, K = {m}, {n}, {a.shape[1]} differs in {wrong} elements.")
 
 
-def constant_matmul(
-    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, config: int
-) -> torch.Tensor:
-    """:func:`ops.int8_matmul` as a layer calls it: B is known to be constant, so its loads may start early."""
-    (m, k), n = a.shape, b.shape[0]
-    d = torch.empty((m, n), dtype=torch.bfloat16, device=a.device)
-    _native.extension().gemm(
-        a.data_ptr(), k, b.data_ptr(), k, scale_a.data_ptr(), scale_b.data_ptr(), 0, 0, d.data_ptr(), n,
-        ops.DTYPES[torch.bfloat16], m, n, k, config, torch.cuda.current_stream().cuda_stream, b_is_constant=True,
-    )  # fmt: skip
-    return d
-
-
 def check_cutlass(problem: products.Problem, candidates: dict[str, list[peers.Call]]) -> None:
     """Leave with a sentence unless CUTLASS computes what we compute: else its time would be no comparison."""
     want = ops.int8_matmul(*problem.bytes[0], *problem.scales, None, torch.bfloat16)
@@ -77,7 +65,9 @@ def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gp
         check(*problem.bytes[0], config)
 
     def ours(config: int) -> list[peers.Call]:
-        return [functools.partial(constant_matmul, a, b, *problem.scales, config) for a, b in problem.bytes]
+        return [
+            functools.partial(layer_product, a, b, *problem.scales, torch.bfloat16, config) for a, b in problem.bytes
+        ]
 
     calls = {f"config {config}": ours(config) for config in configs}
     makers = {name: maker for name, maker in products.MAKERS.items() if name in names}

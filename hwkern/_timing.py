@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from hwkern import _native
+from hwkern._checks import DTYPES
+
 Call = Callable[[], object]
 
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
@@ -89,3 +92,19 @@ def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
 def random_int8(*shape: int, device: str | torch.device) -> torch.Tensor:
     """Uniform over the symmetric int8 range: the switching activity, and so the power, of real data."""
     return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+
+
+def layer_product(
+    a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, dtype: torch.dtype, config: int
+) -> torch.Tensor:
+    """``ops.int8_matmul`` as a layer launches it: ``b`` is known to be constant, so its loads may start early.
+
+    ``a [M, K]`` and ``b [N, K]`` int8 on the current CUDA device, rows 16-byte aligned; the scales contiguous float32.
+    """
+    (m, k), n = a.shape, b.shape[0]
+    d = torch.empty((m, n), dtype=dtype, device=a.device)
+    _native.extension().gemm(
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), scale_a.data_ptr(), scale_b.data_ptr(), 0, 0,
+        d.data_ptr(), n, DTYPES[dtype], m, n, k, config, torch.cuda.current_stream().cuda_stream, b_is_constant=True,
+    )  # fmt: skip
+    return d

@@ -95,7 +95,7 @@ def _device(gpu: hardware.Gpu) -> tuple[int, int, int]:
 
 
 def model_choice(m: int, n: int, k: int, gpu: hardware.Gpu) -> int:
-    choice: int = _native.extension().gemm_choose(m, n, k, *_device(gpu))
+    choice: int = _native.extension().gemm_choose(m, n, k, *_device(gpu), b_is_constant=True)
     return choice
 
 
@@ -160,7 +160,7 @@ def candidates(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[int, float]:
     """Config id → predicted µs of every config that runs on the GPU, fastest first."""
     native = _native.extension()
     found = {
-        row["id"]: native.gemm_predict_us(row["id"], m, n, k, *_device(gpu))
+        row["id"]: native.gemm_predict_us(row["id"], m, n, k, *_device(gpu), b_is_constant=True)
         for row in product_configs()
         if row["min_compute"] <= gpu.compute <= row["max_compute"] and row["shared_bytes"] <= gpu.shared_bytes
     }
@@ -176,11 +176,14 @@ def _worth_measuring(m: int, n: int, k: int, gpu: hardware.Gpu) -> list[int]:
 def measure(
     m: int, n: int, k: int, dtype: torch.dtype, configs: Sequence[int], gpu: hardware.Gpu, peers: Sequence[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """µs of a product with scales: ``{"configs": {id: µs}, "peers": {name: µs}}``; peers only where they can run."""
+    """µs of a product with scales, as a layer launches it, and of the peers that can run here.
+
+    ``{"configs": {id: µs}, "peers": {name: µs}}``.
+    """
     import torch
 
     from hwkern import ops
-    from hwkern._timing import Call, cuda_us, random_int8, rotations
+    from hwkern._timing import Call, cuda_us, layer_product, random_int8, rotations
 
     device = torch.device("cuda", gpu.index)
     with torch.cuda.device(device):
@@ -192,9 +195,7 @@ def measure(
         ]
         scale_m, scale_n = (torch.rand(size, device=device) + 0.5 for size in (m, n))
         calls: dict[str, list[Call]] = {
-            str(config): [
-                functools.partial(ops.int8_matmul, a, b, scale_m, scale_n, None, dtype, config) for a, b in operands
-            ]
+            str(config): [functools.partial(layer_product, a, b, scale_m, scale_n, dtype, config) for a, b in operands]
             for config in configs
         }
         if "bf16" in peers:

@@ -52,7 +52,7 @@ def machine(monkeypatch):
 
 
 def model(m, n, k):
-    return _native.extension().gemm_choose(m, n, k, GPU.sm_count, GPU.compute, GPU.shared_bytes)
+    return _native.extension().gemm_choose(m, n, k, GPU.sm_count, GPU.compute, GPU.shared_bytes, b_is_constant=True)
 
 
 def second_best(m, n, k):
@@ -246,7 +246,7 @@ def test_explain_without_a_gpu_predicts_for_an_h100():
 
 def test_explain_shows_measured_times_and_what_they_mean(machine):
     best = second_best(16, 4096, 4096)
-    machine(lambda config, m: 5.0 if config == best else 10.0 + config / 1000)
+    machine(lambda config, m: 5.0 if config == best else 10.0 + config / 1e5)
     found = explain(16, 4096, 4096, measure_now=True)
     assert found.chosen == model(16, 4096, 4096)  # nothing was tuned: ops still asks the model
     assert f"config {best} was measured 100" in found.reason

@@ -1,9 +1,10 @@
 // The cost model: predicted microseconds of a config, from the tiles, the operations and the bytes of a problem.
 //
-// Constants were fitted to times measured on an H100 SXM (Llama-3-8B shapes, M 1 … 8192, benchmarks/gemm.py --tune-json):
-//   mma.sync rows   45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at worst
-//   wgmma rows      15 shapes (M 512 and more) × 4 configs: 0.9 %, 6 % at worst
-//   split-K rows    24 shapes (M 256 and less) × 12 configs, with constant B and without: 0.6 %, 6 % at worst
+// Constants were fitted to times measured on an H100 SXM (Llama-3-8B and BERT-base shapes, cold L2, graph replays):
+//   mma.sync rows             45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at
+//                             worst; used before Hopper and after it
+//   wgmma and split-K rows    114 shapes (M 1 … 8192), constant B, whole tiles of tokens: 1.2 %; 23 % at worst, at
+//                             128×2304×768, where that is 0.6 µs
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -50,12 +51,12 @@ double predict_mma_sync(const GemmConfig& c, int64_t m, int64_t n, int64_t k, co
 
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kOpsPerCycle = 8143;  // of 8192
-  constexpr double kL2BytesPerCycle = 221;  // what an operand byte costs while all SMs load: energy, so clock
-  constexpr double kEpilogueCyclesPerColumn = 14.7, kHiddenEpilogue = 0.65;  // the latter in ping-pong
+  constexpr double kOpsPerCycle = 8192;
+  constexpr double kL2BytesPerCycle = 248;  // what an operand byte costs while all SMs load: energy, so clock
+  constexpr double kEpilogueCyclesPerColumn = 11.5, kHiddenEpilogue = 0.34;  // the latter in ping-pong
   // Few rows of A leave too little under way for the whole bandwidth: 28672×4096 takes 51 µs at 64 rows, 48 at 128.
-  const double memory_bytes_per_us = m > 256 ? 3.02e6 : 2.6e6;
-  constexpr double kFixedUs = 0.56;
+  const double memory_bytes_per_us = m > 256 ? 3.2e6 : 2.65e6;
+  constexpr double kFixedUs = 2.11;
   const double operations = 2.0 * c.block_m * c.block_n * c.block_k;
   const double bytes = double(c.block_m + c.block_n) * c.block_k;
   const int64_t tiles = ceil_div(m, c.block_m) * ceil_div(n, c.block_n);
@@ -73,15 +74,15 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
 double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
-  constexpr double kFixedUs = 2.2;  // from the preceding kernel's end to the first wgmma, and the epilogue
-  constexpr double kMemoryBytesPerUs = 3.16e6, kL2BytesPerUs = 11.5e6;  // L2: into all SMs
-  constexpr double kSmBytesPerUs = 138e3;  // into one
-  constexpr double kOpsPerCycle = 5200;
-  constexpr double kBlockUs = 0.147, kRoundUs = 1.38;  // start and end of a block; of all that run at once
-  constexpr double kOutUs = 2.23;  // a tile of 8192 sums that one block finishes
-  constexpr double kLateUs = 0.76;  // when the next launch does not fit beside this one, its blocks start late
-  constexpr double kTailUs = 1.68;  // constant weights: what they fill of this launch's tail in that case
-  constexpr double kClashUs = 0.85;  // otherwise all compete with this launch's and none fill its tail
+  constexpr double kFixedUs = 0.962;  // from the preceding kernel's end to the first wgmma, and the epilogue
+  constexpr double kMemoryBytesPerUs = 2.79e6, kL2BytesPerUs = 11.55e6;  // L2: into all SMs
+  constexpr double kSmBytesPerUs = 122e3;  // into one
+  constexpr double kOpsPerCycle = 6206;
+  constexpr double kBlockUs = 0.0515, kRoundUs = 0.922;  // start and end of a block; of all that run at once
+  constexpr double kOutUs = 1.2;  // a tile of 8192 sums that one block finishes
+  constexpr double kLateUs = 0.768;  // when the next launch does not fit beside this one, its blocks start late
+  constexpr double kTailUs = 0.588;  // constant weights: what they fill of this launch's tail in that case
+  constexpr double kClashUs = 0.51;  // otherwise all compete with this launch's and none fill its tail
   const int64_t blocks = ceil_div(m, c.block_m) * ceil_div(n, c.block_n) * c.split_k;
   const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
   // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
