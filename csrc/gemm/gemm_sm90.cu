@@ -39,9 +39,6 @@ struct Config {
   static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
   static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each: 64 · BLOCK_N / 128
   static constexpr int BYTES_A = BLOCK_M * BLOCK_K, BYTES_B = BLOCK_N * BLOCK_K, STAGE_BYTES = BYTES_A + BYTES_B;
-  // A comes in boxes of so many rows, and boxes below M are not asked for: what lies outside a matrix costs the copy
-  // engine more than what lies inside (28672×4096 took 71 µs at M = 129, 58 at 256).
-  static constexpr int BOX_A = BLOCK_M / 4, BOX_BYTES = BOX_A * BLOCK_K;
 
   // Shared memory: the ring, the staging of eight warps, the column terms of one or two tiles, the barriers.
   static constexpr int PIECES = sm90_pieces(BLOCK_N, STAGES), STAGING_BYTES = PIECES * kSm90PieceBytes;
@@ -287,16 +284,11 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         int tile_m, tile_n;
         order.locate(tile, &tile_m, &tile_n);
-        const int rows = min(C::BLOCK_M, static_cast<int>(p.m) - tile_m * C::BLOCK_M);
-        const int boxes = (rows + C::BOX_A - 1) / C::BOX_A;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.advance()) {
           ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
           const uint32_t barrier = full + at.stage * 8, smem_a = base + at.stage * C::STAGE_BYTES;
-          ptx::mbarrier_arrive_expect(barrier, C::BYTES_B + boxes * C::BOX_BYTES);
-#pragma unroll 1
-          for (int box = 0; box < boxes; ++box)
-            ptx::tma_load(smem_a + box * C::BOX_BYTES, &params.a, barrier, k_tile * C::BLOCK_K,
-                          tile_m * C::BLOCK_M + box * C::BOX_A);
+          ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
+          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, tile_m * C::BLOCK_M);
           ptx::tma_load(smem_a + C::BYTES_A, &params.b, barrier, k_tile * C::BLOCK_K, tile_n * C::BLOCK_N);
         }
       }
@@ -387,7 +379,7 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   if (!encode_tiled()) return kNoTensorMaps;
   Params params;
   params.gemm = p;
-  if (!make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BOX_A, 128) ||
+  if (!make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BLOCK_M, 128) ||
       !make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::BLOCK_N, 128))
     return kTensorMapRefused;
   const int64_t tiles_m = ceil_div(p.m, C::BLOCK_M), tiles = tiles_m * ceil_div(p.n, C::BLOCK_N);

@@ -39,8 +39,6 @@ struct Config {
   static constexpr int THREADS = CONSUMER_THREADS + 32;
   static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
   static constexpr int BYTES_B = ROWS * BLOCK_K, BYTES_A = TOKENS * BLOCK_K, STAGE_BYTES = BYTES_B + BYTES_A;
-  // Tokens come in boxes, and boxes below M are not asked for: see gemm_sm90.cu.
-  static constexpr int BOX_A = TOKENS < 32 ? 8 : TOKENS / 4, BOX_BYTES = BOX_A * BLOCK_K;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
   // A block's part of the sums: TOKENS / SPLIT tokens of all rows while that is whole groups of 8; else all tokens of
@@ -61,7 +59,6 @@ struct Config {
   static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES);
 
   static_assert(ROWS % 64 == 0 && TOKENS % 8 == 0 && TOKENS <= 256);
-  static_assert(BOX_A % 8 == 0, "the swizzle's atoms have 8 rows");
   static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
   static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
   static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
@@ -182,11 +179,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * C::TOKENS;
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
-  const int boxes = (min(C::TOKENS, static_cast<int>(p.m) - token0) + C::BOX_A - 1) / C::BOX_A;
-
   auto load_weights = [&](int i, int stage) {
     const uint32_t barrier = full + stage * 8, smem = base + stage * C::STAGE_BYTES;
-    ptx::mbarrier_arrive_expect(barrier, C::BYTES_B + boxes * C::BOX_BYTES);
+    ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
     if (params.tiles_m == 1) {
       ptx::tma_load_once(smem, &params.weights, barrier, (k_first + i) * BLOCK_K, row0);
     } else {
@@ -194,10 +189,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     }
   };
   auto load_tokens = [&](int i, int stage) {
-#pragma unroll 1
-    for (int box = 0; box < boxes; ++box)
-      ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B + box * C::BOX_BYTES, &params.tokens, full + stage * 8,
-                    (k_first + i) * BLOCK_K, token0 + box * C::BOX_A);
+    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, &params.tokens, full + stage * 8, (k_first + i) * BLOCK_K,
+                  token0);
   };
 
   int requested = 0;  // weights of the first buffers
@@ -344,7 +337,7 @@ Status launch_config(const Gemm& p, Stream stream) {
   Params params;
   params.gemm = p;
   if (!make_map(&params.weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::ROWS, BLOCK_K) ||
-      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BOX_A, BLOCK_K))
+      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::TOKENS, BLOCK_K))
     return kTensorMapRefused;
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
