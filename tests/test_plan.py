@@ -219,10 +219,11 @@ def test_an_interrupt_while_timing_keeps_what_was_measured_and_the_model(
     assert len(device.calls) == 4  # the two that were missing
 
 
-def _fill(folder: str, numbers: range, gate: Any) -> None:
+def _fill(folder: str, numbers: range, threads: int, gate: Any) -> None:
     import os
 
     os.environ["HWKERN_CACHE"] = folder
+    torch.set_num_threads(threads)  # part of the cache's stamp
     clock = Clock(torch.device("cpu"))
     gate.wait()
     for i in numbers:
@@ -232,8 +233,10 @@ def _fill(folder: str, numbers: range, gate: Any) -> None:
 def test_two_processes_write_one_cache_and_lose_nothing(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork" if threading.active_count() == 1 else "spawn")
     gate = context.Event()
-    folder = str(tmp_path / "cache")
-    workers = [context.Process(target=_fill, args=(folder, range(i * 20, i * 20 + 20), gate)) for i in range(2)]
+    folder, threads = str(tmp_path / "cache"), torch.get_num_threads()
+    workers = [
+        context.Process(target=_fill, args=(folder, range(i * 20, i * 20 + 20), threads, gate)) for i in range(2)
+    ]
     for worker in workers:
         worker.start()
     gate.set()
