@@ -4,7 +4,7 @@
     check_sass.py --sass DUMP.txt                      reads `cuobjdump --dump-sass` output
 
 A GEMM kernel must use the tensor cores on int8 (IMMA; wgmma: IGMMA), asynchronous copies to shared memory (LDGSTS;
-TMA: UTMALDG) and, for mma.sync, ldmatrix (LDSM). No kernel may touch local memory (LDL, STL). Every architecture
+TMA: UTMALDG) and, for mma.sync, ldmatrix (LDSM); a weight-only one the tensor cores on 16 bits (HMMA). No kernel may touch local memory (LDL, STL). Every architecture
 asked for must have GEMM kernels.
 """
 
@@ -21,10 +21,12 @@ from pathlib import Path
 # Every group needs one of its instructions. TMA and wgmma come with the sm_90a library.
 MMA_SYNC = (("IMMA",), ("LDGSTS", "UTMALDG"), ("LDSM",))
 WGMMA = (("IGMMA",), ("UTMALDG", "LDGSTS"))
+WEIGHT_ONLY = (("HMMA",), ("LDGSTS", "UTMALDG"))
 LOCAL_MEMORY = ("LDL", "STL")
 # In a mangled name the length stands before the kernel's own name (9gemm_sm80), not before the file's, which is in
 # the anonymous namespace's (_12_gemm_sm80_cu).
 GEMM_KERNEL = re.compile(r"\dgemm_sm\d")
+WEIGHT_ONLY_KERNEL = re.compile(r"\dw8a16")
 
 
 def functions(dump: str) -> Iterator[tuple[str, str, set[str]]]:
@@ -50,10 +52,14 @@ def problems(dump: str, architectures: list[str]) -> Iterator[str]:
     for architecture, name, opcodes in functions(dump):
         if local := opcodes.intersection(LOCAL_MEMORY):
             yield f"{name} for {architecture} uses local memory ({', '.join(sorted(local))})."
-        if not GEMM_KERNEL.search(name):
+        if GEMM_KERNEL.search(name):
+            gemms[architecture] = gemms.get(architecture, 0) + 1
+            groups = WGMMA if "IGMMA" in opcodes else MMA_SYNC
+        elif WEIGHT_ONLY_KERNEL.search(name) and "STG" in opcodes:  # Hopper's rows are empty before it
+            groups = WEIGHT_ONLY
+        else:
             continue
-        gemms[architecture] = gemms.get(architecture, 0) + 1
-        for group in WGMMA if "IGMMA" in opcodes else MMA_SYNC:
+        for group in groups:
             if not opcodes.intersection(group):
                 yield f"{name} for {architecture} has no {' or '.join(group)}."
     for architecture, count in gemms.items():

@@ -242,6 +242,10 @@ def sass(architecture: str, *opcodes: str) -> str:
     return f"\tcode for {architecture}\n\t\tFunction : _ZN6hwkern9gemm_sm80I6ConfigEEv4Gemm\n{body}"
 
 
+def weight_only_sass(*opcodes: str) -> str:
+    return sass("sm_90", *opcodes).replace("9gemm_sm80", "5w8a16")
+
+
 GOOD = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8", "STG.E.128")
 
 
@@ -255,6 +259,9 @@ GOOD = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8", "STG.E.128")
         (sass("sm_80", GOOD[0], GOOD[2]) + sass("sm_90", *GOOD), "sm_80 has no LDSM"),
         (sass("sm_80", *GOOD) + sass("sm_90", *GOOD, "STL.64"), "local memory (STL)"),
         ("", "no GEMM kernel for sm_80"),
+        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD) + weight_only_sass("UTMALDG.2D", "HMMA.16816.F32", "STG.E"), None),
+        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD) + weight_only_sass("UTMALDG.2D", "FFMA", "STG.E"), "has no HMMA"),
+        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD) + weight_only_sass("EXIT"), None),
     ],
 )
 def test_check_sass_finds_what_is_missing(
