@@ -4,8 +4,8 @@
     check_sass.py --sass DUMP.txt                      reads `cuobjdump --dump-sass` output
 
 A GEMM kernel must use the tensor cores on int8 (IMMA; wgmma: IGMMA), asynchronous copies to shared memory (LDGSTS;
-TMA: UTMALDG) and, for mma.sync, ldmatrix (LDSM); a weight-only one the tensor cores on 16 bits (HMMA). No kernel may touch local memory (LDL, STL). Every architecture
-asked for must have GEMM kernels.
+TMA: UTMALDG) and, for mma.sync, ldmatrix (LDSM); a weight-only one the tensor cores on 16 bits (HMMA). No kernel may
+touch local memory (LDL, STL). Every architecture asked for must have GEMM kernels.
 """
 
 from __future__ import annotations
