@@ -9,9 +9,4 @@ __device__ __forceinline__ void named_barrier_sync() {
   asm volatile("bar.sync %0, %1;\n" ::"n"(BARRIER), "n"(THREADS) : "memory");
 }
 
-// The 128 threads of one warpgroup wait for each other on barrier `barrier` (1 … 15).
-__device__ __forceinline__ void warpgroup_barrier_sync(int barrier) {
-  asm volatile("bar.sync %0, 128;\n" ::"r"(barrier) : "memory");
-}
-
 }  // namespace hwkern::ptx

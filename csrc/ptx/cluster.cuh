@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t smem, uint32_t rank
   return remote;
 }
 
-// The two halves of cluster_sync, without its fence of ordinary memory (a MEMBAR.GPU): for hand-overs that carry no data
-// or whose data is ordered by an mbarrier. Each thread arrives and waits in turn.
+// All threads of all blocks of the cluster wait for each other, in two halves: each thread arrives and waits in turn.
+// Without a fence of ordinary memory (a MEMBAR.GPU): for hand-overs that carry no data or whose data an mbarrier orders.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
 }
@@ -32,11 +32,6 @@ __device__ __forceinline__ void store_to_block(uint32_t remote, uint32_t remote_
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(remote),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(remote_barrier)
       : "memory");
-}
-
-// All threads of all blocks of the cluster wait for each other; memory written before is visible after.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
 }  // namespace hwkern::ptx

@@ -28,31 +28,6 @@ __device__ __forceinline__ void tma_load_once(uint32_t smem, const void* map, ui
       : "memory");
 }
 
-// tma_load into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
-__device__ __forceinline__ void tma_load_multicast(uint32_t smem, const void* map, uint32_t barrier, int column,
-                                                   int row, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(smem),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
-      : "memory");
-}
-
-// The tile in `smem` to (row, column); what lies outside the matrix is not written. One thread; part of its bulk group.
-__device__ __forceinline__ void tma_store(const void* map, uint32_t smem, int column, int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n" ::"l"(map), "r"(smem),
-               "r"(column), "r"(row)
-               : "memory");
-}
-
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
-
-// Waits until at most PENDING of this thread's bulk groups still have to read their shared memory.
-template <int PENDING>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(PENDING) : "memory");
-}
-
 // Shared memory of this block into `remote`, an address of another block of the cluster; its bytes count on the barrier at
 // `remote_barrier` there. Addresses and `bytes` are multiples of 16. The source must stay until that barrier completes.
 __device__ __forceinline__ void bulk_copy_to_block(uint32_t remote, uint32_t smem, uint32_t bytes,
