@@ -134,12 +134,12 @@ Status gemm(const Gemm& problem, int config_id, Stream stream);
 // q = 0, so that every output computed from it is NaN and no other row is touched. An all-zero row gives zeros.
 // Static scales: ±inf saturates to ±127, NaN becomes 0.
 struct Quantize {
-  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous
-  int8_t* q;                 // [M, ldq]
-  float* scale;              // [M] written (dynamic), or read: [M], [K] or [1] (static)
-  int64_t ldx, ldq;          // elements; columns K … ldq-1 of q are written with zeros
+  const void* x;  // [M, K] of x_dtype, any alignment, K contiguous
+  int8_t* q;  // [M, ldq]
+  float* scale;  // [M] written (dynamic), or read: [M], [K] or [1] (static)
+  int64_t ldx, ldq;  // elements; columns K … ldq-1 of q are written with zeros
   int64_t m, k;
-  DType x_dtype;             // kFloat32, kFloat16 or kBFloat16
+  DType x_dtype;  // kFloat32, kFloat16 or kBFloat16
 };
 
 enum class ScaleAxis : int32_t { kTensor = 0, kRow = 1, kColumn = 2 };
@@ -149,9 +149,9 @@ Status quantize_static(const Quantize& problem, ScaleAxis axis, Stream stream);
 
 // y[m, k] = round(q[m, k] · scale)
 struct Dequantize {
-  const int8_t* q;           // [M, K], K contiguous
-  const float* scale;        // [1], [M] or [K]
-  void* y;                   // [M, K] of y_dtype
+  const int8_t* q;  // [M, K], K contiguous
+  const float* scale;  // [1], [M] or [K]
+  void* y;  // [M, K] of y_dtype
   int64_t ldq, ldy;
   int64_t m, k;
   DType y_dtype;
@@ -166,8 +166,8 @@ Status dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
 // All else is float32, one IEEE operation each, in the order written.
 
 enum class Norm : int32_t {
-  kLayer = 0,     // y = round(((h - mean) · r) · w + b): torch.nn.LayerNorm
-  kRms = 1,       // y = round((h · r) · w): torch.nn.RMSNorm, Gemma (with offset 1)
+  kLayer = 0,  // y = round(((h - mean) · r) · w + b): torch.nn.LayerNorm
+  kRms = 1,  // y = round((h · r) · w): torch.nn.RMSNorm, Gemma (with offset 1)
   kRmsRounded = 2,  // y = round(round(h · r) · w): transformers' Llama, Qwen, Mistral, T5
 };
 
@@ -179,14 +179,14 @@ enum class Norm : int32_t {
 // with zeros to chunks of 32·E; each is folded over E, then over the 32; of the chunks' sums every 32nd are added in
 // order of the row, and the 32 totals folded. Its relative error is below (14 + K / 2¹²) · 2⁻²⁴.
 struct NormQuantize {
-  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
-  const void* residual;      // [M, K] of x_dtype, or null
-  const void* weight;        // [K] of weight_dtype, or null; not written by the kernel that precedes this call
-  const void* bias;          // [K] of bias_dtype, or null; kLayer only
-  void* h;                   // [M, K] of x_dtype, with a residual and only then; may be x or residual itself; or null
-  void* y;                   // [M, K] of x_dtype, may be x itself when h is not; or null
-  int8_t* q;                 // [M, ldq]; columns K … ldq-1 are written with zeros
-  float* scale;              // [M] written; or with is_static read: [1]
+  const void* x;  // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
+  const void* residual;  // [M, K] of x_dtype, or null
+  const void* weight;  // [K] of weight_dtype, or null; not written by the kernel that precedes this call
+  const void* bias;  // [K] of bias_dtype, or null; kLayer only
+  void* h;  // [M, K] of x_dtype, with a residual and only then; may be x or residual itself; or null
+  void* y;  // [M, K] of x_dtype, may be x itself when h is not; or null
+  int8_t* q;  // [M, ldq]; columns K … ldq-1 are written with zeros
+  float* scale;  // [M] written; or with is_static read: [1]
   int64_t ldx, ldr, ldh, ldy, ldq;
   int64_t m, k;
   float eps, offset;
@@ -201,13 +201,13 @@ Status norm_quantize(const NormQuantize& problem, Stream stream);
 // are x and up = x + K with the same leading dimension. An activation is within 4 float32 ulp of the size of x before it
 // is rounded; kNone and kRelu are exact.
 struct ActivationQuantize {
-  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
-  const void* up;            // [M, K] of x_dtype, or null
-  int8_t* q;                 // [M, ldq]; columns K … ldq-1 are written with zeros
-  float* scale;              // [M] written; or with is_static read: [1]
+  const void* x;  // [M, K] of x_dtype, any alignment, K contiguous, K <= kMaxK
+  const void* up;  // [M, K] of x_dtype, or null
+  int8_t* q;  // [M, ldq]; columns K … ldq-1 are written with zeros
+  float* scale;  // [M] written; or with is_static read: [1]
   int64_t ldx, ldup, ldq;
   int64_t m, k;
-  DType x_dtype;             // kFloat32, kFloat16 or kBFloat16
+  DType x_dtype;  // kFloat32, kFloat16 or kBFloat16
   Activation activation;
   bool is_static;
 };
@@ -217,11 +217,11 @@ Status activation_quantize(const ActivationQuantize& problem, Stream stream);
 // ---- Linear: quantize x per token, then GEMM ----------------------------------------------------------------------
 
 struct Linear {
-  const void* x;             // [M, K] of x_dtype
-  const int8_t* weight;      // [N, ldb], ldb = K rounded up to 16, padding zero
-  const float* weight_scale; // [N]
-  const void* bias;          // [N] of bias_dtype, or null
-  void* y;                   // [M, N] of y_dtype, dense rows of ldy elements
+  const void* x;  // [M, K] of x_dtype
+  const int8_t* weight;  // [N, ldb], ldb = K rounded up to 16, padding zero
+  const float* weight_scale;  // [N]
+  const void* bias;  // [N] of bias_dtype, or null
+  void* y;  // [M, N] of y_dtype, dense rows of ldy elements
   int64_t ldx, ldb, ldy;
   int64_t m, n, k;
   DType x_dtype, bias_dtype, y_dtype;
@@ -242,15 +242,15 @@ Status linear(const Linear& problem, int config_id, void* workspace, size_t work
 // fixes: the same bits in every run, other bits with another config. NaN and ±inf propagate as in a float32 product.
 // NOTE: for bfloat16 the sums are kept at 1/64 of their value, so products below 2⁻¹²⁰ may lose bits as subnormals.
 struct WeightOnlyLinear {
-  const void* x;             // [M, K] of x_dtype, any alignment, K contiguous
-  const int8_t* weight;      // [N, ldb], ldb >= K rounded up to 16, rows 16-byte aligned; what lies past K is not used
-  const float* weight_scale; // [N]
-  const void* bias;          // [N] of bias_dtype, or null
-  void* y;                   // [M, N] of y_dtype, dense rows of ldy elements
+  const void* x;  // [M, K] of x_dtype, any alignment, K contiguous
+  const int8_t* weight;  // [N, ldb], ldb >= K rounded up to 16, rows 16-byte aligned; what lies past K is not used
+  const float* weight_scale;  // [N]
+  const void* bias;  // [N] of bias_dtype, or null
+  void* y;  // [M, N] of y_dtype, dense rows of ldy elements
   int64_t ldx, ldb, ldy;
   int64_t m, n, k;
-  DType x_dtype;             // kFloat16 or kBFloat16
-  DType bias_dtype, y_dtype; // kFloat32, kFloat16 or kBFloat16
+  DType x_dtype;  // kFloat16 or kBFloat16
+  DType bias_dtype, y_dtype;  // kFloat32, kFloat16 or kBFloat16
   Activation activation = Activation::kNone;
   const void* residual = nullptr;  // [M, N] of residual_dtype, added after the activation; null for none
   int64_t ldr = 0;
