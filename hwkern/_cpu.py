@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -100,6 +101,16 @@ def _scaled_matmul(
         total.data_ptr(), pointer(scale_a), pointer(scale_b), pointer(bias), dtype_code(bias),
         y.data_ptr(), DTYPES[y.dtype], m, n, _threads(m * n),
     )  # fmt: skip
+
+
+# Of whole float32 tensors, each in a tensor of its own.
+TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5)),  # F.gelu (torch 2.13) gives NaN for inf
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
 
 
 def _apply_options(y: Tensor, activation: str, residual: Tensor | None) -> None:

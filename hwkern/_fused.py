@@ -7,7 +7,6 @@ by the C++ quantization. No gradients: these are for inference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -263,15 +262,6 @@ def _activation_cuda(
     return outputs
 
 
-_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5)),  # F.gelu (torch 2.13) gives NaN for inf
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-}
-
-
 def _activation_cpu(
     x: Tensor, up: Tensor | None = None, scale: Tensor | None = None, activation: str = "silu", gated: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -282,7 +272,7 @@ def _activation_cpu(
     if gated:
         x, up = x[..., :k], x[..., k:]
     # Contiguous, because torch computes strided elements with other functions, an ulp apart.
-    y = _TORCH[activation](x.float().contiguous()).to(x.dtype)
+    y = _cpu.TORCH_ACTIVATIONS[activation](x.float().contiguous()).to(x.dtype)
     if up is not None:
         y = y * up  # exact in float32 for the 16-bit types, then one rounding
     if scale is None:

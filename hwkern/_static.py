@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from hwkern import ops
+from hwkern._autograd import gradients, remember
 from hwkern._checks import check, check_bias, check_float, check_out_dtype, check_same_device, check_scale, padded
 from hwkern.reference import QMAX
 
@@ -135,19 +136,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, output_scale, input_scale = inputs[:4]
     bias = inputs[5] if len(inputs) > 5 else None
     ctx.save_for_backward(weight, output_scale, input_scale)
-    ctx.x_dtype, ctx.k = x.dtype, x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    remember(ctx, x, bias)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weight, output_scale, input_scale = ctx.saved_tensors
     needs: tuple[bool, ...] = (*ctx.needs_input_grad, *(False,) * 8)
-    grad_x = grad_bias = None
-    if needs[0]:
-        w = torch.ops.hwkern.dequantize.default(weight, output_scale, 0, grad.dtype)[:, : ctx.k]
-        grad_x = ((grad @ w) * input_scale.reciprocal().to(grad.dtype)).to(ctx.x_dtype)
-    if needs[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    grad_x, grad_bias = gradients(
+        ctx, grad, weight, output_scale, for_x=needs[0], for_bias=needs[5], input_scale=input_scale
+    )
     return grad_x, None, None, None, None, grad_bias, None, None
 
 

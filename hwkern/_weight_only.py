@@ -14,17 +14,16 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
-from hwkern._checks import CHOOSE, DTYPES, FLOATS, ROW_ALIGNMENT, check, check_linear, check_same_device
+from hwkern._autograd import linear_backward, setup_linear
+from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, ROW_ALIGNMENT, check, check_linear
+from hwkern._cpu import TORCH_ACTIVATIONS
 from hwkern._cuda import current_stream, extension, on_device
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
-
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # hwkern.h Activation
 
 _CPU_BLOCK = 2**18  # weights that are widened at once: 1 MB of float32, which stays in a core's cache
 
@@ -78,24 +77,12 @@ def _check(
     residual: Tensor | None,
 ) -> torch.dtype:
     """The output's dtype, once everything fits together."""
-    dtype = check_linear(x, weight, weight_scale, bias, out_dtype)
+    dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
     check(
         x.dtype != torch.float32 or x.is_cpu,
         lambda: "x is torch.float32: on CUDA weight_only_linear takes float16 or bfloat16. Cast x, or use int8_linear.",
         TypeError,
     )
-    check(
-        activation in ACTIVATIONS,
-        lambda: f"activation = {activation!r}: hwkern knows {', '.join(map(repr, ACTIVATIONS))}.",
-    )
-    if residual is not None:
-        check_same_device(x=x, residual=residual)
-        kind, shape = residual.dtype, (*x.shape[:-1], weight.shape[0])
-        check(kind in FLOATS, lambda: f"residual is {kind}: float32, float16 or bfloat16.", TypeError)
-        check(
-            tuple(residual.shape) == shape,
-            lambda: f"residual has shape {tuple(residual.shape)}, but the output's {shape} is needed.",
-        )
     return dtype
 
 
@@ -168,16 +155,6 @@ def _cuda(
 # ---- CPU -----------------------------------------------------------------------------------------------------------
 
 
-def _activate(y: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return torch.relu(y)
-    if activation == "gelu":
-        return 0.5 * y * (1 + torch.erf(y * 0.5**0.5))  # torch.nn.functional.gelu (torch 2.13) gives NaN for inf
-    if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(y, approximate="tanh")
-    return torch.nn.functional.silu(y) if activation == "silu" else y
-
-
 def _cpu(
     x: Tensor,
     weight: Tensor,
@@ -200,7 +177,7 @@ def _cpu(
         y *= weight_scale
         if bias is not None:
             y += bias  # to float32 is exact
-        y = _activate(y, activation)
+        y = TORCH_ACTIVATIONS[activation](y)
         if residual is not None:
             y += residual.reshape(y.shape)
     return y.view(*x.shape[:-1], n).to(dtype)
@@ -213,53 +190,11 @@ _lib.impl("weight_only_linear", _cpu, "CPU")
 # ---- autograd: on the dequantized weight ---------------------------------------------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # NOTE: trailing arguments left at their defaults are not listed (torch 2.13).
-    x, weight, weight_scale, bias = (*inputs[:4], None)[:4]
-    ctx.activation = inputs[6] if len(inputs) > 6 else "none"
-    residual = inputs[7] if len(inputs) > 7 else None
-    ctx.x_dtype, ctx.k = x.dtype, x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    # An activation's derivative needs its input, which is cheaper to compute again than to write in float32.
-    ctx.save_for_backward(weight, weight_scale, *(() if ctx.activation == "none" else (x, bias)))
-
-
-def _activation_backward(activation: str, grad: Tensor, y: Tensor) -> Tensor:
-    """``grad`` times the activation's derivative at the float32 ``y``; in grad's dtype."""
-    aten, g = torch.ops.aten, grad.float()
-    if activation == "relu":
-        g = aten.threshold_backward(g, y, 0)
-    elif activation == "silu":
-        g = aten.silu_backward(g, y)
-    else:
-        g = aten.gelu_backward(g, y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return g.to(grad.dtype)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs: tuple[bool, ...] = (*ctx.needs_input_grad, *(False,) * 8)
-    if needs[2]:
-        raise NotImplementedError(
-            "weight_scale asks for a gradient: the int8 weight and its scale are frozen; train an adapter (LoRA) on "
-            "top, or hwkern.unpatch(model) and train the float weight."
-        )
-    weight, weight_scale, *recompute = ctx.saved_tensors
-    grad_x = grad_bias = None
-    grad_residual = grad.to(ctx.residual_dtype) if needs[7] else None
-    if recompute and (needs[0] or needs[3]):
-        x, bias = recompute
-        y = torch.ops.hwkern.weight_only_linear.default(x, weight, weight_scale, bias, torch.float32)
-        grad = _activation_backward(ctx.activation, grad, y)
-    if needs[0]:
-        w = torch.ops.hwkern.dequantize.default(weight, weight_scale, 0, grad.dtype)[:, : ctx.k]
-        grad_x = (grad @ w).to(ctx.x_dtype)
-    if needs[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, None, None, grad_residual
-
-
-register_autograd("hwkern::weight_only_linear", _backward, setup_context=_setup_context)
+register_autograd(
+    "hwkern::weight_only_linear",
+    linear_backward(torch.ops.hwkern.weight_only_linear.default),
+    setup_context=setup_linear,
+)
 
 
 # ---- autocast: as nn.Linear, x is cast to autocast's dtype, which is the output's too ------------------------------

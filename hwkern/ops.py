@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from torch.library import Library, register_autograd, register_fake
 
 from hwkern import _cpu
+from hwkern._autograd import gradients, linear_backward, remember, setup_linear
 from hwkern._checks import (
     ACTIVATIONS,
     CHOOSE,
@@ -462,66 +463,9 @@ for _name, _on_cuda, _on_cpu in (
 # ---- autograd: straight-through on the dequantized weight ----------------------------------------------------------
 
 
-def _remember(ctx: Any, x: Tensor, bias: Tensor | None) -> None:
-    ctx.x_dtype, ctx.k = x.dtype, x.shape[-1]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _gradients(
-    ctx: Any, grad: Tensor, weight: Tensor, weight_scale: Tensor, for_x: bool, for_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    grad_x = grad_bias = None
-    if for_x:
-        w = torch.ops.hwkern.dequantize.default(weight, weight_scale, 0, grad.dtype)[:, : ctx.k]
-        grad_x = (grad @ w).to(ctx.x_dtype)
-    if for_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_bias
-
-
-def _activation_backward(activation: str, grad: Tensor, y: Tensor) -> Tensor:
-    """``grad`` times the activation's derivative at ``y``, in y's float32; in grad's dtype."""
-    aten, g = torch.ops.aten, grad.float()
-    if activation == "relu":
-        g = aten.threshold_backward(g, y, 0)
-    elif activation == "silu":
-        g = aten.silu_backward(g, y)
-    else:
-        g = aten.gelu_backward(g, y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return g.to(grad.dtype)
-
-
-def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # NOTE: trailing arguments left at their defaults are not listed (torch 2.13).
-    x, weight, weight_scale, bias = inputs[:4]
-    ctx.activation = inputs[6] if len(inputs) > 6 else "none"
-    residual = inputs[7] if len(inputs) > 7 else None
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    if ctx.activation == "none":
-        ctx.save_for_backward(weight, weight_scale)
-    else:  # the derivative needs the activation's input, which is cheaper to compute again than to write in float32
-        ctx.save_for_backward(weight, weight_scale, x, bias)
-    _remember(ctx, x, bias)
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs: tuple[bool, ...] = (*ctx.needs_input_grad, *(False,) * 8)
-    if needs[2]:
-        raise NotImplementedError(
-            "weight_scale asks for a gradient: the int8 weight and its scale are frozen; train an adapter (LoRA) on "
-            "top, or hwkern.unpatch(model) and train the float weight."
-        )
-    weight, weight_scale, *recompute = ctx.saved_tensors
-    grad_residual = grad.to(ctx.residual_dtype) if needs[7] else None
-    if recompute and (needs[0] or needs[3]):
-        x, bias = recompute
-        y = torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias, torch.float32)
-        grad = _activation_backward(ctx.activation, grad, y)
-    grad_x, grad_bias = _gradients(ctx, grad, weight, weight_scale, for_x=needs[0], for_bias=needs[3])
-    return grad_x, None, None, grad_bias, None, None, None, grad_residual
-
-
-register_autograd("hwkern::int8_linear", _linear_backward, setup_context=_linear_setup_context)
+register_autograd(
+    "hwkern::int8_linear", linear_backward(torch.ops.hwkern.int8_linear.default), setup_context=setup_linear
+)
 
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
@@ -544,7 +488,7 @@ class _EagerLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, frozen: tuple[Tensor, Tensor], cell: LaunchCell | None
     ) -> Tensor:
         ctx.frozen = frozen
-        _remember(ctx, x, bias)
+        remember(ctx, x, bias)
         if cell is None:
             return _cpu.linear_unchecked(x, *frozen, bias, x.dtype)
         return _launch_cell(x, cell, frozen[0], x.dtype)
@@ -553,7 +497,7 @@ class _EagerLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         weight, weight_scale = ctx.frozen
         needs: tuple[bool, ...] = ctx.needs_input_grad
-        grad_x, grad_bias = _gradients(ctx, grad, weight, weight_scale, for_x=needs[0], for_bias=needs[1])
+        grad_x, grad_bias = gradients(ctx, grad, weight, weight_scale, for_x=needs[0], for_bias=needs[1])
         return grad_x, grad_bias, None, None
 
 

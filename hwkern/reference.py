@@ -50,17 +50,17 @@ def dequantize(q: Tensor, scale: Tensor, axis: int = 0, out_dtype: torch.dtype =
 
 
 def activate(y: Tensor, activation: str) -> Tensor:
-    """relu, gelu (erf), gelu_tanh or silu of a float32 ``y``: the exact value (by float64), rounded to float32."""
+    """relu, gelu (erf), gelu_tanh or silu: the exact value (by float64), rounded to y's dtype."""
     x = y.double()
     if activation == "relu":
-        return torch.where(y < 0, 0.0, y)
-    if activation == "gelu":
-        return (x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))).float()
-    if activation == "gelu_tanh":
-        return (x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))).float()
-    if activation == "silu":
-        return (x / (1 + torch.exp(-x))).float()
-    return y
+        x = torch.where(x < 0, 0.0, x)
+    elif activation == "gelu":
+        x = x * 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    elif activation == "gelu_tanh":
+        x = x * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    elif activation == "silu":
+        x = x / (1 + torch.exp(-x))
+    return x.to(y.dtype)
 
 
 def int8_matmul(
@@ -220,14 +220,7 @@ def weight_only_linear(
     y = (x.double() @ weight.double().t()) * weight_scale.double()
     if bias is not None:
         y = y + bias.double()
-    if activation == "relu":
-        y = torch.where(y < 0, 0.0, y)
-    elif activation == "gelu":
-        y = 0.5 * y * (1 + torch.erf(y * 0.5**0.5))
-    elif activation == "gelu_tanh":
-        y = 0.5 * y * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (y + 0.044715 * y**3)))
-    elif activation == "silu":
-        y = y / (1 + torch.exp(-y))
+    y = activate(y, activation)
     if residual is not None:
         y = y + residual.double()
     return y.to(out_dtype or x.dtype)
