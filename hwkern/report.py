@@ -68,6 +68,8 @@ class Report:
     originals_bytes: int = 0
     #: What else there is to say, e.g. that every layer was patched before.
     note: str = ""
+    #: Which neighbours were fused into one operator, and which were not because a check failed.
+    fusion: str = ""
     #: Version of the JSON layout.
     schema: int = field(default=_SCHEMA, repr=False)
 
@@ -161,8 +163,7 @@ class Report:
                 else f"Kept for unpatch: {_bytes(self.originals_bytes)} "
                 + ("in a temporary file." if self.originals == "disk" else "in host memory.")
             )
-        if self.note:
-            lines.append(self.note)
+        lines += [text for text in (self.fusion, self.note) if text]
         return "\n".join(lines) or "The model has no linear layers: nothing to do."
 
     def __rich_console__(
