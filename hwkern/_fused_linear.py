@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 
 from hwkern import _cpu, ops
-from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, check_linear
+from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, ROW_ALIGNMENT, check_linear
 from hwkern._choice import config_for, tuned
 from hwkern._cuda import current_device, current_stream, extension, on_device
 from hwkern._fused import NORMS, _check_activation, _check_norm
@@ -172,9 +172,7 @@ def launch_activation_linear(x: Tensor, weight: Tensor, cell: ops.LaunchCell, ac
     return _product(q, m, n, k, columns, cell, y, stream)
 
 
-def _product(
-    q: int, m: int, n: int, k: int, columns: int, cell: ops.LaunchCell, y: Tensor, stream: int
-) -> Tensor:
+def _product(q: int, m: int, n: int, k: int, columns: int, cell: ops.LaunchCell, y: Tensor, stream: int) -> Tensor:
     config = config_for(cell.device, m, n, k, y.dtype) if tuned else CHOOSE
     extension().gemm(
         q, columns, cell.weight_pointer, columns, q + m * columns, cell.scale_pointer, cell.bias_pointer,
@@ -186,7 +184,7 @@ def _product(
 
 def _read(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[ops.LaunchCell, tuple[Any, ...]]:
     """A cell of these tensors, or of copies that the kernels can take; the caller keeps them alive until the launch."""
-    if not (weight.is_contiguous() and weight.data_ptr() % ops.ROW_ALIGNMENT == 0):
+    if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
         weight = weight.clone(memory_format=torch.contiguous_format)
     held = (weight, weight_scale.contiguous(), contiguous(bias))
     cell = ops.LaunchCell()

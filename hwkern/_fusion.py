@@ -15,6 +15,7 @@ Which class is built so is a table, not a guess; and every block is run both way
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from hwkern import ops
 from hwkern._fold import STRUCTURES
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
-from hwkern.nn.merged import Merged, few_tokens, has_hooks
+from hwkern.nn.merged import Merged, has_hooks
 
 _LLAMA = STRUCTURES["LlamaDecoderLayer"]
 #: Class of block → (norm, the layers that read it and are all that do). Smoothing's table, and blocks whose norm can be
@@ -132,7 +133,7 @@ class _FusedNorm(_Fused):
         weight = cast(Any, self).weight
         if f.readers.usable(x) and (weight is None or x.dtype == weight.dtype):
             return f.run(cast(nn.Module, self), x)
-        return super().forward(x)  # type: ignore[misc,no-any-return]
+        return super().forward(x)  # type: ignore[misc]
 
 
 class _FusedAttention(_Fused):
@@ -152,24 +153,29 @@ class _FusedMlp(_Fused):
                 x = f.inputs.linear(x)
             if not f.output.in_float(x):
                 x = f.output.after_activation(x, f.activation, f.gated)
-                return module._modules[f.dropout](x) if f.dropout else x  # type: ignore[misc,no-any-return]
-        return super().forward(x)  # type: ignore[misc,no-any-return]
+                return module._modules[f.dropout](x) if f.dropout else x  # type: ignore[misc]
+        return super().forward(x)  # type: ignore[misc]
 
 
 class _FusedDense(_Fused):
     def forward(self, hidden_states: Tensor) -> Tensor:
         f: DenseFusion = self._fusion
         # Where a norm has computed the layer already, x is its output.
-        if f.dense.usable(hidden_states) and f.intact(cast(nn.Module, self)) and hidden_states.shape[-1] == f.dense.k:
-            if not f.dense.in_float(hidden_states):
-                return f.dense.activated(hidden_states, f.activation)
-        return super().forward(hidden_states)  # type: ignore[misc,no-any-return]
+        if (
+            f.dense.usable(hidden_states)
+            and f.intact(cast(nn.Module, self))
+            and hidden_states.shape[-1] == f.dense.k
+            and not f.dense.in_float(hidden_states)
+        ):
+            return f.dense.activated(hidden_states, f.activation)
+        return super().forward(hidden_states)  # type: ignore[misc]
 
 
 @functools.cache
-def _fused_class(mixin: type, base: type) -> type:
+def _fused_class(mixin: Any, base: Any) -> type:
     """``base`` with another forward, and its name: others (and the plans) know classes by their names."""
-    return type(base.__name__, (mixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+    body = {"__module__": __name__, "__doc__": base.__doc__}
+    return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(body))
 
 
 def _revive(mixin: type, base: type) -> Any:
@@ -310,8 +316,8 @@ def fuse(model: nn.Module) -> str:
             for name, block in _blocks(model):
                 made = []
                 for module, fusion in _found(block, grouped):
-                    _set(module, fusion)
                     done.append(module)
+                    _set(module, fusion)
                     made.append(module)
                 if not made:
                     continue
@@ -337,12 +343,16 @@ def fuse(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def unfuse(model: nn.Module) -> bool:
-    """Every module computes for itself again. Whether any was fused. The int8 tensors stay where they are."""
+def is_fused(model: nn.Module) -> bool:
+    """Whether any module of ``model`` is fused."""
+    return any(isinstance(module, _Fused) for module in model.modules())
+
+
+def unfuse(model: nn.Module) -> None:
+    """Every module computes for itself again. The int8 tensors stay where they are."""
     fused = [module for module in model.modules() if fusion_of(module) is not None]
     for module in fused:
         _unset(module)
-    return bool(fused)
 
 
 def fusion_of(module: nn.Module) -> Fusion | None:
@@ -355,7 +365,7 @@ def _set(module: nn.Module, fusion: Fusion) -> None:
         part.adopt()
         part.merge()
     module.__dict__["_fusion"] = fusion
-    module.__class__ = _fused_class(fusion.mixin, type(module))
+    module.__class__ = _fused_class(fusion.mixin, cast(Any, type(module)))
 
 
 def _unset(module: nn.Module) -> None:

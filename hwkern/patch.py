@@ -158,7 +158,8 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
     _refuse_half_folds(model, chosen)
     before = _model_bytes(model)
     reports = _Reports(layers)
-    fused = _fusion.unfuse(model)
+    fused = _fusion.is_fused(model)
+    _fusion.unfuse(model)
 
     def last(journal: _Journal) -> None:
         _unfold(model, chosen, journal)

