@@ -7,7 +7,8 @@ which asks at every call whether the fusion may be used and otherwise is the cla
   outputs side by side; each reader takes its columns (``hwkern.nn.merged``),
 - an attention without a norm of its own before it (BERT) computes q, k and v at its entrance,
 - an MLP computes gate and up as one product, then activation, product and quantization in one kernel,
-- a dense layer with its activation (BERT's intermediate) has it in the product's epilogue.
+- a dense layer with its activation (BERT's intermediate) has it in the product's epilogue,
+- a block (Llama's) hands its residual to the second norm's kernel and to the last product's epilogue.
 
 Which class is built so is a table, not a guess; and every block is run both ways on random rows before it stays.
 """
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from hwkern import ops
 from hwkern._fold import STRUCTURES
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
-from hwkern.nn.merged import Merged, has_hooks
+from hwkern.nn.merged import Merged, go_together, has_hooks
 
 _LLAMA = STRUCTURES["LlamaDecoderLayer"]
 #: Class of block → (norm, the layers that read it and are all that do). Smoothing's table, and blocks whose norm can be
@@ -107,6 +108,13 @@ ACTIVATIONS = {
     "FastGELUActivation": "gelu_tanh",
     "ReLU": "relu",
 }
+#: Class of block → its attention, second norm and MLP: h = x + attention(norm(x)); h + mlp(second(h)), where x comes
+#: first and everything else by name, which goes to the attention. Smoothing's first norm is the first.
+_RESIDUALS = ("self_attn", "post_attention_layernorm", "mlp")
+RESIDUALS = dict.fromkeys(
+    ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"),
+    _RESIDUALS,
+)
 _MEMBERS = (Int8Linear, Int8Conv1D, WeightOnlyInt8Linear, WeightOnlyInt8Conv1D)
 
 
@@ -148,13 +156,25 @@ class _FusedMlp(_Fused):
     def forward(self, x: Tensor) -> Tensor:
         f: MlpFusion = self._fusion
         module = cast(nn.Module, self)
-        if f.inputs.usable(x) and f.output.usable(x) and f.intact(module):
+        if f.usable(module, x):
             if x.shape[-1] != f.inputs.n:  # the norm may have computed them already
                 x = f.inputs.linear(x)
-            if not f.output.in_float(x):
-                x = f.output.after_activation(x, f.activation, f.gated)
-                return module._modules[f.dropout](x) if f.dropout else x  # type: ignore[misc]
+            x = f.output.after_activation(x, f.activation, f.gated)
+            return module._modules[f.dropout](x) if f.dropout else x  # type: ignore[misc]
         return super().forward(x)  # type: ignore[misc]
+
+
+class _FusedBlock(_Fused):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        f: BlockFusion = self._fusion
+        modules = self.__dict__["_modules"]
+        norm, mlp = modules[f.norm], modules[f.mlp]
+        if args or not f.usable(norm, mlp, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
+        product, h = norm._fusion.run_sum(norm, x, hidden_states)
+        last: MlpFusion = mlp._fusion
+        return last.output.after_activation(product, last.activation, last.gated, h)
 
 
 class _FusedDense(_Fused):
@@ -174,12 +194,12 @@ class _FusedDense(_Fused):
 @functools.cache
 def _fused_class(mixin: Any, base: Any) -> type:
     """``base`` with another forward, and its name: others (and the plans) know classes by their names."""
-    body = {"__module__": __name__, "__doc__": base.__doc__}
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(body))
 
 
 def _revive(mixin: type, base: type) -> Any:
-    cls = _fused_class(mixin, base)
+    cls: Any = _fused_class(mixin, base)
     return cls.__new__(cls)
 
 
@@ -200,6 +220,11 @@ class NormFusion:
     def run(self, norm: Any, x: Tensor) -> Tensor:
         bias = norm._parameters.get("bias")
         return self.readers.after_norm(x, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
+
+    def run_sum(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The readers' product for ``h = x + residual``, and h."""
+        bias = norm._parameters.get("bias")
+        return self.readers.after_sum(x, residual, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
 
     def probe(self, norm: nn.Module, x: Tensor) -> str:
         """The kernel's norm against the module's; and the product of all readers, which has the very bits of each."""
@@ -255,8 +280,10 @@ class MlpFusion:
     def parts(self) -> tuple[Merged, ...]:
         return (self.inputs, self.output)
 
-    def intact(self, mlp: nn.Module) -> bool:
-        return mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
+    def usable(self, mlp: nn.Module, x: Tensor) -> bool:
+        """Whether all of it may be fused in this call."""
+        intact = mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
+        return intact and self.inputs.usable(x) and self.output.usable(x) and not self.output.in_float(x)
 
     def probe(self, mlp: nn.Module, x: Tensor) -> str:
         fused, want = _both_ways(lambda: cast(Tensor, mlp(x)), self.parts())
@@ -292,7 +319,39 @@ class DenseFusion:
         return f"{_names(self.dense)} -> {self.activation}"
 
 
-Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion
+@dataclass(eq=False)
+class BlockFusion:
+    """A block of which the second norm and the MLP are fused: the residual goes through their kernels."""
+
+    first: str
+    attention: str
+    norm: str
+    mlp: str
+
+    mixin = _FusedBlock
+
+    def parts(self) -> tuple[Merged, ...]:
+        return ()
+
+    def usable(self, norm: Any, mlp: Any, x: Tensor) -> bool:
+        """Whether the residual may go through the kernels in this call."""
+        if has_hooks(norm) or has_hooks(mlp) or not (isinstance(norm, _FusedNorm) and isinstance(mlp, _FusedMlp)):
+            return False
+        readers, last = norm._fusion.readers, mlp._fusion
+        weight = cast(Any, norm).weight
+        return (
+            readers is last.inputs
+            and not last.dropout
+            and x.dtype == weight.dtype
+            and last.usable(mlp, x)
+            and not readers.in_float(x)
+        )
+
+    def __str__(self) -> str:
+        return "residuals"
+
+
+Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion | BlockFusion
 
 
 def _names(merged: Merged) -> str:
@@ -386,7 +445,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_of(module: nn.Module, table: dict[str, Any]) -> bool:
-    """Whether this is transformers' own class of one of these names, and not fused yet."""
+    """Whether this is transformers' own class of one of these names (a fused module's is that it was made of)."""
     cls = type(module)
     return cls.__name__ in table and cls.__module__.startswith("transformers.models.")
 
@@ -396,15 +455,18 @@ def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fus
     of_inputs: dict[int, Merged] = {}  # first member → the product that a norm computes
     for norm_path, paths in BLOCKS[type(block).__name__]:
         norm = _get(block, norm_path)
-        readers = _merged(block, paths, grouped)
-        if norm is None or readers is None or (fusion := _norm_fusion(norm, readers)) is None:
+        readers = _merged(block, paths, grouped, quantized=True)
+        if norm is None or fusion_of(norm) is not None or readers is None:
+            continue
+        fusion = _norm_fusion(norm, readers)
+        if fusion is None:
             continue
         _take(readers, grouped)
         of_inputs[id(readers.members[0])] = readers
         yield norm, fusion
     for module in block.modules():
         name = type(module).__name__
-        if has_hooks(module):
+        if has_hooks(module) or fusion_of(module) is not None:
             continue
         if _is_of(module, ATTENTIONS):
             readers = _merged(module, ATTENTIONS[name], grouped)
@@ -421,6 +483,11 @@ def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fus
             if found is not None and act is not None:
                 _take(found, grouped)
                 yield module, DenseFusion(found, activation, module._modules[activation], act)  # type: ignore[arg-type]
+    name = type(block).__name__
+    if name in RESIDUALS and not has_hooks(block) and fusion_of(block) is None:
+        attention, second, last = RESIDUALS[name]
+        if all(fusion_of(cast(nn.Module, block._modules[path])) is not None for path in (second, last)):
+            yield block, BlockFusion(BLOCKS[name][0][0], attention, second, last)
 
 
 def _norm_fusion(norm: nn.Module, readers: Merged) -> NormFusion | None:
@@ -440,7 +507,7 @@ def _norm_fusion(norm: nn.Module, readers: Merged) -> NormFusion | None:
 def _mlp_fusion(mlp: nn.Module, spec: Mlp, of_inputs: dict[int, Merged], grouped: set[int]) -> MlpFusion | None:
     first = mlp._modules.get(spec.inputs[0])
     inputs = of_inputs.get(id(first)) or _merged(mlp, spec.inputs, grouped)
-    output = _merged(mlp, (spec.output,), grouped, passes=False)
+    output = _merged(mlp, (spec.output,), grouped, passes=False, quantized=True)
     activation = _activation(mlp, spec.activation)
     if inputs is None or output is None or activation is None:
         return None
@@ -462,7 +529,9 @@ def _activation(parent: nn.Module, attribute: str) -> str | None:
     return name
 
 
-def _merged(root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bool = True) -> Merged | None:
+def _merged(
+    root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bool = True, quantized: bool = False
+) -> Merged | None:
     """The layers at these paths as one; None when they are not all int8 layers that go together."""
     members, slots = [], []
     for path in paths:
@@ -473,10 +542,9 @@ def _merged(root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bo
             return None
         members.append(cast(Int8Linear, module))
         slots.append((parent, attribute))
-    kinds = {type(member) for member in members}
     tensors = [t for member in members for t in (member.weight, member.weight_scale, member.bias) if t is not None]
     if (
-        len(kinds) > 1
+        not go_together(members)
         or len({member.in_features for member in members}) > 1
         or any(has_hooks(member) for member in members)
         or any(id(t) in grouped or t.is_meta for t in tensors)
@@ -484,7 +552,7 @@ def _merged(root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bo
         or len({None if member.bias is None else member.bias.dtype for member in members}) > 1
     ):
         return None
-    merged = Merged(members, slots, passes)
+    merged = Merged(members, slots, passes, quantized)
     if passes and merged.n == merged.k:
         return None  # a member could not tell the product from an input of its own
     return merged
@@ -503,8 +571,8 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
 
 # ---- probes --------------------------------------------------------------------------------------------------------
 
-#: Rows of a probe: two sequences of eight tokens.
-_ROWS = (2, 8)
+#: A probe has two sequences of eight tokens, or more where the layers would leave so few in float.
+_TOKENS = 8
 #: The fused and the unfused block quantize values that are equal but for float32 rounding, so almost every int8 is the
 #: same. Were each one step off, the relative error would be (max / 127) / rms of a row, 1/32 for a normal row of 4096
 #: (its largest value is four times its rms). What the unfused block computes in several operations it rounds to its
@@ -524,6 +592,8 @@ def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
         for module in training:
             module.training = False
         for module, fusion in zip(modules, fusions, strict=True):
+            if isinstance(fusion, BlockFusion):
+                continue  # below
             problem = fusion.probe(module, _rows(module, fusion))
             if problem:
                 return f"{type(module).__name__}: {problem}"
@@ -536,22 +606,26 @@ def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
 
 
 def _rows(module: nn.Module, fusion: Fusion) -> Tensor:
-    """``[2, 8, K]`` normal values, reproducible, in the dtype that the module computes in."""
-    part = fusion.parts()[0]
+    """Normal values for the module's input, in the dtype that it computes in."""
     weight = module._parameters.get("weight")
-    dtype = part.members[0].float_dtype if weight is None else weight.dtype
-    return _normal(part.k, dtype, part.members[0].weight.device)
+    parts = fusion.parts()
+    return _normal(parts, parts[0].members[0].float_dtype if weight is None else weight.dtype)
 
 
-def _normal(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _normal(parts: Sequence[Merged], dtype: torch.dtype) -> Tensor:
+    """``[2, tokens, K]`` normal values for the first part, the same in every call."""
+    first = parts[0]
+    thresholds = [getattr(member, "max_tokens", None) or 0 for part in parts for member in part.members]
+    tokens = max(_TOKENS, max(thresholds) // 2 + 1)
     generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(*_ROWS, k, generator=generator, device="cpu").to(device, dtype)
+    x = torch.randn(2, tokens, first.k, generator=generator, device="cpu")
+    return x.to(first.members[0].weight.device, dtype)
 
 
 def _probe_block(block: nn.Module, parts: Sequence[Merged]) -> str:
     first = parts[0]
     dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), first.members[0].float_dtype)
-    x = _normal(first.k, dtype, first.members[0].weight.device)
+    x = _normal(parts, dtype)
     call = _block_call(block, x, parts)
     if call is None:
         return "it could not be run on its own"
@@ -565,7 +639,7 @@ def _block_call(block: Any, x: Tensor, parts: Sequence[Merged]) -> Callable[[], 
     head = getattr(attention, "rotary_ndims", getattr(attention, "head_dim", None))
     calls: list[dict[str, Any]] = [{"attention_mask": None}, {}]
     if isinstance(head, int):
-        angle = _normal(head // 2, torch.float32, x.device)[:1]
+        angle = torch.linspace(0, 3, x.shape[1] * (head // 2), device=x.device).view(1, x.shape[1], -1)
         angle = torch.cat([angle, angle], -1)
         positions = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
         calls.insert(0, {"attention_mask": None, "position_embeddings": positions})

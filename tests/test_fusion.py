@@ -29,7 +29,7 @@ BERT = {**SIZES, "intermediate_size": 256, "vocab_size": 99, "max_position_embed
 IMAGES = {**SIZES, "intermediate_size": 256, "image_size": 16, "patch_size": 4}
 EVERY = ["*layer*", "*.h.*"]
 
-LLAMA_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "silu · up -> down_proj"}
+LLAMA_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "silu · up -> down_proj", "residuals"}
 BERT_FUSED = {"query+key+value", "dense -> gelu"}
 VIT_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> fc1", "gelu -> fc2"}
 
@@ -54,7 +54,7 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
     "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, head_dim=32)), LLAMA_FUSED),
     "gemma": (
         lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**LLAMA, head_dim=64)),
-        {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "gelu_tanh · up -> down_proj"},
+        {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "gelu_tanh · up -> down_proj", "residuals"},
     ),
     "phi3": (
         lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**LLAMA, pad_token_id=0)),
@@ -102,7 +102,7 @@ def fused_in(model: nn.Module) -> set[str]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The fused operations that run, in order."""
     seen: list[str] = []
-    for name in ("linear", "activated", "after_norm", "after_activation"):
+    for name in ("linear", "activated", "after_norm", "after_sum", "after_activation"):
         original = getattr(Merged, name)
 
         def spy(self: Merged, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
@@ -134,7 +134,7 @@ def test_norm_linear_has_the_bits_of_norm_quantize_and_a_matmul(
     bias = torch.randn(n, device=device).to(dtype)
     q = ops.norm_quantize(x, gain, shift, kind=kind, eps=1e-5)
     want = reference.int8_matmul(q.q, weight[:, :k], q.scale, scale, bias, dtype)
-    assert torch.equal(_fused_linear.norm_linear(x, weight, scale, bias, gain, shift, kind, 1e-5), want)
+    assert torch.equal(_fused_linear.norm_linear(x, weight, scale, bias, gain, shift, kind, 1e-5)[0], want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -156,10 +156,9 @@ def test_rows_with_strides_and_no_rows(device: str) -> None:
     x = torch.randn(6, 200, device=device)[::2, 10:138]
     want = _fused_linear.activation_linear(x.contiguous(), weight, scale, None, "silu", True)
     assert torch.equal(_fused_linear.activation_linear(x, weight, scale, None, "silu", True), want)
-    assert torch.equal(
-        _fused_linear.norm_linear(x[:, :64], weight, scale), _fused_linear.norm_linear(x[:, :64].clone(), weight, scale)
-    )
-    assert _fused_linear.norm_linear(x[:0, :64], weight, scale).shape == (0, 48)
+    want, _ = _fused_linear.norm_linear(x[:, :64].clone(), weight, scale)
+    assert torch.equal(_fused_linear.norm_linear(x[:, :64], weight, scale)[0], want)
+    assert _fused_linear.norm_linear(x[:0, :64], weight, scale)[0].shape == (0, 48)
     assert _fused_linear.activation_linear(x[:0], weight, scale, gated=True).shape == (0, 48)
 
 
@@ -171,7 +170,7 @@ def test_a_wrong_weight_and_a_gradient_are_sentences(device: str) -> None:
         _fused_linear.activation_linear(torch.randn(2, 65, device=device), weight, scale, gated=True)
     x = torch.randn(2, 64, device=device, requires_grad=True)
     with pytest.raises(NotImplementedError, match="no gradient"):
-        _fused_linear.norm_linear(x, weight, scale).sum().backward()
+        _fused_linear.norm_linear(x, weight, scale)[0].sum().backward()
 
 
 def test_the_operators_pass_torchs_own_checks(device: str) -> None:
@@ -229,7 +228,7 @@ def test_the_fused_path_runs_and_launches_less(calls: list[str]) -> None:
     patched(model)
     calls.clear()
     run(model, inputs_of(model))
-    assert calls == ["after_norm", "after_norm", "after_activation"]
+    assert calls == ["after_norm", "after_sum", "after_activation"]
     model = FAMILIES["bert"][0]()
     patched(model)
     calls.clear()
@@ -433,7 +432,7 @@ def test_a_replaced_layer_is_called(calls: list[str]) -> None:
     calls.clear()
     torch.testing.assert_close(run(model, inputs), want, rtol=1e-3, atol=1e-3)
     assert attention.q_proj.seen == HIDDEN
-    assert calls == ["after_norm", "after_activation"]  # the MLP's
+    assert calls == ["after_sum", "after_activation"]  # the MLP's
 
 
 def test_a_layer_called_by_itself_takes_its_own_input() -> None:
