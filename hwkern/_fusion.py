@@ -584,11 +584,13 @@ _TOLERANCE, _ROUNDINGS = 1 / 32, 8
 def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
     """Run each fused module and then the block fused and unfused on random rows. What is wrong, or nothing."""
     fusions = [cast(Fusion, fusion_of(module)) for module in modules]
-    parts = [part for fusion in fusions for part in fusion.parts()]
+    parts = list({id(part): part for fusion in fusions for part in fusion.parts()}.values())
     if any(part.weight is None for part in parts):
         return "its tensors are not on one device"
     training = [module for module in block.modules() if module.training]
     try:
+        for part in parts:
+            part.everywhere = True  # what is fused on the GPU is checked on the CPU
         for module in training:
             module.training = False
         for module, fusion in zip(modules, fusions, strict=True):
@@ -601,6 +603,8 @@ def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
     except Exception as error:  # a model's own code: there is no telling what it raises
         return f"it raised {type(error).__name__}: {error}"
     finally:
+        for part in parts:
+            del part.everywhere
         for module in training:
             module.training = True
 

@@ -98,6 +98,11 @@ def fused_in(model: nn.Module) -> set[str]:
     return {str(fusion) for module in model.modules() if (fusion := _fusion.fusion_of(module)) is not None}
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Merged, "everywhere", True)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The fused operations that run, in order."""
@@ -111,6 +116,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(Merged, name, spy)
     return seen
+
+
+def test_on_the_cpu_the_layers_stay_on_their_own(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    monkeypatch.setattr(Merged, "everywhere", False)
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    calls.clear()
+    got = run(model, inputs)
+    assert calls == []
+    _fusion.unfuse(model)
+    assert torch.equal(got, run(model, inputs))
 
 
 # ---- the operators -------------------------------------------------------------------------------------------------
