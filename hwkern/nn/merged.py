@@ -41,15 +41,13 @@ class Merged:
     everywhere = False
 
     def __init__(
-        self,
-        members: Sequence[Int8Linear],
-        slots: Sequence[tuple[nn.Module, str]],
-        passes: bool = True,
-        quantized: bool = False,
+        self, edges: Sequence[tuple[nn.Module, str, nn.Module]], passes: bool = True, quantized: bool = False
     ) -> None:
+        """``edges``: (parent, attribute, child) of each module that the tensor goes through, the layers among them."""
+        members = [child for _, _, child in edges if isinstance(child, Int8Linear)]
         self.members = tuple(members)
         self.passes = passes
-        self.slots = tuple(slots)  # (parent, attribute) of each member
+        self.edges = tuple(edges)
         self.k = members[0].in_features
         self.n = sum(member.out_features for member in members)
         self.few = few_tokens(members, quantized)
@@ -143,8 +141,8 @@ class Merged:
         )
 
     def _intact(self) -> bool:
-        for member, (parent, attribute) in zip(self.members, self.slots, strict=True):
-            if parent._modules.get(attribute) is not member or has_hooks(member):
+        for parent, attribute, child in self.edges:
+            if parent._modules.get(attribute) is not child or has_hooks(child):
                 return False
         return True
 
@@ -269,11 +267,19 @@ def go_together(members: Sequence[Int8Linear]) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody watches or replaces this module's calls."""
+    """Whether somebody watches or replaces this module's calls.
+
+    The hooks that transformers leaves in a model once it was asked for hidden states look at outputs only.
+    """
     d = module.__dict__
-    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]) or (
-        "forward" in d
-    )
+    if d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"] or "forward" in d:
+        return True
+    hooks = d["_forward_hooks"]
+    return bool(hooks) and any(_module_of(hook) != "transformers.utils.output_capturing" for hook in hooks.values())
+
+
+def _module_of(hook: Any) -> str:
+    return getattr(hook, "__module__", "") or ""
 
 
 def exporting() -> bool:
