@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -369,7 +370,6 @@ def fuse(model: nn.Module) -> str:
     """
     done: list[nn.Module] = []
     failed: list[str] = []
-    counts: dict[str, int] = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
             grouped = {id(t) for m in model.modules() if (f := fusion_of(m)) for p in f.parts() for t in p._tensors()}
@@ -386,21 +386,21 @@ def fuse(model: nn.Module) -> str:
                     for module in made:
                         _unset(module)
                     failed.append(f"{name or type(model).__name__}: {problem}")
-                    continue
-                for module in made:
-                    fused = fusion_of(module)
-                    counts[str(fused)] = counts.get(str(fused), 0) + 1
     except BaseException:
         for module in done:
             _unset(module)
         raise
-    lines = []
-    if counts:
-        lines.append("Fused: " + ", ".join(f"{count} × {what}" for what, count in counts.items()) + ".")
+    lines = [text] if (text := summary(model)) else []
     if failed:
         more = f" (and {len(failed) - 3} more)" if len(failed) > 3 else ""
         lines.append(f"Not fused, because the check failed: {'; '.join(failed[:3])}{more}.")
     return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> str:
+    """What is fused in ``model``, in a sentence; empty when nothing is."""
+    counts = Counter(str(fusion) for module in model.modules() if (fusion := fusion_of(module)) is not None)
+    return "Fused: " + ", ".join(f"{count} × {what}" for what, count in counts.items()) + "." if counts else ""
 
 
 def is_fused(model: nn.Module) -> bool:

@@ -282,8 +282,10 @@ def test_one_flag_turns_it_off(calls: list[str]) -> None:
     assert not fused_in(model)
     run(model, inputs_of(model))
     assert calls == []
-    assert "Fused" in hwkern.patch(model).fusion  # later
+    fusion = hwkern.patch(model).fusion  # later
     assert fused_in(model)
+    assert fusion == hwkern.report(model).fusion == hwkern.Report.from_json(hwkern.report(model).to_json()).fusion
+    assert fusion in str(hwkern.report(model)).replace("\n", " ")
     hwkern.patch(model, fuse=False)
     assert not fused_in(model)
 
