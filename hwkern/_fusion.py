@@ -51,16 +51,32 @@ BLOCKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "PhiDecoderLayer": (  # attention and MLP side by side, after one norm
         ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")),
     ),
+    **dict.fromkeys(
+        ("OPTDecoderLayer", "WhisperEncoderLayer", "WhisperDecoderLayer"),
+        (
+            ("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("final_layer_norm", ("fc1",)),
+        ),
+    ),
+    "T5LayerSelfAttention": (("layer_norm", ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v")),),
+    "T5LayerFF": (
+        ("layer_norm", ("DenseReluDense.wi",)),
+        ("layer_norm", ("DenseReluDense.wi_0", "DenseReluDense.wi_1")),
+    ),
+    "TransformerBlock": (),  # DistilBERT's
     "BertLayer": (),
     "RobertaLayer": (),
     "XLMRobertaLayer": (),
     "ElectraLayer": (),
 }
 #: Class of attention → the layers that read its first argument, of which it uses the shape's first dimensions besides.
-ATTENTIONS = dict.fromkeys(
-    ("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
-    ("query", "key", "value"),
-)
+ATTENTIONS = {
+    **dict.fromkeys(
+        ("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
+        ("query", "key", "value"),
+    ),
+    "DistilBertSelfAttention": ("q_lin", "k_lin", "v_lin"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,9 @@ MLPS = {
     **dict.fromkeys(("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "GraniteMLP"), _GATED),
     "Phi3MLP": Mlp(("gate_up_proj",), "activation_fn", "down_proj"),
     "GPT2MLP": Mlp(("c_fc",), "act", "c_proj", "dropout", gated=False),
+    "FFN": Mlp(("lin1",), "activation", "lin2", "dropout", gated=False),  # DistilBERT's
+    "T5DenseActDense": Mlp(("wi",), "act", "wo", gated=False),
+    "T5DenseGatedActDense": Mlp(("wi_0", "wi_1"), "act", "wo"),
     **dict.fromkeys(("ViTMLP", "CLIPMLP", "SiglipMLP", "PhiMLP"), _PLAIN),
 }
 #: Class → (dense layer, its activation), which is all that its forward does.
@@ -93,7 +112,10 @@ NORMS = {
     "RMSNorm": ("rms", "eps", 0.0),
     "GemmaRMSNorm": ("rms", "eps", 1.0),
     **dict.fromkeys(
-        ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "GraniteRMSNorm"),
+        (
+            *("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "GraniteRMSNorm"),
+            "T5LayerNorm",
+        ),
         ("rms_rounded", "variance_epsilon", 0.0),
     ),
 }
@@ -285,7 +307,13 @@ class MlpFusion:
     def usable(self, mlp: nn.Module, x: Tensor) -> bool:
         """Whether all of it may be fused in this call."""
         intact = mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
-        return intact and self.inputs.usable(x) and self.output.usable(x) and not self.output.in_float(x)
+        return (
+            intact
+            and not mlp.training
+            and self.inputs.usable(x)
+            and self.output.usable(x)
+            and not self.output.in_float(x)
+        )
 
     def probe(self, mlp: nn.Module, x: Tensor) -> str:
         fused, want = _both_ways(lambda: cast(Tensor, mlp(x)), self.parts())
@@ -454,7 +482,10 @@ def _is_of(module: nn.Module, table: dict[str, Any]) -> bool:
 def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fusion]]:
     """The modules of one block that can be fused, each with its fusion. ``grouped``: tensors that are taken."""
     of_inputs: dict[int, Merged] = {}  # first member → the product that a norm computes
-    for norm_path, paths in BLOCKS[type(block).__name__]:
+    norms = BLOCKS[type(block).__name__]
+    if not getattr(block, "do_layer_norm_before", True):  # some of OPT's sizes have their norms behind
+        norms = ()
+    for norm_path, paths in norms:
         norm = _get(block, norm_path)
         readers = _merged(block, paths, grouped, quantized=True)
         if norm is None or fusion_of(norm) is not None or readers is None:
@@ -555,7 +586,7 @@ def _merged(
         or any(has_hooks(child) for _, _, child in edges.values())
         or any(id(t) in grouped or t.is_meta for t in tensors)
         or len({id(t) for t in tensors}) < len(tensors)
-        or len({None if member.bias is None else member.bias.dtype for member in members}) > 1
+        or len({member.bias.dtype for member in members if member.bias is not None}) > 1
     ):
         return None
     merged = Merged(list(edges.values()), passes, quantized)
@@ -647,12 +678,13 @@ def _block_call(block: Any, x: Tensor, parts: Sequence[Merged]) -> Callable[[], 
     """How to call the block as its model does: on hidden states, for some with cosines and sines besides."""
     attention = getattr(block, "self_attn", None)
     head = getattr(attention, "rotary_ndims", getattr(attention, "head_dim", None))
-    calls: list[dict[str, Any]] = [{"attention_mask": None}, {}]
+    positions = torch.arange(x.shape[1], device=x.device)  # which some versions ask for
+    calls: list[dict[str, Any]] = [{"attention_mask": None}, {}, {"cache_position": positions}]
     if isinstance(head, int):
         angle = torch.linspace(0, 3, x.shape[1] * (head // 2), device=x.device).view(1, x.shape[1], -1)
         angle = torch.cat([angle, angle], -1)
-        positions = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
-        calls.insert(0, {"attention_mask": None, "position_embeddings": positions})
+        rotations = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+        calls.insert(0, {"attention_mask": None, "position_embeddings": rotations})
     for kwargs in calls:
 
         def call(kwargs: dict[str, Any] = kwargs) -> Tensor:

@@ -68,6 +68,18 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
     "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)), BERT_FUSED),
     "roberta": (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT)), BERT_FUSED),
     "electra": (lambda: transformers.ElectraModel(transformers.ElectraConfig(**BERT, embedding_size=64)), BERT_FUSED),
+    "distilbert": (
+        lambda: transformers.DistilBertModel(
+            transformers.DistilBertConfig(vocab_size=99, dim=HIDDEN, n_layers=2, n_heads=4, hidden_dim=256)
+        ),
+        {"q_lin+k_lin+v_lin", "gelu -> lin2"},
+    ),
+    "opt": (
+        lambda: transformers.OPTModel(
+            transformers.OPTConfig(**SIZES, ffn_dim=256, vocab_size=99, word_embed_proj_dim=HIDDEN)
+        ),
+        {"norm -> q_proj+k_proj+v_proj", "norm -> fc1"},
+    ),
     "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGES)), VIT_FUSED),
     "clip": (
         lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGES, hidden_act="gelu")),
@@ -222,6 +234,50 @@ def test_family_is_fused_and_computes_what_the_unfused_one_does(family: str, dty
     assert [name for name, _ in model.named_modules()] == names
     patched_keys = list(model.state_dict())
     assert [key for key in patched_keys if not key.endswith("weight_scale")] == keys
+
+
+def encoder_decoder(model: Any) -> dict[str, Tensor]:
+    decoder = {"decoder_input_ids": torch.randint(3, 99, (2, 5)).to(model.device)}
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(2, 16, 40).to(model.device), **decoder}
+    return {"input_ids": torch.randint(3, 99, (2, 7)).to(model.device), **decoder}
+
+
+def t5(act: str) -> Any:
+    config = transformers.T5Config(
+        vocab_size=99, d_model=HIDDEN, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj=act
+    )
+    return transformers.T5Model(config)
+
+
+def whisper() -> Any:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.WhisperConfig(
+        vocab_size=99, d_model=HIDDEN, encoder_ffn_dim=256, decoder_ffn_dim=256, num_mel_bins=16,
+        max_source_positions=20, max_target_positions=20, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    return transformers.WhisperModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: t5("relu"), {"norm -> q+k+v", "norm -> wi", "relu -> wo"}),
+        (lambda: t5("gated-gelu"), {"norm -> q+k+v", "norm -> wi_0+wi_1", "gelu_tanh · up -> wo"}),
+        (whisper, {"norm -> q_proj+k_proj+v_proj", "norm -> fc1"}),  # whose k has no bias, unlike q and v
+    ],
+    ids=["t5", "t5 gated", "whisper"],
+)
+def test_encoder_decoders_are_fused_in_both_halves(make: Any, expected: set[str], device: str) -> None:
+    model = make().to(device)
+    report = patched(model)
+    assert fused_in(model) == expected
+    assert all(f"4 × {what}" in report.fusion for what in expected)
+    inputs = encoder_decoder(model)
+    got = run(model, inputs)
+    _fusion.unfuse(model)
+    want = run(model, inputs)
+    assert (got - want).double().norm() / want.double().norm() < 1e-2
 
 
 @pytest.mark.parametrize("family", ["llama", "llama with biases", "bert", "vit"])
