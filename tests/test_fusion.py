@@ -777,6 +777,23 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
+def test_merged_weights_have_fixed_addresses_so_that_graphs_need_not_copy_them() -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    fixed: list[bool] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and node.meta["example_value"].dtype in (torch.int8, torch.float32):
+                fixed.append("_dynamo_static_input_type" in node.meta["tensor_dict"])
+        return graph.forward
+
+    run(torch.compile(model, fullgraph=True, backend=backend), inputs_of(model))
+    assert len(fixed) > 10
+    assert all(fixed)
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
 def test_aot_compilation_of_a_fused_model() -> None:
     model = llama()
     patched(model)
