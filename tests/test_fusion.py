@@ -442,6 +442,16 @@ def test_a_block_that_cannot_be_run_alone_is_not_fused(monkeypatch: pytest.Monke
     assert not fused_in(model)
 
 
+def test_a_block_that_returns_a_tuple_keeps_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *args, **kwargs: (original(self, *args, **kwargs),))
+    model = llama()
+    assert "it gives a Tensor, not a tuple" in patched(model).fusion
+    out = model.model.layers[0](torch.randn(1, 3, HIDDEN), position_embeddings=(torch.ones(1, 3, 32),) * 2)
+    assert isinstance(out, tuple)
+
+
 def test_the_probe_leaves_training_modes_and_random_numbers_alone() -> None:
     model = llama().train()
     state = torch.get_rng_state()
