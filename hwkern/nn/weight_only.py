@@ -61,7 +61,7 @@ class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
 
 
 # On CUDA, with more tokens than this multiplying is the limit, and cuBLAS on the widened weight the faster way.
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 
 
 def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
@@ -72,7 +72,7 @@ def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | 
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
-    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= _FEW_TOKENS)):
+    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)):
         return ops.weight_only_linear(x, weight, weight_scale, bias)
     w = ops.dequantize(weight, weight_scale, 0, dtype)[:, :k]
     return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))
