@@ -1,6 +1,6 @@
 """Planned models against their originals, over architectures, sizes and batch shapes: no cell may be slower.
 
-    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base,small] [--limit S] [--json FILE]
+    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--limit S] [--json FILE]
 
 Random weights from transformers' configs, four layers each. A model is planned once for all of its batch shapes,
 patched, and timed against a second copy of the original, call by call in turn; on a GPU also as CUDA-graph replays. A

@@ -13,6 +13,7 @@ from html import escape
 from hwkern.report import (
     LayerReport,
     Report,
+    Timing,
     group_layers,
     modes,
     plan_lines,
@@ -43,6 +44,8 @@ svg .soft { fill: var(--soft); } svg .num { text-anchor: end; } svg .mid { text-
 svg .was { fill: var(--was); } svg .now { fill: var(--now); } svg .nowtext { fill: var(--now); font-weight: 600; }
 svg .mark { fill: var(--mark); } svg .rest { fill: var(--line); }
 svg line { stroke: var(--line); stroke-width: 1; } svg line.bound { stroke: var(--mark); stroke-dasharray: 5 4; }
+i.was, i.now { display: inline-block; width: 1.6em; height: .55em; background: var(--was); border-radius: 1px; }
+i.now { background: var(--now); } td small { color: var(--soft); display: block; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; margin-top: .75rem; }
 th, td { text-align: left; padding: .35rem .6rem .35rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; } td.num, th.num { text-align: right; white-space: nowrap; }
@@ -59,8 +62,15 @@ def page(report: Report) -> str:
         *(f"<p>{escape(line)}</p>" for line in (*report.where, *plan_lines(report), report.note) if line),
         _tiles(report),
     ]
-    for heading, section in _SECTIONS:
-        parts += [f"<h2>{heading}</h2>", section(report)]
+    timed = any(layer.times for layer in report.layers)
+    if not timed:
+        parts.append(
+            "<p class='soft'>Times, errors and numbers of tokens are not known: the model was not patched with a plan. "
+            "<code>hwkern.plan(model, batches)</code> measures them.</p>"
+        )
+    for heading, section, needs_times in _SECTIONS:
+        if timed or not needs_times:
+            parts += [f"<h2>{heading}</h2>", section(report)]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -90,7 +100,11 @@ def _tiles(report: Report) -> str:
     worst = [layer.snr_db for layer in report.layers if layer.snr_db is not None]
     if worst:
         tiles.append((f"{min(worst):.1f} dB", "the least accurate int8 layer"))
-    return '<div class="tiles">' + "".join(f"<div class='tile'><b>{a}</b><span>{b}</span></div>" for a, b in tiles) + "</div>"
+    return (
+        '<div class="tiles">'
+        + "".join(f"<div class='tile'><b>{a}</b><span>{b}</span></div>" for a, b in tiles)
+        + "</div>"
+    )
 
 
 def _is_int8(layer: LayerReport) -> bool:
@@ -121,7 +135,8 @@ def _text(x: float, y: float, words: str, kind: str = "") -> str:
 
 def _bar(x: float, y: float, width: float, height: float, kind: str, tip: str = "") -> str:
     inside = f"<title>{escape(tip)}</title>" if tip else ""
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(0.5, width):.1f}" height="{height:.1f}" class="{kind}">{inside}</rect>'
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.5, width):.1f}" height="{height:.1f}"'
+    return f'<rect {place} class="{kind}">{inside}</rect>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> str:
@@ -130,17 +145,17 @@ def _line(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> str:
 
 def _latency(report: Report) -> str:
     timed = [layer for layer in report.layers if layer.times]
-    if not timed:
-        return _nothing("times")
     parts = []
     for mode in modes(timed):
         rows = [(name, len(group), *total_us(group, mode)) for name, group in group_layers(timed)]
         rows.sort(key=lambda row: -row[2])
-        parts.append(f"<p class='soft'>{_MODES[mode]}. Sums over the layers of a row and all calls of the plan's batches.</p>")
+        parts.append(
+            f"<p class='soft'>{_MODES[mode]}. {_KEY} Sums over a row's layers and all calls of the plan's batches.</p>"
+        )
         parts.append(_bars(rows[:MOST], mode))
         if more := rows[MOST:]:
             share = sum(row[2] for row in more) / sum(row[2] for row in rows)
-            parts.append(f"<p class='soft'>{len(more)} more rows with {share:.0%} of the float layers' time.</p>")
+            parts.append(f"<p class='soft'>{len(more)} more rows with {_percent(share)} of the float layers' time.</p>")
     return "".join(parts)
 
 
@@ -150,11 +165,14 @@ _MODES = {
 }
 
 
+_KEY = "<i class='was'></i> float layer, <i class='now'></i> as it was chosen."
+
+
 def _bars(rows: Sequence[tuple[str, int, float, float]], mode: str) -> str:
     """One row each: the name, the times, and two bars."""
     longest = max(max(row[2], row[3]) for row in rows)
     body, y = [], 0.0
-    for i, (name, count, before, after) in enumerate(rows):
+    for name, count, before, after in rows:
         number = f"{count} × " if count > 1 else ""
         faster = f"{before / after:.2f}×" if before != after else "float"
         body.append(_text(0, y + 13, f"{number}{_shortened(name, 66)}"))
@@ -163,9 +181,6 @@ def _bars(rows: Sequence[tuple[str, int, float, float]], mode: str) -> str:
         was, now = before / longest * WIDTH, after / longest * WIDTH
         body.append(_bar(0, y + 19, was, 7, "was", f"float: {_us(before)}"))
         body.append(_bar(0, y + 27, now, 7, "now", f"now: {_us(after)}"))
-        if i == 0:  # the longest bars: there is room in or beside them
-            body.append(_text(min(was, WIDTH) - 4, y + 50, "grey above: float layer, coloured below: as chosen", "num soft"))
-            y += 16
         y += 46
     return _figure(y, f"Time of the linear layers, {mode}", _spoken(rows), body)
 
@@ -177,7 +192,7 @@ def _spoken(rows: Sequence[tuple[str, int, float, float]]) -> str:
 def _accuracy(report: Report) -> str:
     measured = [(i, layer) for i, layer in enumerate(report.layers) if layer.snr_db is not None]
     if not measured:
-        return _nothing("errors")
+        return "<p class='soft'>No layer is int8.</p>"
     bound = float(report.plan.get("min_snr_db", 20.0))
     values = [layer.snr_db for _, layer in measured if layer.snr_db is not None]
     low = 10 * math.floor((min(bound, *values) - 2) / 10)
@@ -197,13 +212,16 @@ def _accuracy(report: Report) -> str:
     body += [_text(WIDTH, y(bound) + (14 if bound > low else -5), f"bound {bound:g} dB", "num mark")]
     for i, layer in measured:
         assert layer.snr_db is not None
-        tip = f"{layer.name}: {layer.snr_db:.1f} dB, {layer.scheme or 'planned'}"
-        body.append(f'<circle cx="{x(i):.1f}" cy="{y(layer.snr_db):.1f}" r="3.5" class="now"><title>{escape(tip)}</title></circle>')
+        tip = escape(f"{layer.name}: {layer.snr_db:.1f} dB, {layer.scheme or 'planned'}")
+        place = f'cx="{x(i):.1f}" cy="{y(layer.snr_db):.1f}" r="3.5"'
+        body.append(f'<circle {place} class="now"><title>{tip}</title></circle>')
     worst_i, worst = min(measured, key=lambda pair: pair[1].snr_db or 0.0)
     assert worst.snr_db is not None
     end = "num" if x(worst_i) > WIDTH / 2 else ""
     shift = -8 if end else 8
-    body.append(_text(x(worst_i) + shift, y(worst.snr_db) + 14, f"{_shortened(worst.name, 60)}: {worst.snr_db:.1f} dB", end))
+    body.append(
+        _text(x(worst_i) + shift, y(worst.snr_db) + 14, f"{_shortened(worst.name, 60)}: {worst.snr_db:.1f} dB", end)
+    )
     floats = len(report.layers) - len(measured)
     body.append(_text(left, top + height + 20, "first layer", "soft"))
     body.append(_text(WIDTH, top + height + 20, "last layer", "num soft"))
@@ -243,38 +261,47 @@ def _memory(report: Report) -> str:
 
 
 def _light(report: Report) -> str:
-    """A table that is its own plot: rows of layers, columns of tokens, the share as number and shade."""
+    """A table that is its own plot: rows of layers, columns of tokens; times, and the share as number and shade."""
     timed = [layer for layer in report.layers if layer.times]
-    mode = modes(timed)[-1] if timed else ""
-    known = [layer for layer in timed if any(t.floor_us is not None for t in layer.times)]
-    if not known:
-        why = "the plan was not made on this machine's GPU, or on a CPU, whose peak is not documented" if timed else ""
-        return f"<p class='soft'>Not known: {why}.</p>" if why else _nothing("times")
-    tokens = sorted({t.tokens for layer in known for t in layer.times})
-    heads = "".join(f"<th class='num'>{m:,} tokens</th>" for m in tokens)
+    mode = modes(timed)[-1]
+    tokens = sorted({t.tokens for layer in timed for t in layer.times})
+    heads = "".join(f"<th class='num'>{_many(m, 'token')}</th>" for m in tokens)
     rows = []
-    for name, group in group_layers(known):
-        cells = []
-        for m in tokens:
-            time = next((t for t in group[0].times if t.tokens == m and t.mode == mode and t.floor_us), None)
-            if time is None or time.floor_us is None:
-                cells.append("<td></td>")
-                continue
-            share = time.floor_us / time.after_us
-            cells.append(f"<td class='shade' style='--share:{min(1.0, share):.2f}'>{share:.0%}</td>")
-        rows.append(f"<tr><td class='name'>{escape(name)}</td><td>{escape(group[0].scheme or 'float')}</td>{''.join(cells)}</tr>")
-    note = (
-        "<p class='soft'>The least time that this GPU could take, by its documented peak and bandwidth, over the time "
-        f"measured ({'CUDA graph' if mode == 'graph' else mode}). 100 % cannot be reached; the darker the nearer.</p>"
-    )
+    for name, group in group_layers(timed):
+        times = {t.tokens: t for t in group[0].times if t.mode == mode}
+        cells = "".join(_cell(times.get(m)) for m in tokens)
+        scheme = group[0].scheme or "float"
+        rows.append(f"<tr><td class='name'>{escape(name)}</td><td>{escape(scheme)}</td>{cells}</tr>")
+    if any(t.floor_us is not None for layer in timed for t in layer.times):
+        note = (
+            "The least time that this GPU could take, by its documented peak and bandwidth, over the time measured: "
+            "the stronger the colour, the nearer; 100 % cannot be reached."
+        )
+    elif report.plan.get("kind") == "cpu":
+        note = "Not known: the plan was made on a CPU, whose peak rates are not documented. The times:"
+    else:
+        note = f"Not known: the plan was made on {escape(report.plan['device'])}, which is not here. The times:"
+    how = f"<p class='soft'>{note} One call of one layer ({_NAMES[mode]}), float → as chosen.</p>"
     head = f"<tr><th>layer</th><th>scheme</th>{heads}</tr>"
-    return f"{note}<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return f"{how}<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+_NAMES = {"eager": "eager", "graph": "CUDA graph"}
+
+
+def _cell(time: Timing | None) -> str:
+    if time is None:
+        return "<td></td>"
+    times = f"{_us(time.before_us)} → {_us(time.after_us)}"
+    if time.floor_us is None:
+        return f"<td class='num'>{times}</td>"
+    share = time.floor_us / time.after_us
+    shade = f"style='--share:{min(1.0, share):.2f}'"
+    return f"<td class='shade' {shade}>{_percent(share)}<small>{times}</small></td>"
 
 
 def _tokens(report: Report) -> str:
     timed = [layer for layer in report.layers if layer.times]
-    if not timed:
-        return _nothing("calls")
     mode = modes(timed)[0]
     calls: dict[int, int] = {}
     spent: dict[int, float] = {}
@@ -291,13 +318,25 @@ def _tokens(report: Report) -> str:
     for i, m in enumerate(sizes):
         x = (i + 0.5) * step
         tall = calls[m] / most * 120
-        share = f"{spent[m] / whole:.0%} of the time"
-        body.append(_bar(x - width / 2, 160 - tall, width, tall, "now", f"{m} tokens: {calls[m]} calls, {share}"))
-        body.append(_text(x, 152 - tall, f"{calls[m]:,} calls", "mid"))
-        body.append(_text(x, 177, f"{m:,} tokens", "mid"))
+        share = f"{_percent(spent[m] / whole)} of the time"
+        body.append(
+            _bar(
+                x - width / 2,
+                160 - tall,
+                width,
+                tall,
+                "now",
+                f"{_many(m, 'token')}: {_many(calls[m], 'call')}, {share}",
+            )
+        )
+        body.append(_text(x, 152 - tall, _many(calls[m], "call"), "mid"))
+        body.append(_text(x, 177, _many(m, "token"), "mid"))
         body.append(_text(x, 194, share, "mid soft"))
-    text = "; ".join(f"{m} tokens: {calls[m]} calls" for m in sizes)
-    note = "<p class='soft'>Calls of linear layers in the plan's batches, by tokens in a call (M); below, their share of the float layers' time.</p>"
+    text = "; ".join(f"{_many(m, 'token')}: {_many(calls[m], 'call')}" for m in sizes)
+    note = (
+        "<p class='soft'>Calls of linear layers in the plan's batches, by tokens in a call (M); below, their share of "
+        "the float layers' time.</p>"
+    )
     return note + _figure(200, "Calls by number of tokens", text, body)
 
 
@@ -312,33 +351,40 @@ def _where(report: Report) -> str:
         layer = group[0]
         count = str(len(group)) if len(group) > 1 else ""
         scheme = layer.scheme or "float"
-        reasons = list(dict.fromkeys(text for each in group for text in (each.reason or each.verdict,) if text))
-        why = reasons[0] if len(reasons) < 2 else f"{reasons[0]}; and {len(reasons) - 1} more reasons of this kind"
+        worst = min(group, key=lambda each: math.inf if each.snr_db is None else each.snr_db)
+        why = layer.reason or worst.verdict
+        if len({each.verdict for each in group}) > 1 and not layer.reason:
+            why = f"{why}, the least accurate of them"
         cells = (
             f"<td class='name'>{escape(name)}</td><td class='num'>{count}</td>"
             f"<td class='num'>{layer.in_features} × {layer.out_features}</td><td>{escape(scheme)}</td>"
             f"<td>{escape(layer.runs or layer.device)}</td><td>{escape(why)}</td>"
         )
         rows.append(f"<tr>{cells}</tr>")
-    head = "<tr><th>layer</th><th class='num'>n</th><th class='num'>in × out</th><th>scheme</th><th>runs as</th><th>why</th></tr>"
+    head = (
+        "<tr><th>layer</th><th class='num'>n</th><th class='num'>in × out</th><th>scheme</th><th>runs as</th>"
+        "<th>why</th></tr>"
+    )
     return f"<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
 
 
-def _nothing(what: str) -> str:
-    return (
-        f"<p class='soft'>No {what} are known: the model was not patched with a plan. "
-        "<code>hwkern.plan(model, batches)</code> measures them.</p>"
-    )
-
-
-_SECTIONS: list[tuple[str, Callable[[Report], str]]] = [
-    ("Time of each layer, before and after", _latency),
-    ("Accuracy of each layer", _accuracy),
-    ("Memory", _memory),
-    ("Share of the speed of light", _light),
-    ("Tokens in a call", _tokens),
-    ("What runs where, and why", _where),
+# Heading, what is below it, and whether that needs a plan's times.
+_SECTIONS: list[tuple[str, Callable[[Report], str], bool]] = [
+    ("Time of each layer, before and after", _latency, True),
+    ("Accuracy of each layer", _accuracy, True),
+    ("Memory", _memory, False),
+    ("Share of the speed of light", _light, True),
+    ("Tokens in a call", _tokens, True),
+    ("What runs where, and why", _where, False),
 ]
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float) -> str:
+    return "under 1 %" if 0 < share < 0.01 else f"{share * 100:.0f} %"
 
 
 def _us(us: float) -> str:

@@ -22,7 +22,11 @@ from hwkern.report import LayerReport, Report, Timing
 
 def survey(model: nn.Module, plan: Plan | None, validation: Any) -> Report:
     """See ``hwkern.report``."""
-    report = survey_layers(model)
+    return describe(survey_layers(model), model, plan, validation)
+
+
+def describe(report: Report, model: nn.Module, plan: Plan | None = None, validation: Any = None) -> Report:
+    """``report`` on ``model``, as ``hwkern.patch`` made it or a survey, with all that is known beside."""
     if plan is not None:
         plan.check_model(model)
     else:
@@ -30,7 +34,7 @@ def survey(model: nn.Module, plan: Plan | None, validation: Any) -> Report:
     modules = {layer.names[0]: layer.module for layer in find_layers(model)}
     planned = {name: layer for layer in plan.layers.values() for name in layer.names} if plan is not None else {}
     gpu = _gpu(plan)
-    patched = any(layer.status == "already" for layer in report.layers)
+    patched = any(layer.status in ("int8", "already") for layer in report.layers)
     counted: set[int] = set()
     layers = []
     for layer in report.layers:
@@ -66,6 +70,7 @@ def _summary(plan: Plan) -> dict[str, Any]:
     device = plan.device
     return {
         "device": str(device.get("gpu") or device.get("cpu") or device.get("device")),
+        "kind": device.get("device"),
         "threads": device.get("threads"),
         "policy": plan.policy,
         "min_snr_db": plan.accuracy.min_snr_db,
@@ -95,9 +100,7 @@ def _measured(layer: LayerReport, entry: PlannedLayer, gpu: hardware.Gpu | None,
     reason = layer.reason
     if kept:
         reason = f"float now; the plan would make it {choice.name}" if entry.chosen else entry.reason
-    return replace(
-        layer, reason=reason, verdict=verdict, snr_db=choice.snr_db if entry.chosen else None, times=times
-    )
+    return replace(layer, reason=reason, verdict=verdict, snr_db=choice.snr_db if entry.chosen else None, times=times)
 
 
 def _floor(entry: PlannedLayer, choice: Candidate, m: int, gpu: hardware.Gpu | None) -> float | None:
@@ -114,9 +117,7 @@ def _floor(entry: PlannedLayer, choice: Candidate, m: int, gpu: hardware.Gpu | N
     if peak is None:
         return None
     b_bytes = width if scheme == "keep" else 1
-    floor = hardware.speed_of_light(
-        m, entry.n, entry.k, gpu, a_bytes=width, b_bytes=b_bytes, d_bytes=width, peak=peak
-    )
+    floor = hardware.speed_of_light(m, entry.n, entry.k, gpu, a_bytes=width, b_bytes=b_bytes, d_bytes=width, peak=peak)
     return round(floor.microseconds, 3)
 
 

@@ -100,7 +100,8 @@ class Report:
     model: str = ""
     #: Sentences: what runs on which device, and what is missing for more.
     where: tuple[str, ...] = ()
-    #: Of the plan that the model was patched with: "policy", "min_snr_db", "device", "whole", "task"; empty without one.
+    #: Of the plan that the model was patched with: "policy", "min_snr_db", "device", "kind" (of it), "threads",
+    #: "seconds", "whole" (the model's own times) and "task"; empty without one.
     plan: dict[str, Any] = field(default_factory=dict)
     #: What ``hwkern.validate`` measured, as plain data, where it was given.
     validation: dict[str, Any] = field(default_factory=dict)
@@ -192,7 +193,9 @@ class Report:
     def summary(self) -> str:
         """The totals in a few sentences."""
         lines = []
-        if self.swapped or self.left:
+        if self.already and not self.swapped:
+            lines.append(f"{_count(len(self.already), 'layer')} int8 already, {len(self.left)} left as they are.")
+        elif self.swapped or self.left:
             lines.append(f"{_count(len(self.swapped), 'layer')} swapped to int8, {len(self.left)} left as they are.")
         if self.restored:
             lines.append(f"{_count(len(self.restored), 'layer')} float again.")
@@ -239,7 +242,9 @@ def _changed_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
     before, after = sum(layer.bytes_before for layer in group), sum(layer.bytes_after for layer in group)
     sizes = readable_bytes(before) if before == after else f"{readable_bytes(before)} -> {readable_bytes(after)}"
     scheme = group[0].scheme
-    now = _STATUS_TEXT[group[0].status] + (f" {scheme}" if scheme not in ("", "w8a8") else "")
+    now = _STATUS_TEXT[group[0].status]
+    if scheme not in ("", "w8a8"):
+        now = f"{now.removesuffix(' int8')} {scheme}"
     return group[0].dtype, now, sizes
 
 
