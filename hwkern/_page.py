@@ -59,7 +59,11 @@ def page(report: Report) -> str:
     title = f"hwkern: {report.model or 'model'}"
     parts = [
         f"<h1>{escape(report.model or 'Model')}</h1>",
-        *(f"<p>{escape(line)}</p>" for line in (*report.where, *plan_lines(report), report.note) if line),
+        *(
+            f"<p>{escape(line)}</p>"
+            for line in (*report.where, *plan_lines(report), getattr(report, "fusion", ""), report.note)
+            if line
+        ),
         _tiles(report),
     ]
     timed = any(layer.times for layer in report.layers)

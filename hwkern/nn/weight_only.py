@@ -33,7 +33,11 @@ class WeightOnlyInt8Linear(Int8Linear):
         """``x [..., K]`` -> ``[..., N]`` in x's dtype (autocast's under autocast)."""
         if self.max_tokens is not None and math.prod(x.shape[:-1]) > self.max_tokens:
             return super().forward(x)
-        return weight_only(x, self.weight, self.weight_scale, self.bias, self.in_features)
+        # Straight from the dicts, as in Int8Linear.forward.
+        parameters = self._parameters
+        scale, bias = self._buffers["weight_scale"], parameters["bias"]
+        y = ops.eager_weight_only(x, parameters["weight"], scale, bias, self.in_features, self._cell, FEW_TOKENS)  # type: ignore[arg-type]
+        return weight_only(x, self.weight, self.weight_scale, self.bias, self.in_features) if y is None else y
 
     def _options(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens}
