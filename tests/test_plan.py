@@ -71,6 +71,14 @@ def test_a_number_of_tokens_that_takes_no_time_does_not_matter() -> None:
     assert choose([keep(), mixed], {1: 1, 512: 100}, 20, "fastest")[0] is mixed
 
 
+def test_a_decoding_step_matters_however_short_it_is() -> None:
+    mixed = candidate("w8a8", 12, 50)
+    base = keep()
+    base.us["eager"][512] = mixed.us["eager"][512] * 1000  # one token takes 0.02 % of the time, and half of the calls
+    assert choose([base, mixed], {1: 10, 512: 10}, 20, "fastest")[0] is base
+    assert choose([base, mixed], {1: 10, 512: 200}, 20, "fastest")[0] is mixed
+
+
 def test_every_way_of_running_counts() -> None:
     base = keep()
     base.us["graph"] = {1: 8.0, 512: 100.0}
@@ -577,6 +585,17 @@ def test_a_whole_model_that_is_not_faster_keeps_its_layers(device: Device, monke
     assert max(calls) == 3
     assert all(recipe.scheme == "keep" for recipe in found.recipes.values())
     assert found.layers["a"].reason == "the whole model was slower with it"
+
+
+def test_one_slow_reading_of_the_whole_model_is_not_believed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([1.0, 1.03, 1.0, 1.0, 0.9, 1.0])  # float, int8, float; again
+
+    monkeypatch.setattr(_planner, "_seconds", lambda model, batches: [next(readings)])
+    found = make(Net(), verify=True)
+    assert any(recipe.scheme != "keep" for recipe in found.recipes.values())
+    assert found.whole["before_ms"] == [1000.0]
+    assert found.whole["after_ms"] == [965.0]
+    assert next(readings, None) is None
 
 
 def test_perplexity_and_top1_are_accepted_by_plan(device: Device) -> None:
