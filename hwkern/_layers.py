@@ -310,7 +310,7 @@ _HOOKS = (
 )
 # The attributes of a linear layer without a user's additions; what goes beyond them travels with the layer.
 _OWN = {
-    *("nf", "nx", "max_tokens", "_tensor_scale"),
+    *("nf", "nx", "max_tokens", "_tensor_scale", "_part"),
     *CalibratedInt8Linear(1, 1, device="meta").__dict__,
     *nn.Linear(1, 1, device="meta").__dict__,
 }

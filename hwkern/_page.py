@@ -61,7 +61,7 @@ def page(report: Report) -> str:
         f"<h1>{escape(report.model or 'Model')}</h1>",
         *(
             f"<p>{escape(line)}</p>"
-            for line in (*report.where, *plan_lines(report), getattr(report, "fusion", ""), report.note)
+            for line in (*report.where, *plan_lines(report), report.fusion, report.note)
             if line
         ),
         _tiles(report),

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from hwkern import _hf_hook, _native
+from hwkern import _fusion, _hf_hook, _native
 from hwkern._layers import Layer, adopt, find_layers
 from hwkern._originals import Original
 from hwkern._shards import CheckpointError, Shards, write
@@ -112,8 +112,12 @@ def load(
         from hwkern import _compressed_tensors
 
         plan = _compressed_tensors.read_plan(model, shards)
-    plan.run(shards, target)
-    model.to(target)  # buffers that no file holds
+    _fusion.unfuse(model)
+    try:
+        plan.run(shards, target)
+        model.to(target)  # buffers that no file holds
+    finally:
+        _fusion.fuse(model)
     _hf_hook.tell(model)
     return model
 

@@ -18,7 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hwkern import _native
+from hwkern import _fusion, _native
 from hwkern._layers import find_layers
 from hwkern._shards import FORMAT_VERSION, CheckpointError, check_version
 from hwkern.nn import Int8Linear
@@ -119,9 +119,11 @@ class HwkernQuantizer(HfQuantizer):
                 tensors = (*module._parameters.values(), *module._buffers.values())
                 if any(t is not None and t.is_meta for t in tensors):
                     raise CheckpointError(f"The files lack tensors of the int8 layer {layer.names[0]!r}.")
+        _fusion.fuse(model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        _fusion.unfuse(model)
         for layer in find_layers(model):
             if isinstance(layer.module, Int8Linear):
                 restored = layer.module.to_float(dtype)

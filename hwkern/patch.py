@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from hwkern import _fold, _hf_hook, _native
+from hwkern import _fold, _fusion, _hf_hook, _native
 from hwkern._layers import Layer, Selection, Selector, adopt, find_layers, int8_class, is_foreign, judge, tied
 from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
 from hwkern._recipes import Recipe, float_rows, make
@@ -37,6 +37,7 @@ def patch(
     progress: Progress | None = None,
     plan: HasRecipes | None = None,
     allow_other_gpu: bool = False,
+    fuse: bool = True,
 ) -> Report:
     """Replace the linear layers of ``model`` by int8 layers, in place.
 
@@ -61,6 +62,9 @@ def patch(
             or keeps, stays float. Norms that it divides come back with :func:`unpatch`.
         allow_other_gpu: a plan that was measured on another device is timed and decided again on this one, instead of
             being refused.
+        fuse: let int8 layers that read the same tensor run as one product, and norms and activations before them in
+            one kernel with the quantization, in models whose structure is known (docs/patch.md). Each fusion is run
+            both ways on random rows and undone when they differ; the report says so. False undoes all.
 
     Returns:
         A :class:`~hwkern.report.Report`; print it.
@@ -97,7 +101,17 @@ def patch(
         recipe = Recipe("w8a8") if recipes is None else recipes[group[0].names[0]]
         _swap(group, spool, journal, recipe)
 
-    _transaction(groups, step, progress, lambda journal: _divide(model, folds, journal))
+    fused: list[str] = []
+
+    def last(journal: _Journal) -> None:
+        _divide(model, folds, journal)
+        if not fuse:
+            _fusion.unfuse(model)
+            return
+        journal.append(lambda: _fusion.unfuse(model))
+        fused.append(_fusion.fuse(model))
+
+    _transaction(groups, step, progress, last)
     if plan is not None and callable(to_dict := getattr(plan, "to_dict", None)):
         model.__dict__["_hwkern_plan"] = to_dict()
     if originals == "drop":
@@ -112,6 +126,7 @@ def patch(
         originals=(originals if originals == "drop" else spool.place) if spool.bytes else "",
         originals_bytes=spool.bytes,
         note=_note(layers),
+        fusion="".join(fused),
     )
 
 
@@ -143,7 +158,20 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
     _refuse_half_folds(model, chosen)
     before = _model_bytes(model)
     reports = _Reports(layers)
-    _transaction([[layer] for layer in chosen], _restore, None, lambda journal: _unfold(model, chosen, journal))
+    fused = _fusion.is_fused(model)
+    _fusion.unfuse(model)
+
+    def last(journal: _Journal) -> None:
+        _unfold(model, chosen, journal)
+        if fused:  # what is left of it
+            _fusion.fuse(model)
+
+    try:
+        _transaction([[layer] for layer in chosen], _restore, None, last)
+    except BaseException:
+        if fused:
+            _fusion.fuse(model)
+        raise
     model.__dict__.pop("_hwkern_plan", None)
     for layer in chosen:
         cast(Int8Linear, layer.module)._original = None

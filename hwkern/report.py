@@ -105,6 +105,8 @@ class Report:
     plan: dict[str, Any] = field(default_factory=dict)
     #: What ``hwkern.validate`` measured, as plain data, where it was given.
     validation: dict[str, Any] = field(default_factory=dict)
+    #: Which neighbours were fused into one operator, and which were not because a check failed.
+    fusion: str = ""
     #: Version of the JSON layout.
     schema: int = field(default=_SCHEMA, repr=False)
 
@@ -211,8 +213,7 @@ class Report:
                 else f"Kept for unpatch: {readable_bytes(self.originals_bytes)} "
                 + ("in a temporary file." if self.originals == "disk" else "in host memory.")
             )
-        if self.note:
-            lines.append(self.note)
+        lines += [text for text in (self.fusion, self.note) if text]
         lines += self.where
         lines += plan_lines(self)
         return "\n".join(lines) or "The model has no linear layers: nothing to do."

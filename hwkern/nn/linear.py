@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hwkern._originals import Original
+    from hwkern.nn.merged import Part
 
 
 class Int8Linear(nn.Module):
@@ -39,6 +40,8 @@ class Int8Linear(nn.Module):
     bias: nn.Parameter | None
     # hwkern.patch's handle on the float module; not a submodule, not in the state_dict.
     _original: Original | None
+    # The layer's place among layers that are computed as one (hwkern.nn.merged); None: alone.
+    _part: Part | None = None
     _transposed = False  # whether the float weight is [K, N]
     _scheme = "w8a8"
     # Buffers that .half() and so on leave in float32.
@@ -166,6 +169,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K]`` -> ``[..., N]`` in x's dtype."""
+        if self._part is not None and x.shape[-1:] == (self._part.n,):  # the product of all parts: take mine
+            return x[..., self._part.start : self._part.stop]
         # Straight from the dicts: nn.Module.__getattr__ costs 0.5 µs each time.
         parameters = self._parameters
         scale, bias = self._buffers["weight_scale"], parameters["bias"]
@@ -212,6 +217,8 @@ class Int8Linear(nn.Module):
             # The weight moved in place, so layers that share it still do; let them share the scale too.
             scale.data = moved_scale
             self.weight_scale = scale
+        if self._part is not None:
+            self._part.moved()
         return self
 
     # ---- load_state_dict -------------------------------------------------------------------------------------------
@@ -248,6 +255,8 @@ class Int8Linear(nn.Module):
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if assign and isinstance(weight, Tensor) and weight.is_floating_point():
             self.float_dtype = weight.dtype
+        if self._part is not None:
+            self._part.moved()
         if self._original is not None and not same:
             self._original.forget("other weights were loaded into it after hwkern.patch")
 

@@ -31,6 +31,8 @@ class WeightOnlyInt8Linear(Int8Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K]`` -> ``[..., N]`` in x's dtype (autocast's under autocast)."""
+        if self._part is not None and x.shape[-1:] == (self._part.n,):
+            return x[..., self._part.start : self._part.stop]
         if self.max_tokens is not None and math.prod(x.shape[:-1]) > self.max_tokens:
             return super().forward(x)
         # Straight from the dicts, as in Int8Linear.forward.

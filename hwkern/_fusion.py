@@ -1,0 +1,699 @@
+"""Fusion: which neighbours in a model become one operator, and the forwards that do it.
+
+A fused module keeps its identity, parameters, hooks and name; only its class becomes a subclass with another forward,
+which asks at every call whether the fusion may be used and otherwise is the class's own forward:
+
+- a norm computes its readers too (one kernel for norm and quantization, one product for q, k and v) and returns their
+  outputs side by side; each reader takes its columns (``hwkern.nn.merged``),
+- an attention without a norm of its own before it (BERT) computes q, k and v at its entrance,
+- an MLP computes gate and up as one product, then activation, product and quantization in one kernel,
+- a dense layer with its activation (BERT's intermediate) has it in the product's epilogue,
+- a block (Llama's) hands its residual to the second norm's kernel and to the last product's epilogue.
+
+Which class is built so is a table, not a guess; and every block is run both ways on random rows before it stays.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hwkern import ops
+from hwkern._fold import STRUCTURES
+from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
+from hwkern.nn.merged import Merged, go_together, has_hooks
+
+_LLAMA = STRUCTURES["LlamaDecoderLayer"]
+#: Class of block → (norm, the layers that read it and are all that do). Smoothing's table, and blocks whose norm can be
+#: computed but not divided (Gemma's weight is 1 + w) or has one reader.
+BLOCKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    **STRUCTURES,
+    "GemmaDecoderLayer": _LLAMA,
+    "GraniteDecoderLayer": _LLAMA,
+    "Phi3DecoderLayer": (
+        ("input_layernorm", ("self_attn.qkv_proj",)),
+        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
+    ),
+    **dict.fromkeys(
+        ("CLIPEncoderLayer", "SiglipEncoderLayer"),
+        (
+            ("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("layer_norm2", ("mlp.fc1",)),
+        ),
+    ),
+    "PhiDecoderLayer": (  # attention and MLP side by side, after one norm
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")),
+    ),
+    "BertLayer": (),
+    "RobertaLayer": (),
+    "XLMRobertaLayer": (),
+    "ElectraLayer": (),
+}
+#: Class of attention → the layers that read its first argument, of which it uses the shape's first dimensions besides.
+ATTENTIONS = dict.fromkeys(
+    ("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
+    ("query", "key", "value"),
+)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """``output(activation(inputs[0](x)) * inputs[1](x))``, or without a second input; or ``inputs[0]`` holds both."""
+
+    inputs: tuple[str, ...]
+    activation: str
+    output: str
+    dropout: str = ""
+    gated: bool = True
+
+
+_GATED = Mlp(("gate_proj", "up_proj"), "act_fn", "down_proj")
+_PLAIN = Mlp(("fc1",), "activation_fn", "fc2", gated=False)
+MLPS = {
+    **dict.fromkeys(("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "GraniteMLP"), _GATED),
+    "Phi3MLP": Mlp(("gate_up_proj",), "activation_fn", "down_proj"),
+    "GPT2MLP": Mlp(("c_fc",), "act", "c_proj", "dropout", gated=False),
+    **dict.fromkeys(("ViTMLP", "CLIPMLP", "SiglipMLP", "PhiMLP"), _PLAIN),
+}
+#: Class → (dense layer, its activation), which is all that its forward does.
+DENSE = dict.fromkeys(
+    ("BertIntermediate", "RobertaIntermediate", "XLMRobertaIntermediate", "ElectraIntermediate", "ViTIntermediate"),
+    ("dense", "intermediate_act_fn"),
+)
+#: Class of norm → (kind as in ops.norm_quantize, attribute with eps, offset).
+NORMS = {
+    "LayerNorm": ("layer", "eps", 0.0),
+    "RMSNorm": ("rms", "eps", 0.0),
+    "GemmaRMSNorm": ("rms", "eps", 1.0),
+    **dict.fromkeys(
+        ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "GraniteRMSNorm"),
+        ("rms_rounded", "variance_epsilon", 0.0),
+    ),
+}
+#: Class of activation → its name in ops; those with one formula in several spellings are compared by the probe.
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+}
+#: Class of block → its attention, second norm and MLP: h = x + attention(norm(x)); h + mlp(second(h)), where x comes
+#: first and everything else by name, which goes to the attention. Smoothing's first norm is the first.
+_RESIDUALS = ("self_attn", "post_attention_layernorm", "mlp")
+RESIDUALS = dict.fromkeys(
+    ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"),
+    _RESIDUALS,
+)
+_MEMBERS = (Int8Linear, Int8Conv1D, WeightOnlyInt8Linear, WeightOnlyInt8Conv1D)
+
+
+# ---- forwards ------------------------------------------------------------------------------------------------------
+
+
+class _Fused:
+    """What every fused class has: it pickles as its base class and the fusion beside."""
+
+    _fusion: Any
+    __dict__: dict[str, Any]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        mixin, base = type(self).__bases__
+        return _revive, (mixin, base), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class _FusedNorm(_Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        f: NormFusion = self._fusion
+        weight = cast(Any, self).weight
+        if f.readers.usable(x) and (weight is None or x.dtype == weight.dtype):
+            return f.run(cast(nn.Module, self), x)
+        return super().forward(x)  # type: ignore[misc]
+
+
+class _FusedAttention(_Fused):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        f: AttentionFusion = self._fusion
+        if hidden_states.shape[-1] == f.readers.k and f.readers.usable(hidden_states):
+            hidden_states = f.readers.linear(hidden_states)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+class _FusedMlp(_Fused):
+    def forward(self, x: Tensor) -> Tensor:
+        f: MlpFusion = self._fusion
+        module = cast(nn.Module, self)
+        if f.usable(module, x):
+            if x.shape[-1] != f.inputs.n:  # the norm may have computed them already
+                x = f.inputs.linear(x)
+            x = f.output.after_activation(x, f.activation, f.gated)
+            return module._modules[f.dropout](x) if f.dropout else x  # type: ignore[misc]
+        return super().forward(x)  # type: ignore[misc]
+
+
+class _FusedBlock(_Fused):
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        f: BlockFusion = self._fusion
+        modules = self.__dict__["_modules"]
+        norm, mlp = modules[f.norm], modules[f.mlp]
+        if args or not f.usable(norm, mlp, hidden_states):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
+        product, h = norm._fusion.run_sum(norm, x, hidden_states)
+        last: MlpFusion = mlp._fusion
+        return last.output.after_activation(product, last.activation, last.gated, h)
+
+
+class _FusedDense(_Fused):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        f: DenseFusion = self._fusion
+        # Where a norm has computed the layer already, x is its output.
+        if (
+            f.dense.usable(hidden_states)
+            and f.intact(cast(nn.Module, self))
+            and hidden_states.shape[-1] == f.dense.k
+            and not f.dense.in_float(hidden_states)
+        ):
+            return f.dense.activated(hidden_states, f.activation)
+        return super().forward(hidden_states)  # type: ignore[misc]
+
+
+@functools.cache
+def _fused_class(mixin: Any, base: Any) -> type:
+    """``base`` with another forward, and its name: others (and the plans) know classes by their names."""
+    body = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(body))
+
+
+def _revive(mixin: type, base: type) -> Any:
+    cls: Any = _fused_class(mixin, base)
+    return cls.__new__(cls)
+
+
+@dataclass(eq=False)
+class NormFusion:
+    """A norm and everything that reads it."""
+
+    readers: Merged
+    kind: str
+    eps: str
+    offset: float
+
+    mixin = _FusedNorm
+
+    def parts(self) -> tuple[Merged, ...]:
+        return (self.readers,)
+
+    def run(self, norm: Any, x: Tensor) -> Tensor:
+        bias = norm._parameters.get("bias")
+        return self.readers.after_norm(x, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
+
+    def run_sum(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The readers' product for ``h = x + residual``, and h."""
+        bias = norm._parameters.get("bias")
+        return self.readers.after_sum(x, residual, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
+
+    def probe(self, norm: nn.Module, x: Tensor) -> str:
+        """The kernel's norm against the module's; and the product of all readers, which has the very bits of each."""
+        want = type(norm).__bases__[1].forward(norm, x)  # type: ignore[attr-defined]
+        weight, bias = norm._parameters["weight"], norm._parameters.get("bias")
+        eps = getattr(norm, self.eps)
+        y = cast(Tensor, ops.norm_quantize(x, weight, bias, None, None, self.kind, eps, self.offset, True).y)
+        # Both round twice at most (normalised, weighted) from float32 values that differ by their sums' rounding:
+        # relative to the largest value of the row, (64 + K/64) steps of 2⁻²⁴ bounds both orders of summation.
+        unit = torch.finfo(x.dtype).eps
+        slack = (64 + x.shape[-1] / 64) * 2.0**-24
+        allowed = 2 * unit * want.float().abs() + slack * want.float().abs().amax(-1, keepdim=True)
+        if want.dtype != x.dtype or not bool(((y.float() - want.float()).abs() <= allowed).all()):
+            return "the norm's formula is another one"
+        return _product_problem(self.readers, self.run(norm, x), y)
+
+    def __str__(self) -> str:
+        return f"norm -> {_names(self.readers)}"
+
+
+@dataclass(eq=False)
+class AttentionFusion:
+    """An attention whose projections read its argument."""
+
+    readers: Merged
+
+    mixin = _FusedAttention
+
+    def parts(self) -> tuple[Merged, ...]:
+        return (self.readers,)
+
+    def probe(self, module: nn.Module, x: Tensor) -> str:
+        return _product_problem(self.readers, self.readers.linear(x), x)
+
+    def __str__(self) -> str:
+        return _names(self.readers)
+
+
+@dataclass(eq=False)
+class MlpFusion:
+    """An MLP: its input layers, the activation, its output layer."""
+
+    inputs: Merged
+    output: Merged
+    name: str  # of the activation's attribute
+    module: nn.Module
+    activation: str
+    gated: bool
+    dropout: str
+
+    mixin = _FusedMlp
+
+    def parts(self) -> tuple[Merged, ...]:
+        return (self.inputs, self.output)
+
+    def usable(self, mlp: nn.Module, x: Tensor) -> bool:
+        """Whether all of it may be fused in this call."""
+        intact = mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
+        return intact and self.inputs.usable(x) and self.output.usable(x) and not self.output.in_float(x)
+
+    def probe(self, mlp: nn.Module, x: Tensor) -> str:
+        fused, want = _both_ways(lambda: cast(Tensor, mlp(x)), self.parts())
+        return _distance_problem(fused, want, want)
+
+    def __str__(self) -> str:
+        gate = " · up" if self.gated else ""
+        return f"{self.activation}{gate} -> {_names(self.output)}"
+
+
+@dataclass(eq=False)
+class DenseFusion:
+    """A dense layer and its activation."""
+
+    dense: Merged
+    name: str
+    module: nn.Module
+    activation: str
+
+    mixin = _FusedDense
+
+    def parts(self) -> tuple[Merged, ...]:
+        return (self.dense,)
+
+    def intact(self, module: nn.Module) -> bool:
+        return module._modules.get(self.name) is self.module and not has_hooks(self.module)
+
+    def probe(self, module: nn.Module, x: Tensor) -> str:
+        fused, want = _both_ways(lambda: cast(Tensor, module(x)), self.parts())
+        return _distance_problem(fused, want, want)
+
+    def __str__(self) -> str:
+        return f"{_names(self.dense)} -> {self.activation}"
+
+
+@dataclass(eq=False)
+class BlockFusion:
+    """A block of which the second norm and the MLP are fused: the residual goes through their kernels."""
+
+    first: str
+    attention: str
+    norm: str
+    mlp: str
+
+    mixin = _FusedBlock
+
+    def parts(self) -> tuple[Merged, ...]:
+        return ()
+
+    def usable(self, norm: Any, mlp: Any, x: Tensor) -> bool:
+        """Whether the residual may go through the kernels in this call."""
+        if has_hooks(norm) or has_hooks(mlp) or not (isinstance(norm, _FusedNorm) and isinstance(mlp, _FusedMlp)):
+            return False
+        readers, last = norm._fusion.readers, mlp._fusion
+        weight = cast(Any, norm).weight
+        return (
+            readers is last.inputs
+            and not last.dropout
+            and x.dtype == weight.dtype
+            and last.usable(mlp, x)
+            and not readers.in_float(x)
+        )
+
+    def __str__(self) -> str:
+        return "residuals"
+
+
+Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion | BlockFusion
+
+
+def _names(merged: Merged) -> str:
+    return "+".join(attribute for _, attribute in merged.slots)
+
+
+# ---- fuse and unfuse -----------------------------------------------------------------------------------------------
+
+
+def fuse(model: nn.Module) -> str:
+    """Fuse what the tables know and the probes confirm; what is fused already stays. Says what was done.
+
+    An exception, Ctrl-C included, leaves nothing of this call behind.
+    """
+    done: list[nn.Module] = []
+    failed: list[str] = []
+    counts: dict[str, int] = {}
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            grouped = {id(t) for m in model.modules() if (f := fusion_of(m)) for p in f.parts() for t in p._tensors()}
+            for name, block in _blocks(model):
+                made = []
+                for module, fusion in _found(block, grouped):
+                    done.append(module)
+                    _set(module, fusion)
+                    made.append(module)
+                if not made:
+                    continue
+                problem = _probe(block, made)
+                if problem:
+                    for module in made:
+                        _unset(module)
+                    failed.append(f"{name or type(model).__name__}: {problem}")
+                    continue
+                for module in made:
+                    fused = fusion_of(module)
+                    counts[str(fused)] = counts.get(str(fused), 0) + 1
+    except BaseException:
+        for module in done:
+            _unset(module)
+        raise
+    lines = []
+    if counts:
+        lines.append("Fused: " + ", ".join(f"{count} × {what}" for what, count in counts.items()) + ".")
+    if failed:
+        more = f" (and {len(failed) - 3} more)" if len(failed) > 3 else ""
+        lines.append(f"Not fused, because the check failed: {'; '.join(failed[:3])}{more}.")
+    return "\n".join(lines)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether any module of ``model`` is fused."""
+    return any(isinstance(module, _Fused) for module in model.modules())
+
+
+def unfuse(model: nn.Module) -> None:
+    """Every module computes for itself again. The int8 tensors stay where they are."""
+    fused = [module for module in model.modules() if fusion_of(module) is not None]
+    for module in fused:
+        _unset(module)
+
+
+def fusion_of(module: nn.Module) -> Fusion | None:
+    """The fusion of a fused module; None for any other."""
+    return cast(Any, module)._fusion if isinstance(module, _Fused) else None
+
+
+def _set(module: nn.Module, fusion: Fusion) -> None:
+    for part in fusion.parts():
+        part.adopt()
+        part.merge()
+    module.__dict__["_fusion"] = fusion
+    module.__class__ = _fused_class(fusion.mixin, cast(Any, type(module)))
+
+
+def _unset(module: nn.Module) -> None:
+    fusion = fusion_of(module)
+    if fusion is None:
+        return
+    module.__class__ = type(module).__bases__[1]
+    del module.__dict__["_fusion"]
+    for part in fusion.parts():
+        part.release()
+
+
+# ---- what can be fused ---------------------------------------------------------------------------------------------
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if _is_of(module, BLOCKS))
+
+
+def _is_of(module: nn.Module, table: dict[str, Any]) -> bool:
+    """Whether this is transformers' own class of one of these names (a fused module's is that it was made of)."""
+    cls = type(module)
+    return cls.__name__ in table and cls.__module__.startswith("transformers.models.")
+
+
+def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fusion]]:
+    """The modules of one block that can be fused, each with its fusion. ``grouped``: tensors that are taken."""
+    of_inputs: dict[int, Merged] = {}  # first member → the product that a norm computes
+    for norm_path, paths in BLOCKS[type(block).__name__]:
+        norm = _get(block, norm_path)
+        readers = _merged(block, paths, grouped, quantized=True)
+        if norm is None or fusion_of(norm) is not None or readers is None:
+            continue
+        fusion = _norm_fusion(norm, readers)
+        if fusion is None:
+            continue
+        _take(readers, grouped)
+        of_inputs[id(readers.members[0])] = readers
+        yield norm, fusion
+    for module in block.modules():
+        name = type(module).__name__
+        if has_hooks(module) or fusion_of(module) is not None:
+            continue
+        if _is_of(module, ATTENTIONS):
+            readers = _merged(module, ATTENTIONS[name], grouped)
+            if readers is not None:
+                _take(readers, grouped)
+                yield module, AttentionFusion(readers)
+        elif _is_of(module, MLPS):
+            if (mlp := _mlp_fusion(module, MLPS[name], of_inputs, grouped)) is not None:
+                yield module, mlp
+        elif _is_of(module, DENSE):
+            path, activation = DENSE[name]
+            found = _merged(module, (path,), grouped, passes=False)
+            act = _activation(module, activation)
+            if found is not None and act is not None:
+                _take(found, grouped)
+                yield module, DenseFusion(found, activation, module._modules[activation], act)  # type: ignore[arg-type]
+    name = type(block).__name__
+    if name in RESIDUALS and not has_hooks(block) and fusion_of(block) is None:
+        attention, second, last = RESIDUALS[name]
+        if all(fusion_of(cast(nn.Module, block._modules[path])) is not None for path in (second, last)):
+            yield block, BlockFusion(BLOCKS[name][0][0], attention, second, last)
+
+
+def _norm_fusion(norm: nn.Module, readers: Merged) -> NormFusion | None:
+    cls = type(norm)
+    known = cls in (nn.LayerNorm, getattr(nn, "RMSNorm", None)) or cls.__module__.startswith("transformers.models.")
+    if cls.__name__ not in NORMS or not known or has_hooks(norm):
+        return None
+    kind, eps, offset = NORMS[cls.__name__]
+    if norm._modules or set(norm._parameters) - {"weight", "bias"} or not isinstance(getattr(norm, eps, None), float):
+        return None
+    vectors = [p for p in norm._parameters.values() if p is not None]
+    if any(tuple(p.shape) != (readers.k,) or p.dtype not in ops.FLOATS or not p.is_contiguous() for p in vectors):
+        return None
+    return NormFusion(readers, kind, eps, offset)
+
+
+def _mlp_fusion(mlp: nn.Module, spec: Mlp, of_inputs: dict[int, Merged], grouped: set[int]) -> MlpFusion | None:
+    first = mlp._modules.get(spec.inputs[0])
+    inputs = of_inputs.get(id(first)) or _merged(mlp, spec.inputs, grouped)
+    output = _merged(mlp, (spec.output,), grouped, passes=False, quantized=True)
+    activation = _activation(mlp, spec.activation)
+    if inputs is None or output is None or activation is None:
+        return None
+    if inputs.n != output.k * (2 if spec.gated else 1):
+        return None
+    _take(inputs, grouped)
+    _take(output, grouped)
+    module = cast(nn.Module, mlp._modules[spec.activation])
+    return MlpFusion(inputs, output, spec.activation, module, activation, spec.gated, spec.dropout)
+
+
+def _activation(parent: nn.Module, attribute: str) -> str | None:
+    module = parent._modules.get(attribute)
+    if module is None or has_hooks(module):
+        return None
+    name = ACTIVATIONS.get(type(module).__name__)
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        return "gelu_tanh"
+    return name
+
+
+def _merged(
+    root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bool = True, quantized: bool = False
+) -> Merged | None:
+    """The layers at these paths as one; None when they are not all int8 layers that go together."""
+    members, slots = [], []
+    for path in paths:
+        parent_path, _, attribute = path.rpartition(".")
+        parent = _get(root, parent_path) if parent_path else root
+        module = None if parent is None else parent._modules.get(attribute)
+        if parent is None or type(module) not in _MEMBERS:
+            return None
+        members.append(cast(Int8Linear, module))
+        slots.append((parent, attribute))
+    tensors = [t for member in members for t in (member.weight, member.weight_scale, member.bias) if t is not None]
+    if (
+        not go_together(members)
+        or len({member.in_features for member in members}) > 1
+        or any(has_hooks(member) for member in members)
+        or any(id(t) in grouped or t.is_meta for t in tensors)
+        or len({id(t) for t in tensors}) < len(tensors)
+        or len({None if member.bias is None else member.bias.dtype for member in members}) > 1
+    ):
+        return None
+    merged = Merged(members, slots, passes, quantized)
+    if passes and merged.n == merged.k:
+        return None  # a member could not tell the product from an input of its own
+    return merged
+
+
+def _take(merged: Merged, grouped: set[int]) -> None:
+    grouped.update(id(t) for t in merged._tensors())
+
+
+def _get(module: nn.Module, path: str) -> nn.Module | None:
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+# ---- probes --------------------------------------------------------------------------------------------------------
+
+#: A probe has two sequences of eight tokens, or more where the layers would leave so few in float.
+_TOKENS = 8
+#: The fused and the unfused block quantize values that are equal but for float32 rounding, so almost every int8 is the
+#: same. Were each one step off, the relative error would be (max / 127) / rms of a row, 1/32 for a normal row of 4096
+#: (its largest value is four times its rms). What the unfused block computes in several operations it rounds to its
+#: dtype after each, up to eight for an activation (GPT-2's), which the fused kernel does once: eight units of the dtype
+#: come on top. Another formula or another structure is off by about 1.
+_TOLERANCE, _ROUNDINGS = 1 / 32, 8
+
+
+def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
+    """Run each fused module and then the block fused and unfused on random rows. What is wrong, or nothing."""
+    fusions = [cast(Fusion, fusion_of(module)) for module in modules]
+    parts = [part for fusion in fusions for part in fusion.parts()]
+    if any(part.weight is None for part in parts):
+        return "its tensors are not on one device"
+    training = [module for module in block.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        for module, fusion in zip(modules, fusions, strict=True):
+            if isinstance(fusion, BlockFusion):
+                continue  # below
+            problem = fusion.probe(module, _rows(module, fusion))
+            if problem:
+                return f"{type(module).__name__}: {problem}"
+        return _probe_block(block, parts)
+    except Exception as error:  # a model's own code: there is no telling what it raises
+        return f"it raised {type(error).__name__}: {error}"
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _rows(module: nn.Module, fusion: Fusion) -> Tensor:
+    """Normal values for the module's input, in the dtype that it computes in."""
+    weight = module._parameters.get("weight")
+    parts = fusion.parts()
+    return _normal(parts, parts[0].members[0].float_dtype if weight is None else weight.dtype)
+
+
+def _normal(parts: Sequence[Merged], dtype: torch.dtype) -> Tensor:
+    """``[2, tokens, K]`` normal values for the first part, the same in every call."""
+    first = parts[0]
+    thresholds = [getattr(member, "max_tokens", None) or 0 for part in parts for member in part.members]
+    tokens = max(_TOKENS, max(thresholds) // 2 + 1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, tokens, first.k, generator=generator, device="cpu")
+    return x.to(first.members[0].weight.device, dtype)
+
+
+def _probe_block(block: nn.Module, parts: Sequence[Merged]) -> str:
+    first = parts[0]
+    dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), first.members[0].float_dtype)
+    x = _normal(parts, dtype)
+    call = _block_call(block, x, parts)
+    if call is None:
+        return "it could not be run on its own"
+    fused, want = _both_ways(call, parts)
+    return _distance_problem(fused, want, want - x)
+
+
+def _block_call(block: Any, x: Tensor, parts: Sequence[Merged]) -> Callable[[], Tensor] | None:
+    """How to call the block as its model does: on hidden states, for some with cosines and sines besides."""
+    attention = getattr(block, "self_attn", None)
+    head = getattr(attention, "rotary_ndims", getattr(attention, "head_dim", None))
+    calls: list[dict[str, Any]] = [{"attention_mask": None}, {}]
+    if isinstance(head, int):
+        angle = torch.linspace(0, 3, x.shape[1] * (head // 2), device=x.device).view(1, x.shape[1], -1)
+        angle = torch.cat([angle, angle], -1)
+        positions = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+        calls.insert(0, {"attention_mask": None, "position_embeddings": positions})
+    for kwargs in calls:
+
+        def call(kwargs: dict[str, Any] = kwargs) -> Tensor:
+            out = block(x, **kwargs)
+            return cast(Tensor, out if isinstance(out, Tensor) else out[0])
+
+        try:
+            with _disabled(parts):
+                call()
+        except Exception:  # another signature: there is no telling what it raises
+            continue
+        return call
+    return None
+
+
+def _product_problem(merged: Merged, product: Tensor, x: Tensor) -> str:
+    """Whether each member's columns of ``product`` are what it gives for ``x``, to the last bit."""
+    for member in merged.members:
+        mine, want = member(product), member(x)
+        if merged.in_float(x):  # W8A16 adds in an order that depends on the config, and so on N
+            if problem := _distance_problem(mine, want, want):
+                return problem
+        elif not torch.equal(mine, want):
+            return "the merged product has other bits than its parts"
+    return ""
+
+
+class _disabled:  # noqa: N801  # a context manager
+    def __init__(self, parts: Sequence[Merged]) -> None:
+        self._parts = parts
+
+    def __enter__(self) -> None:
+        for part in self._parts:
+            part.enabled = False
+
+    def __exit__(self, *error: object) -> None:
+        for part in self._parts:
+            part.enabled = True
+
+
+def _both_ways(call: Callable[[], Tensor], parts: Sequence[Merged]) -> tuple[Tensor, Tensor]:
+    """The result with and without fusion."""
+    with _disabled(parts):
+        want = call()
+    return call(), want
+
+
+def _distance_problem(found: Tensor, want: Tensor, signal: Tensor) -> str:
+    """Whether ``found`` is further from ``want`` than rounding explains, relative to ``signal``; in words."""
+    if found.shape != want.shape or found.dtype != want.dtype:
+        return f"it gives {tuple(found.shape)} {found.dtype}, not {tuple(want.shape)} {want.dtype}"
+    error = float((found.double() - want.double()).norm() / signal.double().norm().clamp_min(1e-30))
+    allowed = _TOLERANCE + _ROUNDINGS * torch.finfo(want.dtype).eps
+    return "" if error <= allowed else f"it differs by {error:.2g} from the unfused one"

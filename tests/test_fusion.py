@@ -1,0 +1,722 @@
+"""Fusion: merged products, norms and activations in one kernel with the quantization; checked, reversible, optional."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hwkern
+from hwkern import _fused_linear, _fusion, ops, reference
+from hwkern._recipes import Recipe
+from hwkern.nn import Int8Linear
+from hwkern.nn.merged import Merged
+
+transformers = pytest.importorskip("transformers")
+
+HIDDEN = 128
+SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**SIZES, "intermediate_size": 256, "num_key_value_heads": 2, "vocab_size": 99, "max_position_embeddings": 64}
+BERT = {**SIZES, "intermediate_size": 256, "vocab_size": 99, "max_position_embeddings": 64}
+IMAGES = {**SIZES, "intermediate_size": 256, "image_size": 16, "patch_size": 4}
+EVERY = ["*layer*", "*.h.*"]
+
+LLAMA_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "silu · up -> down_proj", "residuals"}
+BERT_FUSED = {"query+key+value", "dense -> gelu"}
+VIT_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> fc1", "gelu -> fc2"}
+
+
+def llama(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(**{**LLAMA, **changes})
+    config.pad_token_id = config.eos_token_id = None
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=99, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64)
+    )
+
+
+FAMILIES: dict[str, tuple[Any, set[str]]] = {
+    "llama": (llama, LLAMA_FUSED),
+    "llama with biases": (lambda: llama(attention_bias=True, mlp_bias=True), LLAMA_FUSED),
+    "mistral": (lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA)), LLAMA_FUSED),
+    "qwen2": (lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)), LLAMA_FUSED),
+    "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, head_dim=32)), LLAMA_FUSED),
+    "gemma": (
+        lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**LLAMA, head_dim=64)),
+        {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "gelu_tanh · up -> down_proj", "residuals"},
+    ),
+    "phi3": (
+        lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**LLAMA, pad_token_id=0)),
+        {"norm -> qkv_proj", "norm -> gate_up_proj", "silu · up -> down_proj"},
+    ),
+    "phi": (
+        lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**LLAMA)),
+        {"norm -> q_proj+k_proj+v_proj+fc1"},
+    ),
+    "gpt2": (gpt2, {"norm -> c_attn", "norm -> c_fc", "gelu_tanh -> c_proj"}),
+    "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)), BERT_FUSED),
+    "roberta": (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT)), BERT_FUSED),
+    "electra": (lambda: transformers.ElectraModel(transformers.ElectraConfig(**BERT, embedding_size=64)), BERT_FUSED),
+    "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGES)), VIT_FUSED),
+    "clip": (
+        lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGES, hidden_act="gelu")),
+        VIT_FUSED,
+    ),
+}
+
+
+def inputs_of(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    device = model.device
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 16, 16).to(device, dtype)}
+    return {"input_ids": torch.randint(3, 99, (2, 7)).to(device)}
+
+
+def run(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.inference_mode():
+        return model(**inputs)[0]
+
+
+def patched(model: Any, **options: Any) -> hwkern.Report:
+    names = [name for name, module in model.named_modules() if hwkern._layers.int8_class(module) is not None]
+    inside = [name for name in names if any(part.isdigit() for part in name.split("."))]
+    return hwkern.patch(model.eval(), include=inside, **options)
+
+
+def fused_in(model: nn.Module) -> set[str]:
+    return {str(fusion) for module in model.modules() if (fusion := _fusion.fusion_of(module)) is not None}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The fused operations that run, in order."""
+    seen: list[str] = []
+    for name in ("linear", "activated", "after_norm", "after_sum", "after_activation"):
+        original = getattr(Merged, name)
+
+        def spy(self: Merged, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Merged, name, spy)
+    return seen
+
+
+# ---- the operators -------------------------------------------------------------------------------------------------
+
+
+def weights(n: int, k: int, device: str) -> tuple[Tensor, Tensor]:
+    q = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
+    return ops.pad_weight(q), torch.rand(n, device=device) * 0.01 + 0.001
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_rounded"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 48, 64), (5, 200, 100), (130, 136, 256)])
+def test_norm_linear_has_the_bits_of_norm_quantize_and_a_matmul(
+    dtype: torch.dtype, kind: str, m: int, n: int, k: int, device: str
+) -> None:
+    x = torch.randn(m, k, device=device).to(dtype)
+    weight, scale = weights(n, k, device)
+    gain = torch.randn(k, device=device).to(dtype)
+    shift = torch.randn(k, device=device).to(dtype) if kind == "layer" else None
+    bias = torch.randn(n, device=device).to(dtype)
+    q = ops.norm_quantize(x, gain, shift, kind=kind, eps=1e-5)
+    want = reference.int8_matmul(q.q, weight[:, :k], q.scale, scale, bias, dtype)
+    assert torch.equal(_fused_linear.norm_linear(x, weight, scale, bias, gain, shift, kind, 1e-5)[0], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "none"])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 48, 64), (5, 200, 100), (130, 136, 256)])
+def test_activation_linear_has_the_bits_of_activation_quantize_and_a_matmul(
+    dtype: torch.dtype, gated: bool, activation: str, m: int, n: int, k: int, device: str
+) -> None:
+    x = torch.randn(m, 2 * k if gated else k, device=device).to(dtype)
+    weight, scale = weights(n, k, device)
+    q, token_scale = ops.activation_quantize(x, activation=activation, gated=gated)
+    want = reference.int8_matmul(q, weight[:, :k], token_scale, scale, None, dtype)
+    assert torch.equal(_fused_linear.activation_linear(x, weight, scale, None, activation, gated), want)
+
+
+def test_rows_with_strides_and_no_rows(device: str) -> None:
+    weight, scale = weights(48, 64, device)
+    x = torch.randn(6, 200, device=device)[::2, 10:138]
+    want = _fused_linear.activation_linear(x.contiguous(), weight, scale, None, "silu", True)
+    assert torch.equal(_fused_linear.activation_linear(x, weight, scale, None, "silu", True), want)
+    want, _ = _fused_linear.norm_linear(x[:, :64].clone(), weight, scale)
+    assert torch.equal(_fused_linear.norm_linear(x[:, :64], weight, scale)[0], want)
+    assert _fused_linear.norm_linear(x[:0, :64], weight, scale)[0].shape == (0, 48)
+    assert _fused_linear.activation_linear(x[:0], weight, scale, gated=True).shape == (0, 48)
+
+
+def test_a_wrong_weight_and_a_gradient_are_sentences(device: str) -> None:
+    weight, scale = weights(48, 64, device)
+    with pytest.raises(ValueError, match="x has K = 100"):
+        _fused_linear.norm_linear(torch.randn(2, 100, device=device), weight, scale)
+    with pytest.raises(ValueError, match="even last dimension"):
+        _fused_linear.activation_linear(torch.randn(2, 65, device=device), weight, scale, gated=True)
+    x = torch.randn(2, 64, device=device, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        _fused_linear.norm_linear(x, weight, scale)[0].sum().backward()
+
+
+def test_the_operators_pass_torchs_own_checks(device: str) -> None:
+    weight, scale = weights(48, 64, device)
+    x = torch.randn(3, 128, device=device)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.hwkern.norm_linear.default, (x[:, :64], weight, scale), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.hwkern.activation_linear.default, (x, weight, scale, None, "silu", True), test_utils=tests
+    )
+
+
+# ---- the families --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_is_fused_and_computes_what_the_unfused_one_does(family: str, dtype: torch.dtype, device: str) -> None:
+    make, expected = FAMILIES[family]
+    model = make().to(device, dtype)
+    names, keys = [name for name, _ in model.named_modules()], list(model.state_dict())
+    report = patched(model)
+    assert fused_in(model) == expected
+    assert all(f"2 × {what}" in report.fusion for what in expected)
+    inputs = inputs_of(model, dtype)
+    got = run(model, inputs)
+    _fusion.unfuse(model)
+    want = run(model, inputs)
+    # The norm's float32 sums have another order, so some int8 values are a step away (float32), and a 16-bit norm may
+    # round the other way first. Two layers, a few such steps: within a hundredth; another formula is off by about 1.
+    assert (got - want).double().norm() / want.double().norm() < (1e-3 if dtype == torch.float32 else 0.04)
+    assert [name for name, _ in model.named_modules()] == names
+    patched_keys = list(model.state_dict())
+    assert [key for key in patched_keys if not key.endswith("weight_scale")] == keys
+
+
+@pytest.mark.parametrize("family", ["llama", "llama with biases", "bert", "vit"])
+def test_the_merged_product_has_the_bits_of_its_parts(family: str, device: str) -> None:
+    model = FAMILIES[family][0]().to(device)
+    patched(model)
+    merged = [part for m in model.modules() if (f := _fusion.fusion_of(m)) is not None for part in f.parts()]
+    assert any(len(part.members) == 3 for part in merged)
+    with torch.inference_mode():
+        for part in merged:
+            x = torch.randn(3, 5, part.k, device=device)
+            if part.passes:
+                product = part.linear(x)
+                assert product.shape == (3, 5, part.n)
+                for member in part.members:
+                    assert torch.equal(member(product), member(x))
+
+
+def test_the_fused_path_runs_and_launches_less(calls: list[str]) -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    calls.clear()
+    run(model, inputs_of(model))
+    assert calls == ["after_norm", "after_sum", "after_activation"]
+    model = FAMILIES["bert"][0]()
+    patched(model)
+    calls.clear()
+    run(model, inputs_of(model))
+    assert calls == ["linear", "activated"] * 2
+
+
+def test_memory_is_not_doubled_and_state_dict_has_the_same_names_and_values() -> None:
+    plain, model = llama(), llama()
+    model.load_state_dict(plain.state_dict())
+    patched(plain, fuse=False)
+    report = patched(model)
+    assert report.model_bytes_after == hwkern.report(plain).model_bytes_after
+    mine, want = model.state_dict(), plain.state_dict()
+    assert list(mine) == list(want)
+    assert all(torch.equal(mine[key], want[key]) for key in want)
+    attention = model.model.layers[0].self_attn
+    storage = {
+        attention.get_submodule(name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")
+    }
+    assert len(storage) == 1
+    merged = attention.q_proj._part.merged
+    assert merged.weight.untyped_storage().data_ptr() in storage
+    assert merged.weight.untyped_storage().nbytes() == sum(m.weight.numel() for m in merged.members)
+
+
+# ---- off, and back -------------------------------------------------------------------------------------------------
+
+
+def test_one_flag_turns_it_off(calls: list[str]) -> None:
+    model = llama()
+    report = patched(model, fuse=False)
+    assert report.fusion == ""
+    assert not fused_in(model)
+    run(model, inputs_of(model))
+    assert calls == []
+    assert "Fused" in hwkern.patch(model).fusion  # later
+    assert fused_in(model)
+    hwkern.patch(model, fuse=False)
+    assert not fused_in(model)
+
+
+def test_unpatch_gives_every_module_its_class_and_bits_back() -> None:
+    model = llama()
+    inputs = inputs_of(model)
+    before = run(model.eval(), inputs)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    patched(model)
+    hwkern.unpatch(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert not any("_fusion" in module.__dict__ or "_part" in module.__dict__ for module in model.modules())
+    assert torch.equal(run(model, inputs), before)
+
+
+def test_a_part_that_goes_back_to_float_leaves_the_others_fused() -> None:
+    model = llama()
+    patched(model)
+    hwkern.unpatch(model, include="*.0.self_attn.k_proj")
+    layers = model.model.layers
+    assert _fusion.fusion_of(layers[0].input_layernorm) is None
+    assert _fusion.fusion_of(layers[0].post_attention_layernorm) is not None
+    assert _fusion.fusion_of(layers[1].input_layernorm) is not None
+    run(model, inputs_of(model))
+
+
+def test_an_error_while_fusing_leaves_the_float_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    classes = {name: type(module) for name, module in model.named_modules()}
+    count = 0
+
+    def interrupted(*args: Any) -> str:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(_fusion, "_probe", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        patched(model)
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+
+
+# ---- the probe -----------------------------------------------------------------------------------------------------
+
+
+def test_a_norm_of_another_formula_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = transformers.models.llama.modeling_llama.LlamaRMSNorm
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return (1 + self.weight) * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(norm, "forward", forward)
+    model = llama()
+    report = patched(model)
+    assert not fused_in(model)
+    assert "Not fused" in report.fusion
+    assert "the norm's formula is another one" in str(report)
+    run(model, inputs_of(model))
+
+
+def test_an_mlp_of_another_formula_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = transformers.models.llama.modeling_llama.LlamaMLP
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    model = llama()
+    assert "LlamaMLP: it differs by" in patched(model).fusion
+    assert not fused_in(model)
+
+
+def test_an_attention_that_reads_the_norm_otherwise_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = transformers.models.llama.modeling_llama.LlamaAttention
+    original = attention.forward
+
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out, *rest = original(self, hidden_states, *args, **kwargs)
+        return (out + hidden_states[..., : out.shape[-1]], *rest)
+
+    monkeypatch.setattr(attention, "forward", forward)
+    model = llama()
+    report = patched(model)
+    assert "it differs by" in report.fusion
+    assert not fused_in(model)
+    assert report.fusion.count("model.layers.") == 2
+
+
+def test_a_block_that_cannot_be_run_alone_is_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x, *, secret, **kw: original(self, x, **kw))
+    model = llama()
+    assert "it could not be run on its own" in patched(model).fusion
+    assert not fused_in(model)
+
+
+def test_the_probe_leaves_training_modes_and_random_numbers_alone() -> None:
+    model = llama().train()
+    state = torch.get_rng_state()
+    hwkern.patch(model, include="*_proj")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert fused_in(model)
+
+
+# ---- when the parts must be on their own ---------------------------------------------------------------------------
+
+
+def test_gradients_go_through_the_parts() -> None:
+    model = llama(attention_bias=True)
+    patched(model)
+    inputs = inputs_of(model)
+    model(**inputs).logits.sum().backward()
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.bias.grad is not None
+    assert layer.input_layernorm.weight.grad is not None
+    with torch.no_grad():
+        before = run(model, inputs)
+        layer.self_attn.k_proj.bias.add_(0.5)
+        layer.self_attn.q_proj.bias.sub_(0.5)
+        after = run(model, inputs)
+        _fusion.unfuse(model)
+        assert not torch.equal(before, after)
+        torch.testing.assert_close(after, run(model, inputs), rtol=1e-3, atol=1e-3)
+
+
+def test_hooks_see_the_layers_own_inputs_and_outputs() -> None:
+    model = llama()
+    patched(model)
+    seen: list[tuple[int, int]] = []
+    attention = model.model.layers[0].self_attn
+    handle = attention.k_proj.register_forward_hook(
+        lambda module, args, out: seen.append((args[0].shape[-1], out.shape[-1]))
+    )
+    run(model, inputs_of(model))
+    assert seen == [(HIDDEN, HIDDEN // 2)]
+    handle.remove()
+    run(model, inputs_of(model))
+    assert len(seen) == 1
+
+
+def test_a_replaced_layer_is_called(calls: list[str]) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = x.shape[-1]
+            return self.base_layer(x)
+
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = Wrapped(attention.q_proj)
+    calls.clear()
+    torch.testing.assert_close(run(model, inputs), want, rtol=1e-3, atol=1e-3)
+    assert attention.q_proj.seen == HIDDEN
+    assert calls == ["after_sum", "after_activation"]  # the MLP's
+
+
+def test_a_layer_called_by_itself_takes_its_own_input() -> None:
+    model = llama()
+    patched(model)
+    q = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, HIDDEN)
+    with torch.no_grad():
+        assert torch.equal(q(x), q(x.requires_grad_()).detach())
+    with pytest.raises(ValueError, match="in_features = 128"):
+        q(torch.randn(3, HIDDEN + 1))
+
+
+def test_autocast_is_left_to_the_layers(calls: list[str]) -> None:
+    model = llama()
+    patched(model)
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model, inputs_of(model))
+    assert calls == []
+
+
+def test_layers_of_different_schemes_stay_apart() -> None:
+    model = llama()
+    names = [name for name, module in model.named_modules() if name.endswith("_proj")]
+
+    class Plan:
+        recipes = {name: Recipe("w8a16" if name.endswith("k_proj") else "w8a8") for name in names}  # noqa: RUF012
+
+    hwkern.patch(model.eval(), plan=Plan())
+    assert fused_in(model) == LLAMA_FUSED - {"norm -> q_proj+k_proj+v_proj"}
+
+
+@pytest.mark.parametrize("tokens", [4, 30])
+def test_a_threshold_decides_for_all_together(tokens: int, device: str) -> None:
+    model = llama().to(device, torch.bfloat16)
+    names = [name for name, module in model.named_modules() if name.endswith("_proj")]
+
+    class Plan:
+        recipes = {name: Recipe("w8a16/w8a8", max_tokens=16) for name in names}  # noqa: RUF012
+
+    hwkern.patch(model.eval(), plan=Plan())
+    assert fused_in(model) == LLAMA_FUSED
+    x = {"input_ids": torch.randint(3, 99, (1, tokens)).to(device)}
+    got = run(model, x)
+    _fusion.unfuse(model)
+    want = run(model, x)
+    assert (got - want).double().norm() / want.double().norm() < 0.04
+
+
+# ---- moving, copying, storing --------------------------------------------------------------------------------------
+
+
+def is_merged(model: nn.Module) -> bool:
+    parts = [part for m in model.modules() if (f := _fusion.fusion_of(m)) is not None for part in f.parts()]
+    return bool(parts) and all(part.fresh() for part in parts)
+
+
+def test_copies_and_pickles_are_fused_and_independent() -> None:
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fused_in(twin) == LLAMA_FUSED
+        assert torch.equal(run(twin, inputs), want)
+        assert is_merged(twin)
+        with torch.no_grad():
+            twin.model.layers[0].self_attn.q_proj.weight.zero_()
+        assert not torch.equal(run(twin, inputs), want)
+        assert torch.equal(run(model, inputs), want)
+        assert isinstance(twin.model.layers[0].input_layernorm, type(model.model.norm))
+
+
+def test_torch_save_keeps_it(tmp_path: Path) -> None:
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(run(torch.load(buffer, weights_only=False), inputs), run(model, inputs))
+
+
+def test_a_cast_and_a_move_keep_it_merged() -> None:
+    model = llama(attention_bias=True)
+    patched(model)
+    for change in (lambda: model.bfloat16(), lambda: model.float(), lambda: model.to("cpu", torch.float64).float()):
+        change()
+        assert is_merged(model)
+        run(model, inputs_of(model))
+
+
+@pytest.mark.gpu
+def test_a_move_to_the_gpu_and_back_keeps_it_merged() -> None:
+    model = llama(attention_bias=True).bfloat16()
+    patched(model)
+    for device in ("cuda", "cpu", "cuda"):
+        model.to(device)
+        assert is_merged(model)
+        run(model, inputs_of(model))
+
+
+def test_other_weights_are_loaded_into_the_merged_memory() -> None:
+    model, other = llama(), llama()
+    patched(model)
+    patched(other)
+    inputs = inputs_of(model)
+    want = run(other, inputs)
+    for assign in (False, True):
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(other.state_dict(), assign=assign)
+        assert is_merged(twin)
+        assert torch.equal(run(twin, inputs), want)
+    float_state = llama().state_dict()
+    model.load_state_dict(float_state)
+    fresh = llama()
+    fresh.load_state_dict(float_state)
+    patched(fresh)
+    assert torch.equal(run(model, inputs), run(fresh, inputs))
+
+
+def test_weights_swapped_behind_its_back_are_seen() -> None:
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    q = model.model.layers[0].self_attn.q_proj
+    q.weight.data = torch.zeros_like(q.weight)
+    assert not torch.equal(run(model, inputs), want)
+    assert is_merged(model)
+
+
+def test_save_and_load_fuse_again(tmp_path: Path) -> None:
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    hwkern.save(model, tmp_path)
+    loaded = hwkern.load(tmp_path, llama().eval())
+    assert fused_in(loaded) == LLAMA_FUSED
+    assert torch.equal(run(loaded, inputs), want)
+    hwkern.load(tmp_path, loaded)  # into a fused model
+    assert is_merged(loaded)
+    assert torch.equal(run(loaded, inputs), want)
+
+
+def test_a_model_patched_on_meta_is_fused_by_the_next_patch() -> None:
+    model = llama()
+    state = model.state_dict()
+    with torch.device("meta"):
+        empty = llama()
+    patched(empty)
+    assert not fused_in(empty)
+    empty.load_state_dict(state, assign=True)
+    empty.model.rotary_emb = model.model.rotary_emb
+    hwkern.patch(empty)
+    assert fused_in(empty) == LLAMA_FUSED
+    inputs = inputs_of(model)
+    patched(model)
+    assert torch.equal(run(empty, inputs), run(model, inputs))
+
+
+def test_threads_share_a_model() -> None:
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    twin = copy.deepcopy(model)  # not merged yet: the first calls race for it
+    results: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(run(twin, inputs))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    assert all(torch.equal(result, want) for result in results)
+
+
+# ---- torch.compile, export, graphs ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_dynamo_cache() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+@pytest.mark.parametrize("family", ["llama", "llama with biases", "gpt2", "bert", "vit", "qwen2"])
+def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
+    model = FAMILIES[family][0]()
+    patched(model)
+    inputs = inputs_of(model)
+    names: set[str] = set()
+
+    def backend(graph: Any, example: Any) -> Any:
+        names.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    want = run(model, inputs)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert torch.equal(run(compiled, inputs), want)
+    if "norm" in "".join(FAMILIES[family][1]):
+        assert "hwkern.norm_linear.default" in names
+        assert "hwkern.activation_linear.default" in names
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+def test_aot_compilation_of_a_fused_model() -> None:
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled, inputs), run(model, inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+def test_export_holds_the_registered_weights() -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    x = torch.randint(3, 99, (1, 5))
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    with torch.no_grad():
+        program = torch.export.export(Logits(), (x,), strict=False)
+        assert not any("norm_linear" in str(node.target) for node in program.graph.nodes)
+        torch.testing.assert_close(program.module()(x), model(x).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generate_with_a_static_cache(family: str, device: str) -> None:
+    model = FAMILIES[family][0]().to(device)
+    patched(model)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    x = torch.randint(3, 99, (2, 5)).to(device)
+    options = {"attention_mask": torch.ones_like(x), "max_new_tokens": 5, "do_sample": False}
+    found = model.generate(x, **options)
+    static = model.generate(x, **options, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found, static)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_cuda_graph_replays_a_fused_model(family: str) -> None:
+    model = FAMILIES[family][0]().cuda().bfloat16()
+    patched(model)
+    inputs = inputs_of(model)
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(**inputs)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = model(**inputs)[0]
+        inputs["input_ids"].copy_(torch.randint(3, 99, (2, 7)))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, run(model, inputs))
+
+
+@pytest.mark.gpu
+def test_the_direct_launches_have_the_operators_bits() -> None:
+    model = llama().cuda().bfloat16()
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fused_linear, "is_direct", lambda x, cell: False)
+        assert torch.equal(run(model, inputs), want)
+
+
+def test_int8_layers_without_a_known_block_are_left_alone() -> None:
+    model = nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512))
+    report = hwkern.patch(model, include="*")
+    assert report.fusion == ""
+    assert isinstance(model[1], Int8Linear)
+    assert not fused_in(model)
