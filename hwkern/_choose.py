@@ -10,6 +10,8 @@ from typing import Literal
 from hwkern._recipes import Recipe
 
 Policy = Literal["fastest", "balanced", "accurate", "smallest"]
+Mode = Literal["any", "eager", "graph"]
+MODES = ("any", "eager", "graph")
 POLICIES = ("fastest", "balanced", "accurate", "smallest")
 
 #: A layer is swapped only for at least this gain over all calls: two measurements of one thing differ by up to 2 %.

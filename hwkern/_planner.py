@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from hwkern import _batches, _fold, _native
 from hwkern._back_off import back_off
-from hwkern._choose import Candidate, Policy, threshold
+from hwkern._choose import Candidate, Mode, Policy, threshold
 from hwkern._console import progress
 from hwkern._layers import Layer, Selector, tied
 from hwkern._measure import Clock, Shape, bucket, stamp
-from hwkern._observe import Seen, evaluating, observe
+from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
+from hwkern._whole import check_whole, send_back
 from hwkern.calibrate import OBSERVERS, Judge, candidates, inputs, outliers, smooth, static, unusable
 from hwkern.metrics import Function, Metric, as_metric
 from hwkern.nn import Calibration
@@ -26,15 +26,6 @@ from hwkern.nn.conv1d import conv1d_class
 from hwkern.nn.pack import dtype_name
 from hwkern.ops import padded
 from hwkern.plan import Accuracy, Plan, PlannedLayer
-
-#: Calls in one reading of the whole model's time: as many as fill the seconds, within these bounds.
-WHOLE_ROUNDS = (5, 40)
-WHOLE_SECONDS = 0.15
-#: The whole model may be this much slower in a measurement before the plan is doubted.
-WHOLE_NOISE = 0.015
-#: Then layers go back: those with less than the first gain, than the second, all. Small gains are the first suspects,
-#: because their layers cost host time that a layer alone does not show.
-SUSPECTS = (1.15, 1.5, float("inf"))
 
 
 @dataclass
@@ -65,6 +56,7 @@ def make_plan(
     verify: bool,
     save: bool,
     show: bool,
+    mode: Mode = "any",
 ) -> Plan:
     """See :func:`hwkern.plan.plan`."""
     start = time.perf_counter()
@@ -86,14 +78,14 @@ def make_plan(
     for unit in units:
         unit.judges.clear()  # the samples of a large model are gigabytes
     seen.clear()
-    clock = Clock(device, save)
+    clock = Clock(device, save, mode)
     planned = _timed(units, recipes, groups, clock, show)
-    result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left)
+    result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left, mode=mode)
     result.decide()
     if task is not None and accuracy.max_metric_drop is not None:
         _hold_task(result, model, task, found, accuracy.max_metric_drop, show)
-    if verify and any(layer.chosen for layer in planned.values()):
-        _verify(result, model, found, show)
+    if verify:
+        check_whole(result, model, found, clock.modes, show)
     result.seconds = round(time.perf_counter() - start, 3)
     result.measured, result.reused = clock.measured, clock.reused
     return result
@@ -258,7 +250,7 @@ def _int8_bytes(unit: _Unit, recipe: Recipe) -> int:
     return size + len(calibration.outliers) * (8 + shape.n * shape.dtype.itemsize)
 
 
-# ---- the task and the whole model -----------------------------------------------------------------------------------
+# ---- the task -------------------------------------------------------------------------------------------------------
 
 
 def _hold_task(
@@ -269,119 +261,13 @@ def _hold_task(
 
     def without(kept: Sequence[str]) -> dict[str, Recipe]:
         trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
-        _send_back(trial, kept, why)
+        send_back(trial, kept, why)
         return trial.recipes
 
     with progress(f"Holding {task.name}", max(1, len(snr).bit_length()), show) as step:
         _, result.task = back_off(model, without, snr, task, batches, max_drop, step)
     result.decide()  # the trials have written their own reasons
-    _send_back(result, result.task.kept, why)
-
-
-def _send_back(result: Plan, names: Sequence[str], why: str) -> None:
-    """These layers stay float; those of the same norm lose their folding."""
-    norms = set()
-    for layer in result.layers.values():
-        if set(layer.names) & set(names):
-            layer.choice.ruled_out = why
-            layer.chosen, layer.reason = 0, why
-            norms.add(layer.group)
-    for layer in result.layers.values():
-        if layer.group and layer.group in norms and layer.choice.recipe.calibration.folded:
-            result._decide(layer, folded=False)
-
-
-def _verify(result: Plan, model: nn.Module, batches: Sequence[Any], show: bool) -> None:
-    """The sum of faster layers must be a faster model: measured, and what does not pay goes back."""
-    with progress("Timing the whole model", len(SUSPECTS) + 1, show) as step:
-        before, after = _compared(model, result, batches)
-        step()
-        for gain in SUSPECTS:
-            if max(_ratios(before, after)) > 1 + WHOLE_NOISE:
-                chosen = [layer for layer in result.layers.values() if layer.chosen]
-                names = [layer.name for layer in chosen if layer.speedup() < gain]
-                if names:
-                    whole = len(names) == len(chosen)
-                    _send_back(result, names, f"the whole model was {'slower' if whole else 'not faster'} with it")
-                    before, after = _compared(model, result, batches)
-            step()
-    old, new = sum(before), sum(after)
-    result.whole = {
-        "before_ms": [round(s * 1e3, 4) for s in before],
-        "after_ms": [round(s * 1e3, 4) for s in after],
-        "text": f"Whole model, eager, all batches: {old * 1e3:.2f} -> {new * 1e3:.2f} ms ({old / new:.2f}×).",
-    }
-
-
-def _compared(model: nn.Module, result: Plan, batches: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """As :func:`_whole`; where that looks slower, the mean of two readings, because one alone is off now and then."""
-    if not any(layer.chosen for layer in result.layers.values()):
-        return (seconds := _seconds(model, _distinct(batches))), seconds
-    readings = [_whole(model, result, batches)]
-    if max(_ratios(*readings[0])) > 1 + WHOLE_NOISE:
-        readings.append(_whole(model, result, batches))
-    before, after = (
-        [statistics.mean(each) for each in zip(*side, strict=True)] for side in zip(*readings, strict=True)
-    )
-    return before, after
-
-
-def _ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(after, before, strict=True)]
-
-
-def _distinct(batches: Sequence[Any]) -> list[Any]:
-    """The first batch of each shape, four at most."""
-    found: dict[str, Any] = {}
-    for batch in batches:
-        found.setdefault(_signature(batch), batch)
-    return list(found.values())[:4]
-
-
-def _whole(model: nn.Module, result: Plan, batches: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Seconds of each distinct batch shape: without the plan (the mean of before and after) and with it."""
-    from hwkern._back_off import _Recipes, _swapped
-    from hwkern.patch import patch, unpatch
-
-    some = _distinct(batches)
-    first = _seconds(model, some)
-    recipes = {name: recipe for name, recipe in result.recipes.items() if recipe.scheme != "keep"}
-    patch(model, originals="host", plan=_Recipes(recipes))
-    try:
-        after = _seconds(model, some)
-    finally:
-        if swapped := [name for name in _swapped(model) if name in recipes]:
-            unpatch(model, include=swapped)
-    second = _seconds(model, some)
-    return [statistics.mean(pair) for pair in zip(first, second, strict=True)], after
-
-
-def _seconds(model: nn.Module, batches: Sequence[Any]) -> list[float]:
-    device = _batches.device_of(model)
-
-    def once(batch: Any) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        _batches.call(model, batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    found = []
-    with torch.no_grad(), evaluating(model):
-        for batch in batches:
-            once(batch)
-            spent = once(batch)
-            rounds = max(WHOLE_ROUNDS[0], min(WHOLE_ROUNDS[1], round(WHOLE_SECONDS / max(spent, 1e-6))))
-            samples = [once(batch) for _ in range(rounds)]
-            found.append(statistics.median(samples) if device.type == "cuda" else min(samples))
-    return found
-
-
-def _signature(batch: Any) -> str:
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
-    return " ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else repr(v) for v in values)
+    send_back(result, result.task.kept, why)
 
 
 # ---- another device -------------------------------------------------------------------------------------------------
@@ -390,7 +276,7 @@ def _signature(batch: Any) -> str:
 def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     """``old`` with every candidate timed where ``model`` is, and chosen anew; errors and calls stay."""
     device = _batches.device_of(model)
-    clock = Clock(device)
+    clock = Clock(device, mode=old.mode)
     layers = {}
     wanted = sum(len(layer.calls) for layer in old.layers.values())
     with progress("Timing layers", wanted, show) as step:
@@ -415,5 +301,5 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
     made.decide()
     if old.task is not None:
-        _send_back(made, old.task.kept, f"back to float for the {old.task.metric}'s sake")
+        send_back(made, old.task.kept, f"back to float for the {old.task.metric}'s sake")
     return made

@@ -37,9 +37,8 @@ class WeightOnlyInt8Linear(Int8Linear):
             return super().forward(x)
         # Straight from the dicts, as in Int8Linear.forward.
         parameters = self._parameters
-        scale, bias = self._buffers["weight_scale"], parameters["bias"]
-        y = ops.eager_weight_only(x, parameters["weight"], scale, bias, self.in_features, self._cell, FEW_TOKENS)  # type: ignore[arg-type]
-        return weight_only(x, self.weight, self.weight_scale, self.bias, self.in_features) if y is None else y
+        weight, scale, bias = parameters["weight"], self._buffers["weight_scale"], parameters["bias"]
+        return weight_only(x, weight, scale, bias, self.in_features, self._cell)  # type: ignore[arg-type]
 
     def _options(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens}
@@ -70,12 +69,16 @@ class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
 FEW_TOKENS = 64
 
 
-def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
+def weight_only(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, cell: ops.LaunchCell
+) -> Tensor:
     """``x @ (weight * weight_scale).T + bias`` in x's dtype (autocast's under autocast).
 
     :func:`hwkern.ops.weight_only_linear` on the CPU, and on CUDA for few tokens in a 16-bit dtype; else a matmul on the
-    dequantized weight, which is rounded to that dtype.
+    dequantized weight, which is rounded to that dtype. ``cell`` is the weight's own.
     """
+    if (y := ops.eager_weight_only(x, weight, weight_scale, bias, k, cell, FEW_TOKENS)) is not None:
+        return y
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
     if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)):
