@@ -139,8 +139,9 @@ class _FusedNorm(_Fused):
     def forward(self, x: Tensor) -> Tensor:
         f: NormFusion = self._fusion
         weight = cast(Any, self).weight
-        if f.readers.usable(x) and (weight is None or x.dtype == weight.dtype):
-            return f.run(cast(nn.Module, self), x)
+        module = cast(nn.Module, self)
+        if f.readers.usable(x) and (weight is None or x.dtype == weight.dtype) and not has_hooks(module):
+            return f.run(module, x)
         return super().forward(x)  # type: ignore[misc]
 
 
@@ -355,7 +356,7 @@ Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion | BlockFusion
 
 
 def _names(merged: Merged) -> str:
-    return "+".join(attribute for _, attribute in merged.slots)
+    return "+".join(attribute for _, attribute, child in merged.edges if isinstance(child, Int8Linear))
 
 
 # ---- fuse and unfuse -----------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fus
         yield norm, fusion
     for module in block.modules():
         name = type(module).__name__
-        if has_hooks(module) or fusion_of(module) is not None:
+        if fusion_of(module) is not None:
             continue
         if _is_of(module, ATTENTIONS):
             readers = _merged(module, ATTENTIONS[name], grouped)
@@ -502,7 +503,7 @@ def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fus
                 _take(found, grouped)
                 yield module, DenseFusion(found, activation, module._modules[activation], act)  # type: ignore[arg-type]
     name = type(block).__name__
-    if name in RESIDUALS and not has_hooks(block) and fusion_of(block) is None:
+    if name in RESIDUALS and fusion_of(block) is None:
         attention, second, last = RESIDUALS[name]
         if all(fusion_of(cast(nn.Module, block._modules[path])) is not None for path in (second, last)):
             yield block, BlockFusion(BLOCKS[name][0][0], attention, second, last)
@@ -511,7 +512,7 @@ def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fus
 def _norm_fusion(norm: nn.Module, readers: Merged) -> NormFusion | None:
     cls = type(norm)
     known = cls in (nn.LayerNorm, getattr(nn, "RMSNorm", None)) or cls.__module__.startswith("transformers.models.")
-    if cls.__name__ not in NORMS or not known or has_hooks(norm):
+    if cls.__name__ not in NORMS or not known:
         return None
     kind, eps, offset = NORMS[cls.__name__]
     if norm._modules or set(norm._parameters) - {"weight", "bias"} or not isinstance(getattr(norm, eps, None), float):
@@ -551,26 +552,31 @@ def _merged(
     root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bool = True, quantized: bool = False
 ) -> Merged | None:
     """The layers at these paths as one; None when they are not all int8 layers that go together."""
-    members, slots = [], []
+    edges: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+    members = []
     for path in paths:
-        parent_path, _, attribute = path.rpartition(".")
-        parent = _get(root, parent_path) if parent_path else root
-        module = None if parent is None else parent._modules.get(attribute)
-        if parent is None or type(module) not in _MEMBERS:
+        parent, below = root, ""
+        for attribute in path.split("."):
+            child = parent._modules.get(attribute)
+            if child is None:
+                return None
+            below += f".{attribute}"
+            edges[below] = (parent, attribute, child)
+            parent = child
+        if type(parent) not in _MEMBERS:
             return None
-        members.append(cast(Int8Linear, module))
-        slots.append((parent, attribute))
+        members.append(cast(Int8Linear, parent))
     tensors = [t for member in members for t in (member.weight, member.weight_scale, member.bias) if t is not None]
     if (
         not go_together(members)
         or len({member.in_features for member in members}) > 1
-        or any(has_hooks(member) for member in members)
+        or any(has_hooks(child) for _, _, child in edges.values())
         or any(id(t) in grouped or t.is_meta for t in tensors)
         or len({id(t) for t in tensors}) < len(tensors)
         or len({None if member.bias is None else member.bias.dtype for member in members}) > 1
     ):
         return None
-    merged = Merged(members, slots, passes, quantized)
+    merged = Merged(list(edges.values()), passes, quantized)
     if passes and merged.n == merged.k:
         return None  # a member could not tell the product from an input of its own
     return merged
@@ -602,11 +608,13 @@ _TOLERANCE, _ROUNDINGS = 1 / 32, 8
 def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
     """Run each fused module and then the block fused and unfused on random rows. What is wrong, or nothing."""
     fusions = [cast(Fusion, fusion_of(module)) for module in modules]
-    parts = [part for fusion in fusions for part in fusion.parts()]
+    parts = list({id(part): part for fusion in fusions for part in fusion.parts()}.values())
     if any(part.weight is None for part in parts):
         return "its tensors are not on one device"
     training = [module for module in block.modules() if module.training]
     try:
+        for part in parts:
+            part.everywhere = True  # what is fused on the GPU is checked on the CPU
         for module in training:
             module.training = False
         for module, fusion in zip(modules, fusions, strict=True):
@@ -619,6 +627,8 @@ def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
     except Exception as error:  # a model's own code: there is no telling what it raises
         return f"it raised {type(error).__name__}: {error}"
     finally:
+        for part in parts:
+            del part.everywhere
         for module in training:
             module.training = True
 

@@ -98,6 +98,11 @@ def fused_in(model: nn.Module) -> set[str]:
     return {str(fusion) for module in model.modules() if (fusion := _fusion.fusion_of(module)) is not None}
 
 
+@pytest.fixture(autouse=True)
+def _on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Merged, "everywhere", True)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The fused operations that run, in order."""
@@ -111,6 +116,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(Merged, name, spy)
     return seen
+
+
+def test_on_the_cpu_the_layers_stay_on_their_own(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    monkeypatch.setattr(Merged, "everywhere", False)
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    calls.clear()
+    got = run(model, inputs)
+    assert calls == []
+    _fusion.unfuse(model)
+    assert torch.equal(got, run(model, inputs))
 
 
 # ---- the operators -------------------------------------------------------------------------------------------------
@@ -410,6 +427,65 @@ def test_hooks_see_the_layers_own_inputs_and_outputs() -> None:
     handle.remove()
     run(model, inputs_of(model))
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("path", ["input_layernorm", "self_attn", "mlp", "post_attention_layernorm", "mlp.act_fn"])
+def test_hooks_on_the_way_see_what_the_unfused_model_shows(path: str) -> None:
+    model = llama()
+    patched(model)
+    seen: list[tuple[Any, ...]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        seen.append((x, out if isinstance(out, Tensor) else out[0]))
+
+    model.model.layers[0].get_submodule(path).register_forward_hook(hook, with_kwargs=True)
+    inputs = inputs_of(model)
+    run(model, inputs)
+    _fusion.unfuse(model)
+    run(model, inputs)
+    (x, y), (want_x, want_y) = seen
+    torch.testing.assert_close(x, want_x, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y, want_y, rtol=1e-3, atol=1e-3)
+
+
+def test_asking_for_hidden_states_gives_them_and_leaves_the_model_fused(calls: list[str]) -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    calls.clear()
+    with torch.inference_mode():
+        got = model(**inputs, output_hidden_states=True).hidden_states
+        again = model(**inputs, output_hidden_states=True).hidden_states
+    assert calls == ["after_norm", "after_sum", "after_activation"] * 2
+    _fusion.unfuse(model)
+    with torch.inference_mode():
+        want = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(got) == len(want) == 2
+    for mine, second, other in zip(got, again, want, strict=True):
+        assert torch.equal(mine, second)
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_replaced_attention_gets_the_norms_output() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base = base
+            self.seen = 0
+
+        def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+            self.seen = hidden_states.shape[-1]
+            return self.base(hidden_states=hidden_states, **kwargs)
+
+    model = llama()
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    layer = model.model.layers[0]
+    layer.self_attn = Wrapped(layer.self_attn)
+    torch.testing.assert_close(run(model, inputs), want, rtol=1e-3, atol=1e-3)
+    assert layer.self_attn.seen == HIDDEN
 
 
 def test_a_replaced_layer_is_called(calls: list[str]) -> None:
