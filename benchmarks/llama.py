@@ -46,6 +46,7 @@ MODES = ("eager", "graph", "compile", "compiled_graph")
 # Of the issue: prefill and decode against bf16, no mode below bf16, weights, seconds of a plan and of a second one.
 TARGETS = {"prefill": 1.45, "decode": 1.6, "least": 1.0, "memory": 0.53, "first": 60.0, "again": 10.0}
 
+START = time.monotonic()
 Model = Any
 Call = Callable[[], object]
 
@@ -117,7 +118,8 @@ class Bench:
         return found
 
     def row(self, name: str, workload: str, mode: str, **figures: Any) -> None:
-        """Keep and print one row."""
+        """Keep and print one row, with the seconds since the start."""
+        print(f"{time.monotonic() - START:6.1f} s  ", end="")
         self.rows.append({"variant": name, "workload": workload, "mode": mode, **figures})
         if "absent" in figures:
             print(f"{name:16} {workload:16} {mode:15} absent: {figures['absent']}", flush=True)
@@ -188,7 +190,9 @@ def planned(bench: Bench, model: Model) -> Model:
         start = time.perf_counter()
         plan = hwkern.plan(model, batches, show=False)
         seconds.append(round(time.perf_counter() - start, 2))
+        print(f"{time.monotonic() - START:6.1f} s  a plan: {seconds[-1]} s, {plan.phases}", flush=True)
     print(plan, flush=True)
+    print(f"{time.monotonic() - START:6.1f} s", flush=True)
     schemes: dict[str, int] = {}
     for layer in plan.layers.values():
         schemes[layer.choice.name] = schemes.get(layer.choice.name, 0) + 1
@@ -340,6 +344,7 @@ def main() -> int:
         folder = tempfile.TemporaryDirectory(prefix="hwkern-llama-")
         os.environ["HWKERN_CACHE"] = folder.name
     bench = Bench(arguments)
+    print(f"{time.monotonic() - START:6.1f} s  the model is there", flush=True)
     bench.add("bf16")
     together = [name for name in names if name not in PEERS]
     for name in together:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from hwkern.report import (
+    KEPT,
     LayerReport,
     Report,
     Timing,
@@ -258,8 +259,8 @@ def _memory(report: Report) -> str:
     )  # fmt: skip
     kept = ""
     if report.originals_bytes and report.originals != "drop":
-        place = "a temporary file" if report.originals == "disk" else "host memory"
-        kept = f"<p class='soft'>Beside it {readable_bytes(report.originals_bytes)} in {place}, for unpatch.</p>"
+        place = KEPT[report.originals]
+        kept = f"<p class='soft'>Beside it {readable_bytes(report.originals_bytes)} {place}, for unpatch.</p>"
     text = f"{readable_bytes(before)} as a float model, {readable_bytes(after)} now"
     return kept + _figure(118, "Memory of weights and buffers", text, body)
 

@@ -59,9 +59,9 @@ def make_plan(
     mode: Mode = "any",
 ) -> Plan:
     """See :func:`hwkern.plan.plan`."""
-    start = time.perf_counter()
     from hwkern.patch import _check_model
 
+    watch = _Stopwatch()
     _check_model(model, "plan")
     task = as_metric(metric)
     device = _batches.device_of(model)
@@ -72,23 +72,41 @@ def make_plan(
     with progress("Observing the layers' inputs", len(found), show) as step:
         seen = observe(model, layers, found, step)
     left |= unusable(layers, seen)
+    watch.lap("observing")
     units = _units([layer for layer in layers if layer.names[0] not in left], seen)
     with progress("Measuring errors on your data", len(units), show) as step:
         recipes, groups = _candidates(model, units, accuracy, step)
     for unit in units:
         unit.judges.clear()  # the samples of a large model are gigabytes
     seen.clear()
+    watch.lap("errors")
     clock = Clock(device, save, mode)
     planned = _timed(units, recipes, groups, clock, show)
+    watch.lap("timing layers")
     result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left, mode=mode)
     result.decide()
     if task is not None and accuracy.max_metric_drop is not None:
         _hold_task(result, model, task, found, accuracy.max_metric_drop, show)
+        watch.lap("the task")
     if verify:
         check_whole(result, model, found, clock.modes, show)
-    result.seconds = round(time.perf_counter() - start, 3)
+        watch.lap("the whole model")
+    result.phases, result.seconds = watch.laps, round(sum(watch.laps.values()), 3)
     result.measured, result.reused = clock.measured, clock.reused
     return result
+
+
+class _Stopwatch:
+    """Seconds of the steps of a plan, one after the other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
 
 
 def _units(layers: Sequence[Layer], seen: dict[str, Seen]) -> list[_Unit]:

@@ -174,12 +174,12 @@ def _better(one: Seconds, other: Seconds) -> Seconds:
 
 def _reading(model: nn.Module, result: Plan, batches: Sequence[Any], modes: Sequence[str]) -> Reading:
     """The model without the plan, before and after (the better counts), and with it."""
-    from hwkern._back_off import _Recipes, _swapped
+    from hwkern._back_off import _Recipes, _swapped, trial_place
     from hwkern.patch import patch, unpatch
 
     first = seconds(model, batches, modes)
     recipes = {name: recipe for name, recipe in result.recipes.items() if recipe.scheme != "keep"}
-    patch(model, originals="host", plan=_Recipes(recipes))
+    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
     try:
         after = seconds(model, batches, tuple(first))
     finally:

@@ -97,6 +97,7 @@ class Plan:
     measured: int = 0  #: recipes timed now
     reused: int = 0  #: recipes whose times the cache had
     mode: Mode = "any"  #: the way of running that it is for
+    phases: dict[str, float] = field(default_factory=dict)  #: what the seconds went to
 
     # ---- what hwkern.patch uses ------------------------------------------------------------------------------------
 
@@ -241,7 +242,10 @@ class Plan:
             task = self.task
             back = f"; back to float for it: {', '.join(task.kept)}" if task.kept else ""
             lines.append(f"{task.metric}: {task.before:.6g} -> {task.after:.6g}{back}.")
-        lines.append(f"Took {self.seconds:.1f} s: {self.measured} times measured, {self.reused} known.")
+        went = ", ".join(f"{name} {spent:.1f}" for name, spent in self.phases.items())
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
+        known = f"{self.measured} times measured, {self.reused} known"
+        lines.append(f"Took {self.seconds:.1f} s{f' ({spent})' if spent else ''}: {known}.")
         return "\n".join(lines)
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -281,6 +285,7 @@ class Plan:
             "measured": self.measured,
             "reused": self.reused,
             "mode": self.mode,
+            "phases": self.phases,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -325,6 +330,7 @@ class Plan:
                 measured=int(data["measured"]),
                 reused=int(data["reused"]),
                 mode=mode,
+                phases={str(name): float(value) for name, value in data.get("phases", {}).items()},
             )
         except PlanError:
             raise

@@ -24,6 +24,8 @@ import rich.text
 Status = Literal["int8", "already", "left", "restored"]
 
 _STATUS_TEXT = {"int8": "int8", "already": "already int8", "left": "left", "restored": "float again"}
+#: Where the float weights are kept for unpatch, in words.
+KEPT = {"host": "in host memory", "disk": "in a temporary file", "device": "where they were"}
 _SCHEMA = 2
 _WIDTH = 100
 
@@ -91,7 +93,8 @@ class Report:
     #: All parameters and buffers of the model, each counted once.
     model_bytes_before: int = 0
     model_bytes_after: int = 0
-    #: Where the float weights are kept for unpatch: "host" (memory), "disk" (a temporary file), "drop" or "" (none).
+    #: Where the float weights are kept for unpatch: "host" (memory), "disk" (a temporary file), "device" (where they
+    #: were), "drop" or "" (none).
     originals: str = ""
     originals_bytes: int = 0
     #: What else there is to say, e.g. that every layer was patched before.
@@ -210,8 +213,7 @@ class Report:
             lines.append(
                 "The float weights were dropped: unpatch is not possible."
                 if self.originals == "drop"
-                else f"Kept for unpatch: {readable_bytes(self.originals_bytes)} "
-                + ("in a temporary file." if self.originals == "disk" else "in host memory.")
+                else f"Kept for unpatch: {readable_bytes(self.originals_bytes)} " + KEPT[self.originals] + "."
             )
         lines += [text for text in (self.fusion, self.note) if text]
         lines += self.where
