@@ -242,7 +242,6 @@ class Plan:
             task = self.task
             back = f"; back to float for it: {', '.join(task.kept)}" if task.kept else ""
             lines.append(f"{task.metric}: {task.before:.6g} -> {task.after:.6g}{back}.")
-        went = ", ".join(f"{name} {spent:.1f}" for name, spent in self.phases.items())
         spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
         known = f"{self.measured} times measured, {self.reused} known"
         lines.append(f"Took {self.seconds:.1f} s{f' ({spent})' if spent else ''}: {known}.")

@@ -10,8 +10,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from hwkern import ops
 
-# Elements that are quantized at once: on the CPU 4 MB of float32, small enough for the caches; 64 MB on a GPU, where each
-# step costs the host 0.1 ms.
+# Elements that are quantized at once: on the CPU 4 MB of float32, small enough for the caches; on a GPU 64 MB, because
+# each step costs the host 0.1 ms.
 _CHUNK, _CUDA_CHUNK = 2**20, 2**24
 # A chunk is also at most this share of its weight, so that packing never needs more memory than the weight itself.
 _CHUNKS_PER_WEIGHT = 16
