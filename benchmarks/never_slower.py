@@ -1,88 +1,121 @@
-"""Planned models against their originals, over architectures and batch shapes: no cell may be slower.
+"""Planned models against their originals, over architectures, sizes and batch shapes: no cell may be slower.
 
-    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--json FILE]
+    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--limit S] [--json FILE]
 
-Random weights from transformers' configs. Each model is planned once for all of its batch shapes, patched, and timed
-against a second copy of the original, call by call in turn; on a GPU also as CUDA-graph replays. The exit code is 1
-when a cell is above 1.02.
+Random weights from transformers' configs, four layers each. A model is planned once for all of its batch shapes,
+patched, and timed against a second copy of the original, call by call in turn; on a GPU also as CUDA-graph replays. A
+cell above 1.02 is measured again for three times as long, because two medians of one thing differ by more than 2 % now
+and then, and the second reading counts; both are kept. The exit code is 1 when a cell is above 1.02 or is missing.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 import transformers
 
 import hwkern
+from hwkern import _batches
 
 LIMIT = 1.02
-ROUNDS = 15
 SHAPES = ((1, 16), (1, 128), (8, 64), (8, 256))
+BATCHES = ((1, 1), (2, 1), (4, 1), (8, 1))  # of images; of 30 seconds of sound up to four
+LEAST, MOST, SECONDS = 15, 60, 0.12  # rounds of a cell: as many as fill these seconds
+
+Inputs = dict[str, torch.Tensor]
+Made = tuple[Any, Any, str]  # class, config, kind of input
 
 
-def models() -> dict[str, Callable[[], tuple[Any, Any, str]]]:
-    """Name → (class, config, kind of input)."""
+def models() -> dict[str, Callable[[str], Made]]:
+    """Architecture → (class, config, kind of input) for a size, "base" (768 wide) or "small" (384)."""
     t = transformers
-    small = {"num_hidden_layers": 4, "vocab_size": 1000}
-    wide = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, **small}
-    llama = {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        **small,
-    }
+
+    def width(size: str) -> int:
+        return 768 if size == "base" else 384
+
+    def common(size: str) -> dict[str, Any]:
+        wide = width(size)
+        return {
+            "hidden_size": wide,
+            "intermediate_size": 4 * wide,
+            "num_attention_heads": wide // 64,
+            "num_hidden_layers": 4,
+            "vocab_size": 1000,
+        }
+
+    def gated(size: str) -> dict[str, Any]:
+        wide = width(size)
+        return {**common(size), "intermediate_size": 8 * wide // 3, "num_key_value_heads": wide // 192}
+
+    def distilbert(size: str) -> Made:
+        wide = width(size)
+        sizes = {"dim": wide, "hidden_dim": 4 * wide, "n_heads": wide // 64, "n_layers": 4, "vocab_size": 1000}
+        return t.DistilBertModel, t.DistilBertConfig(**sizes), "text"
+
+    def gpt2(size: str) -> Made:
+        wide = width(size)
+        return t.GPT2Model, t.GPT2Config(n_embd=wide, n_head=wide // 64, n_layer=4, vocab_size=1000), "text"
+
+    def opt(size: str) -> Made:
+        wide = width(size)
+        sizes = {"hidden_size": wide, "ffn_dim": 4 * wide, "num_attention_heads": wide // 64, "num_hidden_layers": 4}
+        return t.OPTModel, t.OPTConfig(**sizes, vocab_size=1000, word_embed_proj_dim=wide), "text"
+
+    def vit(size: str) -> Made:
+        sizes = common(size)
+        del sizes["vocab_size"]
+        return t.ViTModel, t.ViTConfig(**sizes), "image"
+
+    def whisper(size: str) -> Made:
+        wide = width(size)
+        sizes = {"d_model": wide, "encoder_ffn_dim": 4 * wide, "encoder_attention_heads": wide // 64}
+        config = t.WhisperConfig(**sizes, encoder_layers=4)
+        return t.models.whisper.modeling_whisper.WhisperEncoder, config, "audio"
+
+    def t5(size: str) -> Made:
+        wide = width(size)
+        sizes = {"d_model": wide, "d_ff": 4 * wide, "num_heads": wide // 64, "num_layers": 4, "vocab_size": 1000}
+        return t.T5EncoderModel, t.T5Config(**sizes), "text"
+
     return {
-        "bert": lambda: (t.BertModel, t.BertConfig(**wide), "text"),
-        "bert-small": lambda: (
-            t.BertModel,
-            t.BertConfig(**small, hidden_size=384, intermediate_size=1536, num_attention_heads=12),
-            "text",
-        ),
-        "roberta": lambda: (t.RobertaModel, t.RobertaConfig(**wide), "text"),
-        "distilbert": lambda: (t.DistilBertModel, t.DistilBertConfig(n_layers=3, vocab_size=1000), "text"),
-        "gpt2": lambda: (t.GPT2Model, t.GPT2Config(n_layer=4, vocab_size=1000), "text"),
-        "llama": lambda: (t.LlamaModel, t.LlamaConfig(**llama), "text"),
-        "qwen2": lambda: (t.Qwen2Model, t.Qwen2Config(**llama), "text"),
-        "mistral": lambda: (t.MistralModel, t.MistralConfig(**llama), "text"),
-        "phi": lambda: (t.PhiModel, t.PhiConfig(**wide), "text"),
-        "opt": lambda: (
-            t.OPTModel,
-            t.OPTConfig(**small, hidden_size=768, ffn_dim=3072, num_attention_heads=12, word_embed_proj_dim=768),
-            "text",
-        ),
-        "vit": lambda: (t.ViTModel, t.ViTConfig(num_hidden_layers=4), "image"),
-        "whisper": lambda: (
-            t.models.whisper.modeling_whisper.WhisperEncoder,
-            t.WhisperConfig(encoder_layers=4, d_model=512, encoder_ffn_dim=2048, encoder_attention_heads=8),
-            "audio",
-        ),
-        "t5": lambda: (t.T5EncoderModel, t.T5Config(num_layers=4, vocab_size=1000), "text"),
+        "bert": lambda size: (t.BertModel, t.BertConfig(**common(size)), "text"),
+        "gpt2": gpt2,
+        "llama": lambda size: (t.LlamaModel, t.LlamaConfig(**gated(size)), "text"),
+        "vit": vit,
+        "t5": t5,
+        "roberta": lambda size: (t.RobertaModel, t.RobertaConfig(**common(size)), "text"),
+        "distilbert": distilbert,
+        "qwen2": lambda size: (t.Qwen2Model, t.Qwen2Config(**gated(size)), "text"),
+        "mistral": lambda size: (t.MistralModel, t.MistralConfig(**gated(size)), "text"),
+        "phi": lambda size: (t.PhiModel, t.PhiConfig(**common(size)), "text"),
+        "opt": opt,
+        "whisper": whisper,
     }
 
 
-def batch(kind: str, config: Any, shape: tuple[int, int], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def batch(kind: str, config: Any, shape: tuple[int, int], device: str, dtype: torch.dtype) -> Inputs:
+    """Random input of one shape."""
     size, length = shape
     if kind == "image":
         return {"pixel_values": torch.randn(size, 3, 224, 224, device=device).to(dtype)}
     if kind == "audio":
-        return {"input_features": torch.randn(min(size, 2), config.num_mel_bins, 3000, device=device).to(dtype)}
+        return {"input_features": torch.randn(size, config.num_mel_bins, 3000, device=device).to(dtype)}
     return {"input_ids": torch.randint(0, 1000, (size, length), device=device)}
 
 
-def graph(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
+def graph(model: torch.nn.Module, inputs: Inputs) -> Callable[[], object]:
+    """The replay of a CUDA graph of one call."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(3):
+        for _ in range(2):
             model(**inputs)
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
@@ -91,82 +124,137 @@ def graph(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Callable[[
     return captured.replay
 
 
-def in_turn(calls: dict[str, Callable[[], object]], cuda: bool) -> dict[str, float]:
+def in_turn(calls: dict[str, Callable[[], object]], cuda: bool, longer: int = 1) -> dict[str, float]:
     """Median seconds of each call."""
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
     samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        for call in calls.values():
-            call()
-        for turn in range(ROUNDS):
+        rounds, turn = LEAST, -2
+        while turn < rounds:
             for name in calls if turn % 2 == 0 else reversed(list(calls)):
-                if cuda:
-                    torch.cuda.synchronize()
+                wait()
                 start = time.perf_counter()
                 calls[name]()
-                if cuda:
-                    torch.cuda.synchronize()
-                samples[name].append(time.perf_counter() - start)
+                wait()
+                spent = time.perf_counter() - start
+                if turn >= 0:
+                    samples[name].append(spent)
+                elif turn == -1:  # the first round warms up, the second says how many there will be
+                    rounds = max(LEAST, min(MOST, round(SECONDS / max(spent, 1e-6)))) * longer
+            turn += 1
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def cells(name: str, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Every cell of one model."""
-    cls, config, kind = models()[name]()
+    cls, config, kind = models()[name](size)
+    cuda = device.startswith("cuda")
     torch.manual_seed(0)
     original = cls(config).to(device, dtype).eval()
     planned = copy.deepcopy(original)
-    shapes = SHAPES if kind == "text" else ((1, 1), (8, 1))
+    shapes: tuple[tuple[int, int], ...] = SHAPES if kind == "text" else BATCHES
+    if kind == "audio":
+        shapes = BATCHES[:3]
     batches = [batch(kind, config, shape, device, dtype) for shape in shapes]
     plan = hwkern.plan(planned, batches, show=False)
     hwkern.patch(planned, plan=plan, originals="drop")
-    report = hwkern.validate(original, planned, batches[:1], show=False)
-    found = []
+    found: list[dict[str, Any]] = []
     for shape, inputs in zip(shapes, batches, strict=True):
         both = {"original": lambda i=inputs: original(**i), "planned": lambda i=inputs: planned(**i)}
+        with torch.no_grad():
+            outputs = [_batches.main_output(call()).float() for call in both.values()]
+        error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
+        if not error < 0.3:
+            sys.exit(f"Wrong result: {name}/{size} at {shape} is {error:.1%} off after the plan.")
+        del outputs
         modes: dict[str, dict[str, Callable[[], object]]] = {"eager": both}
-        if device.startswith("cuda"):
-            modes["graph"] = {"original": graph(original, inputs), "planned": graph(planned, inputs)}
+        row = {"model": name, "size": size, "shape": "x".join(map(str, shape))}
+        if cuda:
+            try:
+                modes["graph"] = {"original": graph(original, inputs), "planned": graph(planned, inputs)}
+            except RuntimeError as reason:
+                found.append({**row, "mode": "graph", "absent": str(reason).splitlines()[0]})
         for mode, calls in modes.items():
-            ms = {which: seconds * 1e3 for which, seconds in in_turn(calls, device.startswith("cuda")).items()}
+            seconds = in_turn(calls, cuda)
+            first = seconds["planned"] / seconds["original"]
+            if first > LIMIT:
+                seconds = in_turn(calls, cuda, longer=3)
             found.append(
                 {
-                    "model": name,
-                    "shape": "x".join(map(str, shape)),
+                    **row,
                     "mode": mode,
-                    **ms,
-                    "ratio": ms["planned"] / ms["original"],
+                    **{which: round(s * 1e3, 4) for which, s in seconds.items()},
+                    "ratio": round(seconds["planned"] / seconds["original"], 4),
+                    "first_ratio": round(first, 4),
                     "int8": sum(layer.chosen != 0 for layer in plan.layers.values()),
-                    "layers": len(plan.layers),
-                    "snr_db": report.snr_db[0],
+                    "layers": len(plan.layers) + len(plan.left),
+                    "error": round(error.item(), 5),
                     "plan_seconds": plan.seconds,
                 }
             )
     return found
 
 
+def show(row: dict[str, Any]) -> None:
+    """One line."""
+    where = f"{row['model']}/{row['size']}"
+    line = f"{where:16} {row['shape']:6} {row['mode']:6}"
+    if "absent" in row:
+        print(f"{line} absent: {row['absent']}", flush=True)
+        return
+    note = " SLOWER" if row["ratio"] > LIMIT else ""
+    again = f" (first {row['first_ratio']:.3f})" if row["first_ratio"] > LIMIT else ""
+    times = f"{row['original']:9.3f} -> {row['planned']:9.3f} ms, ratio {row['ratio']:.3f}{again}{note}"
+    layers = f"int8 {row['int8']}/{row['layers']}, error {row['error']:.1%}, plan {row['plan_seconds']:.1f} s"
+    print(f"{line} {times}, {layers}", flush=True)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Measure, print, save."""
+    parser = timing.parser(__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--models", help="comma-separated (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--models", default=",".join(models()), help="comma-separated (default: all)")
+    parser.add_argument("--sizes", default="base,small", help="base, small or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default 1)")
+    parser.add_argument("--limit", type=float, help="seconds after which no further model is started")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
-    rows = []
-    for name in arguments.models.split(",") if arguments.models else models():
-        for row in cells(name, arguments.device, dtype):
-            rows.append(row)
-            note = " SLOWER" if row["ratio"] > LIMIT else ""
-            where = f"{row['model']:11} {row['shape']:6} {row['mode']:6}"
-            times = f"{row['original']:9.3f} -> {row['planned']:9.3f} ms, ratio {row['ratio']:.3f}{note}"
-            layers = f"int8 {row['int8']}/{row['layers']}, {row['snr_db']:.1f} dB, plan {row['plan_seconds']:.1f} s"
-            print(f"{where} {times}, {layers}", flush=True)
-    slower = [row for row in rows if row["ratio"] > LIMIT]
-    print(f"{len(rows)} cells, {len(slower)} above {LIMIT}.")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 1 if slower else 0
+    cuda = arguments.device.startswith("cuda")
+    if cuda:
+        timing.need_cuda()
+    names = arguments.models.split(",")
+    if unknown := set(names) - set(models()):
+        parser.error(f"unknown model {', '.join(sorted(unknown))}; there are {', '.join(models())}")
+    if arguments.quick:
+        names = names[:3]
+    dtype = torch.bfloat16 if cuda else torch.float32
+    start = time.monotonic()
+    rows: list[dict[str, Any]] = []
+    missing = []
+    for size in arguments.sizes.split(","):
+        for name in names:
+            if arguments.limit is not None and time.monotonic() - start > arguments.limit:
+                missing.append(f"{name}/{size}")
+                continue
+            for row in cells(name, size, arguments.device, dtype):
+                rows.append(row)
+                show(row)
+            timing.save(arguments.json, timing.result("never_slower", arguments.device, arguments.commit, rows))
+    measured = [row for row in rows if "ratio" in row]
+    slower = [row for row in measured if row["ratio"] > LIMIT]
+    worst = max((row["ratio"] for row in measured), default=0.0)
+    absent = len(rows) - len(measured)
+    print(
+        f"{len(measured)} cells of {len({(row['model'], row['size']) for row in measured})} models, {len(slower)} "
+        f"above {LIMIT}, worst {worst:.3f}, {absent} absent, {time.monotonic() - start:.0f} s."
+    )
+    if missing:
+        print(f"No time left for {', '.join(missing)}.")
+    return 1 if slower or absent or missing else 0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from hwkern._recipes import Recipe
@@ -67,8 +68,7 @@ def back_off(
     def _with(target: nn.Module, chosen: dict[str, Recipe]) -> float:
         from hwkern.patch import patch, unpatch
 
-        # A copy of the float weights in host memory, because they come back at once.
-        patch(target, originals="host", plan=_Recipes(chosen))
+        patch(target, originals=trial_place(target), plan=_Recipes(chosen))
         try:
             return metric(target, batches)
         finally:
@@ -90,6 +90,18 @@ def back_off(
                 low = middle
         kept = high
     return without(order[:kept]), BackOff(metric.name, before, first, value(kept) if order else before, order[:kept])
+
+
+def trial_place(model: nn.Module) -> Literal["host", "device"]:
+    """Where the float weights wait while a plan is tried: where they are, if a GPU has room for both, else the host."""
+    weights = [p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()]
+    if not weights or not weights[0].is_cuda:
+        return "host"  # of a host tensor that is the tensor itself
+    device = weights[0].device
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    # int8 is at most half of the weights; a quarter more for what quantizing and running take.
+    return "device" if free > sum(p.numel() * p.element_size() for p in weights) * 3 // 4 else "host"
 
 
 def _swapped(model: nn.Module) -> list[str]:

@@ -10,14 +10,18 @@ from typing import Literal
 from hwkern._recipes import Recipe
 
 Policy = Literal["fastest", "balanced", "accurate", "smallest"]
+Mode = Literal["any", "eager", "graph"]
+MODES = ("any", "eager", "graph")
 POLICIES = ("fastest", "balanced", "accurate", "smallest")
 
 #: A layer is swapped only for at least this gain over all calls: two measurements of one thing differ by up to 2 %.
 LEAST_GAIN = 0.03
 #: At no number of tokens that matters may it be slower by more than this.
 NOISE = 0.02
-#: Numbers of tokens with less than this share of the layer's time do not matter.
+#: Numbers of tokens matter that have this share of the layer's time, or this share of its calls: a decoding step is
+#: short beside a prompt and is what a user waits for.
 SHARE = 0.02
+CALLS_SHARE = 0.05
 #: What "balanced" gives for accuracy: time within this of the fastest.
 BALANCED_TIME = 0.05
 #: And "accurate" for time: dB within this of the best.
@@ -63,9 +67,9 @@ def worst(candidate: Candidate, keep: Candidate, calls: Mapping[int, int]) -> tu
     """The largest ratio to the float layer at a number of tokens that matters: (ratio, tokens, mode)."""
     found = (0.0, 0, "")
     for mode, times in keep.us.items():
-        whole = total(times, calls)
+        whole, number = total(times, calls), sum(calls.values())
         for m, count in calls.items():
-            if times[m] * count >= SHARE * whole:
+            if times[m] * count >= SHARE * whole or count >= CALLS_SHARE * number:
                 found = max(found, (candidate.us[mode][m] / times[m], m, mode))
     return found
 

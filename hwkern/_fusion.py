@@ -431,6 +431,24 @@ def summary(model: nn.Module) -> str:
     return "Fused: " + ", ".join(f"{count} × {what}" for what, count in counts.items()) + "." if counts else ""
 
 
+def could_fuse(model: nn.Module) -> set[str]:
+    """Names of the layers that :func:`fuse` may take, once they are int8 and go together."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        cls = type(module).__name__
+        paths: tuple[str, ...] = ()
+        if _is_of(module, BLOCKS):
+            paths += tuple(path for _, readers in BLOCKS[cls] for path in readers)
+        if _is_of(module, ATTENTIONS):
+            paths += ATTENTIONS[cls]
+        if _is_of(module, MLPS):
+            paths += (*MLPS[cls].inputs, MLPS[cls].output)
+        if _is_of(module, DENSE):
+            paths += DENSE[cls][:1]
+        found.update(f"{name}.{path}" if name else path for path in paths)
+    return found
+
+
 def is_fused(model: nn.Module) -> bool:
     """Whether any module of ``model`` is fused."""
     return any(isinstance(module, _Fused) for module in model.modules())

@@ -83,9 +83,11 @@ def stamp(device: torch.device) -> dict[str, Any]:
     }
 
 
-def modes_of(device: torch.device) -> tuple[str, ...]:
-    """The ways of running that are measured there."""
-    return ("eager", "graph") if device.type == "cuda" else ("eager",)
+def modes_of(device: torch.device, mode: str = "any") -> tuple[str, ...]:
+    """The ways of running that are measured there, of those that a plan is for. A CPU has no graphs: "eager"."""
+    if device.type != "cuda":
+        return ("eager",)
+    return ("eager", "graph") if mode == "any" else (mode,)
 
 
 def stand_in(timing: str, k: int) -> Recipe:
@@ -103,8 +105,8 @@ def stand_in(timing: str, k: int) -> Recipe:
 class Clock:
     """Times recipes on one device, through the cache: each (shape, tokens, recipe, mode) is measured once."""
 
-    def __init__(self, device: torch.device, save: bool = True) -> None:
-        self.device, self.modes = device, modes_of(device)
+    def __init__(self, device: torch.device, save: bool = True, mode: str = "any") -> None:
+        self.device, self.modes = device, modes_of(device, mode)
         self._cache = Cache("layers", stamp(device)) if save else None
         self._known: dict[str, Any] = self._cache.read() if self._cache else {}
         self.measured = 0
@@ -131,7 +133,7 @@ class Clock:
             self.reused += len(timings)
             return
         names = list(dict.fromkeys(timings))
-        found = measure(shape, m, names, self.device)
+        found = measure(shape, m, names, self.device, self.modes)
         entries = {self._key(shape, m, name, mode): round(us, 3) for (name, mode), us in found.items()}
         self._known |= entries
         self.measured += len(names)
@@ -143,8 +145,10 @@ class Clock:
         return float(self._known[self._key(shape, m, timing, mode)])
 
 
-def measure(shape: Shape, m: int, timings: Sequence[str], device: torch.device) -> dict[tuple[str, str], float]:
-    """µs per call of each recipe in each mode."""
+def measure(
+    shape: Shape, m: int, timings: Sequence[str], device: torch.device, modes: Sequence[str]
+) -> dict[tuple[str, str], float]:
+    """µs per call of each recipe in each of the modes."""
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         weight_bytes = shape.n * shape.k * shape.dtype.itemsize
         x = torch.randn(m, shape.k, device=device).to(shape.dtype)
@@ -160,8 +164,10 @@ def measure(shape: Shape, m: int, timings: Sequence[str], device: torch.device) 
         for name in timings:
             layers = floats if name == "keep" else [make(f, stand_in(name, shape.k)) for f in floats]
             peers[name] = [functools.partial(layer, x) for layer in layers]
-        found = {(name, "eager"): us for name, us in eager_us(peers, device).items()}
-        if device.type == "cuda":
+        found: dict[tuple[str, str], float] = {}
+        if "eager" in modes:
+            found |= {(name, "eager"): us for name, us in eager_us(peers, device).items()}
+        if "graph" in modes:
             from hwkern._timing import cuda_us
 
             found |= {(name, "graph"): us for name, us in cuda_us(peers, GRAPH_SECONDS).items()}

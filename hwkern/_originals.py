@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-Place = Literal["host", "disk"]
+Place = Literal["host", "disk", "device"]
 
 # Bytes that go to or come from the file at once.
 _CHUNK_BYTES = 2**22
@@ -77,6 +77,8 @@ class Spool:
             return Stored(weight)
         self.bytes += weight.numel() * weight.element_size()
         if not _is_dense(weight):  # a view with gaps or overlaps: its memory belongs to something larger anyway
+            return Stored(weight)
+        if self.place == "device":
             return Stored(weight)
         if self.place == "host":
             return Stored(weight.cpu())  # of a host tensor that is the tensor itself: nothing copied, nothing freed

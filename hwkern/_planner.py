@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from hwkern import _batches, _fold, _native
 from hwkern._back_off import back_off
-from hwkern._choose import Candidate, Policy, threshold
+from hwkern._choose import Candidate, Mode, Policy, threshold
 from hwkern._console import progress
 from hwkern._layers import Layer, Selector, tied
 from hwkern._measure import Clock, Shape, bucket, stamp
-from hwkern._observe import Seen, evaluating, observe
+from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
+from hwkern._whole import check_whole, send_back
 from hwkern.calibrate import OBSERVERS, Judge, candidates, inputs, outliers, smooth, static, unusable
 from hwkern.metrics import Function, Metric, as_metric
 from hwkern.nn import Calibration
@@ -26,11 +26,6 @@ from hwkern.nn.conv1d import conv1d_class
 from hwkern.nn.pack import dtype_name
 from hwkern.ops import padded
 from hwkern.plan import Accuracy, Plan, PlannedLayer
-
-#: Rounds of the whole model's own timing, before and with the plan, in turn by halves.
-WHOLE_ROUNDS = 5
-#: The whole model may be this much slower in a measurement before the plan is doubted.
-WHOLE_NOISE = 0.02
 
 
 @dataclass
@@ -61,11 +56,12 @@ def make_plan(
     verify: bool,
     save: bool,
     show: bool,
+    mode: Mode = "any",
 ) -> Plan:
     """See :func:`hwkern.plan.plan`."""
-    start = time.perf_counter()
     from hwkern.patch import _check_model
 
+    watch = _Stopwatch()
     _check_model(model, "plan")
     task = as_metric(metric)
     device = _batches.device_of(model)
@@ -76,23 +72,41 @@ def make_plan(
     with progress("Observing the layers' inputs", len(found), show) as step:
         seen = observe(model, layers, found, step)
     left |= unusable(layers, seen)
+    watch.lap("observing")
     units = _units([layer for layer in layers if layer.names[0] not in left], seen)
     with progress("Measuring errors on your data", len(units), show) as step:
         recipes, groups = _candidates(model, units, accuracy, step)
     for unit in units:
         unit.judges.clear()  # the samples of a large model are gigabytes
     seen.clear()
-    clock = Clock(device, save)
+    watch.lap("errors")
+    clock = Clock(device, save, mode)
     planned = _timed(units, recipes, groups, clock, show)
-    result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left)
+    watch.lap("timing layers")
+    result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left, mode=mode)
     result.decide()
     if task is not None and accuracy.max_metric_drop is not None:
         _hold_task(result, model, task, found, accuracy.max_metric_drop, show)
-    if verify and any(layer.chosen for layer in planned.values()):
-        _verify(result, model, found, show)
-    result.seconds = round(time.perf_counter() - start, 3)
+        watch.lap("the task")
+    if verify:
+        check_whole(result, model, found, clock.modes, show)
+        watch.lap("the whole model")
+    result.phases, result.seconds = watch.laps, round(sum(watch.laps.values()), 3)
     result.measured, result.reused = clock.measured, clock.reused
     return result
+
+
+class _Stopwatch:
+    """Seconds of the steps of a plan, one after the other."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
 
 
 def _units(layers: Sequence[Layer], seen: dict[str, Seen]) -> list[_Unit]:
@@ -254,7 +268,7 @@ def _int8_bytes(unit: _Unit, recipe: Recipe) -> int:
     return size + len(calibration.outliers) * (8 + shape.n * shape.dtype.itemsize)
 
 
-# ---- the task and the whole model -----------------------------------------------------------------------------------
+# ---- the task -------------------------------------------------------------------------------------------------------
 
 
 def _hold_task(
@@ -265,104 +279,13 @@ def _hold_task(
 
     def without(kept: Sequence[str]) -> dict[str, Recipe]:
         trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
-        _send_back(trial, kept, why)
+        send_back(trial, kept, why)
         return trial.recipes
 
     with progress(f"Holding {task.name}", max(1, len(snr).bit_length()), show) as step:
         _, result.task = back_off(model, without, snr, task, batches, max_drop, step)
     result.decide()  # the trials have written their own reasons
-    _send_back(result, result.task.kept, why)
-
-
-def _send_back(result: Plan, names: Sequence[str], why: str) -> None:
-    """These layers stay float; those of the same norm lose their folding."""
-    norms = set()
-    for layer in result.layers.values():
-        if set(layer.names) & set(names):
-            layer.choice.ruled_out = why
-            layer.chosen, layer.reason = 0, why
-            norms.add(layer.group)
-    for layer in result.layers.values():
-        if layer.group and layer.group in norms and layer.choice.recipe.calibration.folded:
-            result._decide(layer, folded=False)
-
-
-def _verify(result: Plan, model: nn.Module, batches: Sequence[Any], show: bool) -> None:
-    """The sum of faster layers must be a faster model: measured, and what does not pay goes back."""
-    with progress("Timing the whole model", 2, show) as step:
-        before, after = _whole(model, result, batches)
-        step()
-        if max(_ratios(before, after)) > 1 + WHOLE_NOISE:
-            # Small gains are the first suspects: their layers cost host time that a layer alone does not show.
-            small = [layer.name for layer in result.layers.values() if layer.chosen and layer.speedup() < 1.15]
-            _send_back(result, small, "the whole model was not faster with it")
-            if any(layer.chosen for layer in result.layers.values()):
-                before, after = _whole(model, result, batches)
-            else:
-                after = before
-        step()
-        if max(_ratios(before, after)) > 1 + WHOLE_NOISE:
-            names = [layer.name for layer in result.layers.values() if layer.chosen]
-            _send_back(result, names, "the whole model was slower with it")
-            after = before
-    old, new = sum(before), sum(after)
-    result.whole = {
-        "before_ms": [round(s * 1e3, 4) for s in before],
-        "after_ms": [round(s * 1e3, 4) for s in after],
-        "text": f"Whole model, eager, all batches: {old * 1e3:.2f} -> {new * 1e3:.2f} ms ({old / new:.2f}×).",
-    }
-
-
-def _ratios(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(after, before, strict=True)]
-
-
-def _whole(model: nn.Module, result: Plan, batches: Sequence[Any]) -> tuple[list[float], list[float]]:
-    """Seconds of each distinct batch shape: without the plan (before and after, the better) and with it."""
-    from hwkern._back_off import _Recipes, _swapped
-    from hwkern.patch import patch, unpatch
-
-    distinct: dict[str, Any] = {}
-    for batch in batches:
-        distinct.setdefault(_signature(batch), batch)
-    some = list(distinct.values())[:4]
-    first = _seconds(model, some)
-    recipes = {name: recipe for name, recipe in result.recipes.items() if recipe.scheme != "keep"}
-    patch(model, originals="host", plan=_Recipes(recipes))
-    try:
-        after = _seconds(model, some)
-    finally:
-        if swapped := [name for name in _swapped(model) if name in recipes]:
-            unpatch(model, include=swapped)
-    second = _seconds(model, some)
-    return [min(pair) for pair in zip(first, second, strict=True)], after
-
-
-def _seconds(model: nn.Module, batches: Sequence[Any]) -> list[float]:
-    device = _batches.device_of(model)
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    found = []
-    with torch.no_grad(), evaluating(model):
-        for batch in batches:
-            _batches.call(model, batch)
-            samples = []
-            for _ in range(WHOLE_ROUNDS):
-                wait()
-                start = time.perf_counter()
-                _batches.call(model, batch)
-                wait()
-                samples.append(time.perf_counter() - start)
-            found.append(statistics.median(samples) if device.type == "cuda" else min(samples))
-    return found
-
-
-def _signature(batch: Any) -> str:
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
-    return " ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else repr(v) for v in values)
+    send_back(result, result.task.kept, why)
 
 
 # ---- another device -------------------------------------------------------------------------------------------------
@@ -371,7 +294,7 @@ def _signature(batch: Any) -> str:
 def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     """``old`` with every candidate timed where ``model`` is, and chosen anew; errors and calls stay."""
     device = _batches.device_of(model)
-    clock = Clock(device)
+    clock = Clock(device, mode=old.mode)
     layers = {}
     wanted = sum(len(layer.calls) for layer in old.layers.values())
     with progress("Timing layers", wanted, show) as step:
@@ -396,5 +319,5 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
     made.decide()
     if old.task is not None:
-        _send_back(made, old.task.kept, f"back to float for the {old.task.metric}'s sake")
+        send_back(made, old.task.kept, f"back to float for the {old.task.metric}'s sake")
     return made

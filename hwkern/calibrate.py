@@ -135,17 +135,19 @@ def _clipped(values: Tensor, low: float, high: float, observer: str, asymmetric:
             return -cut, cut
         return min(0.0, _quantile(values, 1 - PERCENTILE)), max(0.0, _quantile(values, PERCENTILE))
 
-    def error(below: float, above: float) -> float:
-        found = _affine(below, above, asymmetric)
-        scale, zero = found["scale"], found["zero_point"]
+    def best(ranges: Sequence[tuple[float, float]]) -> int:
+        """The range of the least squared error; all of them at once, because each wait for a GPU costs more than it."""
+        found = [_affine(below, above, asymmetric) for below, above in ranges]
+        scale = values.new_tensor([each["scale"] for each in found]).unsqueeze(1)
+        zero = values.new_tensor([each["zero_point"] for each in found]).unsqueeze(1)
         q = (values / scale).round_().add_(zero).clamp_(-127, 127).sub_(zero)
-        return float((q * scale - values).square().sum())
+        return int(q.mul_(scale).sub_(values).square_().sum(1).argmin())
 
     if not asymmetric:
-        best = min(_CLIPS, key=lambda clip: error(low * clip, high * clip))
-        return low * best, high * best
-    high *= min(_CLIPS, key=lambda clip: error(low, high * clip))
-    low *= min(_CLIPS, key=lambda clip: error(low * clip, high))
+        clip = _CLIPS[best([(low * clip, high * clip) for clip in _CLIPS])]
+        return low * clip, high * clip
+    high *= _CLIPS[best([(low, high * clip) for clip in _CLIPS])]
+    low *= _CLIPS[best([(low * clip, high) for clip in _CLIPS])]
     return low, high
 
 

@@ -58,6 +58,7 @@ __all__ = [
     "cpu_int8_is_fast",
     "dequantize",
     "eager_linear",
+    "eager_weight_only",
     "int8_linear",
     "int8_matmul",
     "norm_quantize",
@@ -355,9 +356,13 @@ def _linear_cuda(
 class LaunchCell:
     """What a launch needs of one layer's weight, scale and bias, read once and good while they stay where they are."""
 
-    __slots__ = ("bias_dtype", "bias_pointer", "columns", "device", "linear", "n", "scale_pointer", "weight_pointer")
+    __slots__ = (
+        "bias_dtype", "bias_pointer", "columns", "device", "linear", "n", "scale_pointer", "used", "weight_only",
+        "weight_pointer",
+    )  # fmt: skip
 
     def __init__(self) -> None:
+        self.used = False  # whether a weight-only launch has read this weight: from then on it counts as constant
         self.weight_pointer = self.scale_pointer = self.bias_pointer = -1
         self.columns = self.device = -1
         self.bias_dtype: torch.dtype | None = None
@@ -395,7 +400,9 @@ class LaunchCell:
             and (bias is None or (_is_vector(bias, n, device) and bias.dtype in FLOATS))
         )
         if ready:
-            self.n, self.columns, self.device, self.linear = n, columns, device, _cuda().linear
+            native = _cuda()
+            self.n, self.columns, self.device = n, columns, device
+            self.linear, self.weight_only, self.used = native.linear, native.weight_only_linear, False
             self.weight_pointer, self.scale_pointer = weight.data_ptr(), weight_scale.data_ptr()
             self.bias_pointer, self.bias_dtype = pointer(bias), None if bias is None else bias.dtype
         return ready
@@ -550,29 +557,12 @@ def eager_linear(
     """:func:`int8_linear` for ``Int8Linear.forward``: ``k`` is the layer's ``in_features``, ``cell`` its own.
 
     Goes around the dispatcher (20 µs of host time with autograd, against 17 for the whole of nn.Linear) where nothing
-    would come of it: plain tensors that fit, no autocast, and nobody compiling, tracing or profiling. The order of the
-    checks is by cost: each attribute of a tensor takes 0.1 – 0.3 µs.
+    would come of it.
     """
-    if (
-        not is_compiling()
-        and type(x) is Tensor
-        and _dispatch_modes() == 0
-        and _functorch_level() is None
-        and _tracing_state() is None
-        and not _profiling()
-        and not weight_scale.requires_grad
-        and x.dtype in FLOATS
-        and x.shape[-1:] == (k,)
-    ):
+    if _is_plain(x, weight_scale, k):
         records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
-            if (
-                (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
-                and 0 < k <= cell.columns < k + ROW_ALIGNMENT
-                and x.get_device() == cell.device
-                and (_is_only_gpu() or cell.device == _current_device())
-                and not is_autocast_enabled("cuda")
-            ):
+            if _fits_cuda(x, weight, weight_scale, bias, k, cell):
                 if records:
                     return _apply(x, bias, (weight, weight_scale), cell)
                 return _launch_cell(x, cell, weight, x.dtype)
@@ -587,6 +577,72 @@ def eager_linear(
             f"in_features = {k}."
         )
     return torch.ops.hwkern.int8_linear.default(x, weight, weight_scale, bias)
+
+
+def eager_weight_only(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, cell: LaunchCell, most: int
+) -> Tensor | None:
+    """:func:`weight_only_linear` as ``WeightOnlyInt8Linear.forward`` calls it for up to ``most`` tokens on CUDA.
+
+    One allocation and one launch, where an operator has a dispatcher's way to go. None where that way must be gone:
+    gradients, other devices and dtypes, more tokens.
+    """
+    if not (
+        _is_plain(x, weight_scale, k)
+        and x.is_cuda
+        and x.dtype is not torch.float32
+        and not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and _fits_cuda(x, weight, weight_scale, bias, k, cell)
+    ):
+        return None
+    shape = x.shape
+    m = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+    n = cell.n
+    if not 0 < m <= most or n == 0:
+        return None
+    y = x.new_empty((*shape[:-1], n))
+    if x.is_contiguous():
+        ldx = k
+    else:
+        x, ldx = rows(x)
+    dtype = DTYPES[x.dtype]
+    # The first launch must not read the weight before the kernel ahead of it ends: that may have written it.
+    cell.weight_only(
+        x.data_ptr(), dtype, ldx, cell.weight_pointer, cell.columns, cell.used, cell.scale_pointer,
+        cell.bias_pointer, 0 if cell.bias_dtype is None else DTYPES[cell.bias_dtype],
+        y.data_ptr(), dtype, n, m, n, k, 0, 0, 0, 0, CHOOSE, _current_stream(cell.device),
+    )  # fmt: skip
+    cell.used = True
+    return y
+
+
+def _is_plain(x: Tensor, weight_scale: Tensor, k: int) -> bool:
+    """Whether nobody needs to see the operator: a plain tensor that fits, and nobody compiling, tracing or profiling.
+
+    The order of the checks is by cost: each attribute of a tensor takes 0.1 – 0.3 µs.
+    """
+    return (
+        not is_compiling()
+        and type(x) is Tensor
+        and _dispatch_modes() == 0
+        and _functorch_level() is None
+        and _tracing_state() is None
+        and not _profiling()
+        and not weight_scale.requires_grad
+        and x.dtype in FLOATS
+        and x.shape[-1:] == (k,)
+    )
+
+
+def _fits_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, cell: LaunchCell) -> bool:
+    """Whether a launch can take the layer's tensors as ``cell`` knows them, or can come to know them."""
+    return (
+        (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
+        and 0 < k <= cell.columns < k + ROW_ALIGNMENT
+        and x.get_device() == cell.device
+        and (_is_only_gpu() or cell.device == _current_device())
+        and not is_autocast_enabled("cuda")
+    )
 
 
 @functools.cache

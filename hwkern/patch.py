@@ -24,7 +24,7 @@ from hwkern.nn import Calibration, Int8Linear
 from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows
 from hwkern.report import LayerReport, Report
 
-Originals = Literal["auto", "host", "disk", "drop"]
+Originals = Literal["auto", "host", "disk", "device", "drop"]
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,8 +55,9 @@ def patch(
             left as an output head, as too small, or for the CPU's sake. Default: all.
         exclude: which layers to leave, in the same form. Stronger than ``include``.
         originals: where the float weights stay for :func:`unpatch`: "host" (memory), "disk" (a temporary file that
-            vanishes by itself), "drop" (nowhere: unpatch becomes impossible), or "auto": host memory for a model on
-            CUDA while there is room, the disk for one on the CPU.
+            vanishes by itself), "device" (where they are: for trials, no memory is saved), "drop" (nowhere: unpatch
+            becomes impossible), or "auto": host memory for a model on CUDA while there is room, the disk for one on the
+            CPU.
         progress: called as ``progress(done, total, name)`` after each layer.
         plan: from :func:`hwkern.plan` or :func:`hwkern.calibrate`: which scheme each layer gets; what it does not name,
             or keeps, stays float. Norms that it divides come back with :func:`unpatch`.
@@ -77,8 +78,8 @@ def patch(
     After an error, whenever it strikes, the model is as it was before.
     """
     _check_model(model, "patch")
-    if originals not in ("auto", "host", "disk", "drop"):
-        raise ValueError(f"originals = {originals!r}: it must be 'auto', 'host', 'disk' or 'drop'.")
+    if originals not in ("auto", "host", "disk", "device", "drop"):
+        raise ValueError(f"originals = {originals!r}: it must be 'auto', 'host', 'disk', 'device' or 'drop'.")
     layers = find_layers(model)
     wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
     for selection in (wanted, unwanted):
@@ -382,8 +383,8 @@ def _place(originals: Originals, groups: Sequence[Sequence[Layer]]) -> Place:
     on_cpu = all(weight.device.type == "cpu" for weight in weights)
     if not weights:
         return "host"
-    if originals == "host":
-        return "host"
+    if originals in ("host", "device"):
+        return cast(Place, originals)
     if originals != "disk" and not on_cpu and need < free_memory() * 3 // 4:
         return "host"
     free = free_disk()

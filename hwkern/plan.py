@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from hwkern._back_off import BackOff
-from hwkern._choose import POLICIES, Candidate, Policy, choose, score, total
+from hwkern._choose import MODES, POLICIES, Candidate, Mode, Policy, choose, score, total
 from hwkern._console import plain_table
 from hwkern._layers import Selector, find_layers
 from hwkern._recipes import Recipe
@@ -96,6 +96,8 @@ class Plan:
     seconds: float = 0.0
     measured: int = 0  #: recipes timed now
     reused: int = 0  #: recipes whose times the cache had
+    mode: Mode = "any"  #: the way of running that it is for
+    phases: dict[str, float] = field(default_factory=dict)  #: what the seconds went to
 
     # ---- what hwkern.patch uses ------------------------------------------------------------------------------------
 
@@ -240,7 +242,9 @@ class Plan:
             task = self.task
             back = f"; back to float for it: {', '.join(task.kept)}" if task.kept else ""
             lines.append(f"{task.metric}: {task.before:.6g} -> {task.after:.6g}{back}.")
-        lines.append(f"Took {self.seconds:.1f} s: {self.measured} times measured, {self.reused} known.")
+        spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.phases.items())
+        known = f"{self.measured} times measured, {self.reused} known"
+        lines.append(f"Took {self.seconds:.1f} s{f' ({spent})' if spent else ''}: {known}.")
         return "\n".join(lines)
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -279,6 +283,8 @@ class Plan:
             "seconds": self.seconds,
             "measured": self.measured,
             "reused": self.reused,
+            "mode": self.mode,
+            "phases": self.phases,
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -301,6 +307,9 @@ class Plan:
                 raise PlanError(f"The plan has the format {version!r}; this hwkern reads up to {PLAN_FORMAT}.")
             if data["policy"] not in POLICIES:
                 raise ValueError(f"the policy is {data['policy']!r}")
+            mode = data.get("mode", "any")
+            if mode not in MODES:
+                raise ValueError(f"the mode is {mode!r}")
             layers = {}
             for entry in data["layers"]:
                 where = f"layer {entry['names'][0]!r}"
@@ -319,6 +328,8 @@ class Plan:
                 seconds=float(data["seconds"]),
                 measured=int(data["measured"]),
                 reused=int(data["reused"]),
+                mode=mode,
+                phases={str(name): float(value) for name, value in data.get("phases", {}).items()},
             )
         except PlanError:
             raise
@@ -372,6 +383,7 @@ def plan(
     *,
     accuracy: Accuracy | None = None,
     policy: Policy = "balanced",
+    mode: Mode = "any",
     metric: Metric | Function | None = None,
     include: Selector | None = None,
     exclude: Selector | None = None,
@@ -384,7 +396,8 @@ def plan(
     Runs the batches once and notes how many tokens each layer gets and what its inputs look like; times the float layer
     and every int8 scheme for each distinct size once (the times are kept for later processes); measures each
     scheme's error on the layer's own inputs; and chooses. A layer stays float unless a scheme within the bound is
-    faster by measurement, at every number of tokens that matters and, on a GPU, both eager and in a CUDA graph.
+    faster by measurement, at every number of tokens that matters and, on a GPU, both eager and in a CUDA graph; or
+    unless the whole model, measured likewise, is faster with the layer fused to its neighbours.
 
     Args:
         batches: what the model is called with: tensors, tuples of arguments, or dicts. Their numbers of tokens are
@@ -392,6 +405,8 @@ def plan(
         accuracy: the bounds; 20 dB for each layer by default.
         policy: "fastest", "balanced" (the most accurate within 5 % of the fastest), "accurate" (the fastest within 1 dB
             of the most accurate that is still faster than float), or "smallest".
+        mode: how the model will run on a GPU: "eager" (calls from Python), "graph" (in CUDA graphs, or compiled to
+            them), or "any": slower in neither.
         metric: with ``accuracy.max_metric_drop``: layers go back to float until the task's own figure holds.
         include, exclude: as in :func:`hwkern.patch`.
         verify: time the whole model with and without the plan at the end, and drop what does not pay.
@@ -406,10 +421,12 @@ def plan(
 
     if policy not in POLICIES:
         raise ValueError(f"policy = {policy!r}: it must be one of {', '.join(POLICIES)}.")
+    if mode not in MODES:
+        raise ValueError(f"mode = {mode!r}: it must be one of {', '.join(MODES)}.")
     bounds = accuracy or Accuracy()
     if bounds.max_metric_drop is not None and metric is None:
         raise ValueError("max_metric_drop needs a metric: pass metric=, a function (model, batches) -> float.")
-    return make_plan(model, batches, bounds, policy, metric, include, exclude, verify, save, show)
+    return make_plan(model, batches, bounds, policy, metric, include, exclude, verify, save, show, mode)
 
 
 class _CallableModule(types.ModuleType):

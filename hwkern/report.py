@@ -1,4 +1,7 @@
-"""What ``hwkern.patch`` did: one dataclass per layer, totals, a table as text and JSON."""
+"""What ``hwkern.patch`` did, and what a model's layers are: one dataclass per layer, totals; as text, JSON and HTML.
+
+``hwkern.report(model)`` says at any time what runs where, what was measured, and why something fell back.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,26 @@ import rich.text
 Status = Literal["int8", "already", "left", "restored"]
 
 _STATUS_TEXT = {"int8": "int8", "already": "already int8", "left": "left", "restored": "float again"}
-_SCHEMA = 1
+#: Where the float weights are kept for unpatch, in words.
+KEPT = {"host": "in host memory", "disk": "in a temporary file", "device": "where they were"}
+_SCHEMA = 2
 _WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the plan measured of one layer: one way of running, one number of tokens."""
+
+    #: "eager" (calls from Python) or "graph" (replays of a CUDA graph).
+    mode: str
+    tokens: int
+    #: How many calls the plan's batches made with so many tokens.
+    calls: int
+    #: µs of one call: the float layer's, and that of the scheme which was chosen.
+    before_us: float
+    after_us: float
+    #: The least µs that this GPU could take for the chosen scheme; None where its peaks are not known.
+    floor_us: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,15 @@ class LayerReport:
     tied_to: str | None = None
     #: How an int8 layer computes: "w8a8", "w8a8-static", "w8a16", …; empty for a float one.
     scheme: str = ""
+    #: What computes the layer where it is now, e.g. "CUDA kernels, int8 × int8"; from ``hwkern.report(model)``.
+    runs: str = ""
+    #: What its tensors take (or took) as a float layer; 0 where an earlier layer counts them, or nobody asked.
+    float_bytes: int = 0
+    #: The plan's reason for the scheme, or for keeping the float layer; empty without a plan.
+    verdict: str = ""
+    #: Signal-to-noise ratio of the layer's output on the plan's data; None: not measured, or the same numbers.
+    snr_db: float | None = None
+    times: tuple[Timing, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,11 +93,21 @@ class Report:
     #: All parameters and buffers of the model, each counted once.
     model_bytes_before: int = 0
     model_bytes_after: int = 0
-    #: Where the float weights are kept for unpatch: "host" (memory), "disk" (a temporary file), "drop" or "" (none).
+    #: Where the float weights are kept for unpatch: "host" (memory), "disk" (a temporary file), "device" (where they
+    #: were), "drop" or "" (none).
     originals: str = ""
     originals_bytes: int = 0
     #: What else there is to say, e.g. that every layer was patched before.
     note: str = ""
+    #: Class of the model; from ``hwkern.report(model)``, like the two below.
+    model: str = ""
+    #: Sentences: what runs on which device, and what is missing for more.
+    where: tuple[str, ...] = ()
+    #: Of the plan that the model was patched with: "policy", "min_snr_db", "device", "kind" (of it), "threads",
+    #: "seconds", "whole" (the model's own times) and "task"; empty without one.
+    plan: dict[str, Any] = field(default_factory=dict)
+    #: What ``hwkern.validate`` measured, as plain data, where it was given.
+    validation: dict[str, Any] = field(default_factory=dict)
     #: Which neighbours were fused into one operator, and which were not because a check failed.
     fusion: str = ""
     #: Version of the JSON layout.
@@ -137,33 +177,47 @@ class Report:
             raise ValueError(f"This is not a hwkern report of layout {_SCHEMA} (its layout is {schema!r}).")
         data.pop("totals", None)
         try:
-            layers = tuple(LayerReport(**{**layer, "names": tuple(layer["names"])}) for layer in data.pop("layers"))
-            return cls(layers=layers, **data)
+            layers = tuple(_layer(layer) for layer in data.pop("layers"))
+            return cls(layers=layers, **{**data, "where": tuple(data["where"])})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not a complete hwkern report: {error}.") from error
+
+    # ---- HTML ------------------------------------------------------------------------------------------------------
+
+    def to_html(self) -> str:
+        """One self-contained page (no scripts, nothing fetched): what runs where and why, with plots of what is known.
+
+        The same report gives the same page.
+        """
+        from hwkern._page import page
+
+        return page(self)
 
     # ---- text ------------------------------------------------------------------------------------------------------
 
     def summary(self) -> str:
         """The totals in a few sentences."""
         lines = []
-        if self.swapped or self.left:
+        if self.already and not self.swapped:
+            lines.append(f"{_count(len(self.already), 'layer')} int8 already, {len(self.left)} left as they are.")
+        elif self.swapped or self.left:
             lines.append(f"{_count(len(self.swapped), 'layer')} swapped to int8, {len(self.left)} left as they are.")
         if self.restored:
             lines.append(f"{_count(len(self.restored), 'layer')} float again.")
         if self.layers and (self.swapped or self.restored):
             lines.append(
-                f"Linear layers: {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}. "
-                f"Whole model: {_bytes(self.model_bytes_before)} -> {_bytes(self.model_bytes_after)}."
+                f"Linear layers: {readable_bytes(self.bytes_before)} -> {readable_bytes(self.bytes_after)}. "
+                f"Whole model: {readable_bytes(self.model_bytes_before)} -> {readable_bytes(self.model_bytes_after)}."
             )
         if self.originals_bytes:
             lines.append(
                 "The float weights were dropped: unpatch is not possible."
                 if self.originals == "drop"
-                else f"Kept for unpatch: {_bytes(self.originals_bytes)} "
-                + ("in a temporary file." if self.originals == "disk" else "in host memory.")
+                else f"Kept for unpatch: {readable_bytes(self.originals_bytes)} " + KEPT[self.originals] + "."
             )
         lines += [text for text in (self.fusion, self.note) if text]
+        lines += self.where
+        lines += plan_lines(self)
         return "\n".join(lines) or "The model has no linear layers: nothing to do."
 
     def __rich_console__(
@@ -174,6 +228,8 @@ class Report:
             yield _table(changed, "", 38, ("was", "now", "bytes"), _changed_cells)
         if self.left:
             yield _table(self.left, "Left as they are:", 30, ("dtype", "bytes", "why"), _left_cells)
+        if timed := [layer for layer in self.layers if layer.times]:
+            yield _table(timed, "As the plan measured them:", 30, ("µs, all calls", "speed", "dB"), _timed_cells)
         yield rich.text.Text(self.summary())
 
     def __str__(self) -> str:
@@ -187,14 +243,61 @@ class Report:
 
 def _changed_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
     before, after = sum(layer.bytes_before for layer in group), sum(layer.bytes_after for layer in group)
-    sizes = _bytes(before) if before == after else f"{_bytes(before)} -> {_bytes(after)}"
+    sizes = readable_bytes(before) if before == after else f"{readable_bytes(before)} -> {readable_bytes(after)}"
     scheme = group[0].scheme
-    now = _STATUS_TEXT[group[0].status] + (f" {scheme}" if scheme not in ("", "w8a8") else "")
+    now = _STATUS_TEXT[group[0].status]
+    if scheme not in ("", "w8a8"):
+        now = f"{now.removesuffix(' int8')} {scheme}"
     return group[0].dtype, now, sizes
 
 
 def _left_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
-    return group[0].dtype, _bytes(sum(layer.bytes_after for layer in group)), group[0].reason
+    return group[0].dtype, readable_bytes(sum(layer.bytes_after for layer in group)), group[0].reason
+
+
+def _timed_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
+    parts = [(mode, *total_us(group, mode)) for mode in modes(group)]
+    times = "\n".join(f"{mode} {before:.0f} -> {after:.0f}" for mode, before, after in parts)
+    speed = "\n".join(f"{before / after:.2f}×" for _, before, after in parts)
+    worst = min((layer.snr_db for layer in group if layer.snr_db is not None), default=None)
+    return times, speed, "" if worst is None else f"{worst:.1f}"
+
+
+def modes(layers: Sequence[LayerReport]) -> list[str]:
+    """The ways of running that the plan measured, in its order."""
+    return list(dict.fromkeys(time.mode for layer in layers for time in layer.times))
+
+
+def total_us(layers: Sequence[LayerReport], mode: str) -> tuple[float, float]:
+    """µs of all calls that the plan's batches made of these layers: as float layers, and as they were chosen."""
+    found = [time for layer in layers for time in layer.times if time.mode == mode]
+    return sum(t.before_us * t.calls for t in found), sum(t.after_us * t.calls for t in found)
+
+
+def plan_lines(report: Report) -> list[str]:
+    """What the plan and the validation say of the whole model, in sentences."""
+    lines = []
+    plan, check = report.plan, report.validation
+    if plan:
+        lines.append(
+            f"Planned on {plan['device']}: policy {plan['policy']}, at least {plan['min_snr_db']:g} dB for each layer."
+        )
+        if plan["whole"]:
+            lines.append(str(plan["whole"]["text"]))
+        if task := plan["task"]:
+            back = f"; back to float for it: {', '.join(task['kept'])}" if task["kept"] else ""
+            lines.append(f"{task['metric']}: {task['before']:.6g} -> {task['after']:.6g}{back}.")
+    if check:
+        worst = min((db for db in check["snr_db"] if db is not None), default=math.inf)
+        same = "the same numbers" if math.isinf(worst) else f"at least {worst:.1f} dB"
+        lines.append(f"Validated on {check['device']}: {check['speedup']:.2f}× as fast, {same} in every batch.")
+        lines += [f"{name}: {a:.6g} -> {b:.6g}." for name, (a, b, _) in check["metrics"].items()]
+    return lines
+
+
+def _layer(data: dict[str, Any]) -> LayerReport:
+    times = tuple(Timing(**time) for time in data["times"])
+    return LayerReport(**{**data, "names": tuple(data["names"]), "times": times})
 
 
 def _table(
@@ -212,8 +315,8 @@ def _table(
     table.add_column("n", justify="right", no_wrap=True)
     table.add_column("in × out", justify="right", no_wrap=True)
     for column in columns:
-        prose = column == "why"
-        table.add_column(column, justify="right" if column == "bytes" else "left", no_wrap=not prose, overflow="fold")
+        right = column in ("bytes", "µs, all calls", "speed", "dB")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "why", overflow="fold")
     for pattern, group in group_layers(layers):
         sizes = f"{group[0].in_features} × {group[0].out_features}"
         row = (_wrap(pattern, name_width), str(len(group)), sizes, *cells(group))
@@ -280,7 +383,7 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number} {noun}{'' if number == 1 else plural}"
 
 
-def _bytes(number: int) -> str:
+def readable_bytes(number: int) -> str:
     """``12345678`` -> ``12.3 MB`` (powers of 1000)."""
     if number < 1000:
         return f"{number} B"
@@ -295,10 +398,22 @@ def _bytes(number: int) -> str:
 class _CallableModule(types.ModuleType):
     """``hwkern.report`` is this module; called with a model, it says what the model's layers are now."""
 
-    def __call__(self, model: Any) -> Report:
-        from hwkern.patch import survey
+    def __call__(self, model: Any, *, plan: Any = None, validation: Any = None) -> Report:
+        """What every linear layer of ``model`` is now, what computes it, and why; changes nothing, at any time.
 
-        return survey(model)
+        Args:
+            model: patched or not, on any device.
+            plan: the :class:`~hwkern.plan.Plan` to take times and errors from; by default the one that the model was
+                patched with.
+            validation: what :func:`hwkern.validate` returned, to be part of the report.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            PlanError: ``plan`` is for another model.
+        """
+        from hwkern._survey import survey
+
+        return survey(model, plan, validation)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -93,3 +93,100 @@ def test_generate_with_a_static_cache_and_a_compiled_forward() -> None:
     expected = model.generate(x, **options)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     assert torch.equal(model.generate(x, **options, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_decoding_with_a_growing_cache_compiles_no_more_often_than_torchs_own_layers(scheme: str) -> None:
+    """The number of tokens falls from a prompt's to one, and the batch changes: M is 6, 3, 3 …, then 2 × the same."""
+
+    def compilations(model: Any) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        forward = model.forward
+        model.forward = torch.compile(forward, backend=counter)
+        try:
+            for batch in (3, 5):
+                x = ids(batch, 6)
+                model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=5, do_sample=False)
+        finally:
+            model.forward = forward
+        return int(counter.frame_count)
+
+    model = llama(scheme)
+    mine = compilations(model)
+    hwkern.unpatch(model)
+    theirs = compilations(model)
+    assert theirs > 0
+    assert mine <= theirs + (scheme == "w8a16/w8a8")
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_a_cuda_graph_of_a_patched_model_follows_its_inputs(scheme: str) -> None:
+    model = llama(scheme).bfloat16().cuda()
+    x = ids(3, 5).cuda()
+    stream = torch.cuda.Stream()
+    with torch.no_grad():
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            model(x, use_cache=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(x, use_cache=False).logits
+        for _ in range(3):
+            x.copy_(ids(3, 5))
+            graph.replay()
+            assert torch.equal(y, model(x, use_cache=False).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_generate_on_the_gpu_with_a_static_cache_gives_eagers_tokens(scheme: str) -> None:
+    """In float32: equal logits to rounding, so that no token hangs on the last bit of a bfloat16."""
+    model = llama(scheme).cuda()
+    for batch, tokens in ((1, 6), (3, 4)):
+        x = ids(batch, tokens).cuda()
+        options = {"attention_mask": torch.ones_like(x), "max_new_tokens": 6, "do_sample": False}
+        found = model.generate(x, **options, cache_implementation="static", disable_compile=True)
+        assert torch.equal(found, model.generate(x, **options))
+
+
+@pytest.mark.gpu
+def test_a_decoding_step_with_a_static_cache_in_a_cuda_graph() -> None:
+    """One graph of one step, replayed over positions that the step reads from memory, gives eager's logits."""
+    model = llama("w8a16").bfloat16().cuda()
+
+    def run(replayed: bool) -> list[torch.Tensor]:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        token, position = ids(2, 1).cuda(), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+
+        def step() -> torch.Tensor:
+            return model(token, past_key_values=cache, position_ids=position, use_cache=True).logits
+
+        tokens = torch.randint(0, 99, (6, 2, 1), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            step()  # makes the cache's tensors
+            graph = None
+            if replayed:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    y = step()
+            cache.reset()
+            found = []
+            for i, one in enumerate(tokens):
+                token.copy_(one)
+                position.fill_(i)
+                if graph is None:
+                    y = step()
+                else:
+                    graph.replay()
+                found.append(y.clone())
+        return found
+
+    for mine, eager in zip(run(True), run(False), strict=True):
+        assert torch.equal(mine, eager)

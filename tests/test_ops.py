@@ -333,7 +333,7 @@ def test_work_is_queued_on_the_current_stream():
 
 def test_a_bias_cast_twice_back_to_its_first_address_is_read_again(monkeypatch: pytest.MonkeyPatch):
     """Only addresses and dtypes are compared, so tensors of the CPU can stand for CUDA's."""
-    monkeypatch.setattr(ops, "_cuda", lambda: SimpleNamespace(linear=None))
+    monkeypatch.setattr(ops, "_cuda", lambda: SimpleNamespace(linear=None, weight_only_linear=None))
     _, weight, scale = linear_inputs("cpu")
     memory = torch.zeros(48)
     cell = ops.LaunchCell()

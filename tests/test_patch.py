@@ -403,7 +403,7 @@ def test_patterns_predicates_and_lists_of_both_choose_layers() -> None:
     [
         ({"include": "lm_heat"}, r"include = 'lm_heat' matches no linear layer of this Net\. Close to it: 'lm_head'"),
         ({"exclude": ["up", "zzz"]}, r"exclude = 'zzz' matches no linear layer.*There are: 'up', 'down', 'small'"),
-        ({"originals": "cloud"}, r"originals = 'cloud': it must be 'auto', 'host', 'disk' or 'drop'"),
+        ({"originals": "cloud"}, r"originals = 'cloud': it must be 'auto', 'host', 'disk', 'device' or 'drop'"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error_with_close_names(options, sentence: str) -> None:

@@ -245,6 +245,40 @@ def test_a_cuda_graph_holds_every_scheme() -> None:
                 assert torch.equal(y, layer(x)), layer
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weight_only_around_the_dispatcher_gives_the_operators_bits(dtype: torch.dtype, bias: bool) -> None:
+    layer = WeightOnlyInt8Linear.from_float(nn.Linear(K, K, bias=bias, dtype=dtype).cuda())
+
+    def direct(x: torch.Tensor) -> torch.Tensor | None:
+        return ops.eager_weight_only(x, layer.weight, layer.weight_scale, layer.bias, K, layer._cell, 64)
+
+    shapes = ((1, K), (64, K), (3, 5, K), (1, 1, K), (2, 2, 2, K), (K,))
+    cases = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+    cases += [torch.randn(7, 2 * K, device="cuda", dtype=dtype)[:, :K], torch.randn(K, 7, device="cuda", dtype=dtype).T]
+    with torch.no_grad():
+        for x in cases:
+            for _ in range(2):  # the first launch with a weight is another than the later ones
+                y = direct(x)
+                assert y is not None
+                assert torch.equal(y, ops.weight_only_linear(x, layer.weight, layer.weight_scale, layer.bias))
+        x = cases[0]
+        layer.weight.copy_(-layer.weight)  # in place: the address stays, the values do not
+        assert torch.equal(layer(x), ops.weight_only_linear(x, layer.weight, layer.weight_scale, layer.bias))
+        layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)  # elsewhere
+        assert torch.equal(layer(x), ops.weight_only_linear(x, layer.weight, layer.weight_scale, layer.bias))
+        assert direct(torch.randn(65, K, device="cuda", dtype=dtype)) is None
+        assert direct(torch.randn(0, K, device="cuda", dtype=dtype)) is None
+        assert direct(x.float()) is None
+        assert direct(x[:, :-1]) is None
+        with torch.autocast("cuda", dtype=dtype):
+            assert direct(x) is None
+    assert direct(x.clone().requires_grad_()) is None
+    assert (direct(x) is None) == bias  # the bias records
+    assert direct(x.cpu()) is None
+
+
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 

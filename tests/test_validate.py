@@ -113,7 +113,7 @@ def test_report_works_at_any_time_and_names_the_schemes() -> None:
     hwkern.patch(model, plan=Plan())
     now = hwkern.report(model)
     assert [layer.scheme for layer in now.layers] == ["w8a8", "w8a16", ""]
-    assert "already int8 w8a16" in str(now)
+    assert "already w8a16" in str(now)
     assert hwkern.Report.from_json(now.to_json()) == now
     with pytest.raises(TypeError, match="takes a torch"):
         hwkern.report(3)

@@ -1,9 +1,10 @@
-"""What hwkern.patch does to a model's layers: which become int8, which stay and why."""
+"""What hwkern.patch does to a model's layers: which become int8, what computes them, which stay and why."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from hwkern.commands import models
 
@@ -11,20 +12,28 @@ from hwkern.commands import models
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``hwkern report``."""
     models.add_arguments(parser)
-    parser.add_argument(
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
         "--plan", metavar="FILE", help="from `hwkern plan --save`; without one: hwkern.patch's defaults"
     )
+    source.add_argument("--measure", action="store_true", help="plan here and now, with the balanced policy")
+    parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Report; 1 with a sentence when it cannot be."""
     import hwkern
-    from hwkern.plan import Plan
+    from hwkern._survey import describe
+    from hwkern.plan import Plan, plan
 
     try:
-        plan = Plan.load(arguments.plan) if arguments.plan else None
-        model, _, _ = models.load(arguments)
-        found = hwkern.patch(model, plan=plan, originals="drop")
+        planned = Plan.load(arguments.plan) if arguments.plan else None
+        model, batches, _ = models.load(arguments)
+        if arguments.measure:
+            planned = plan(model, batches)
+        found = describe(hwkern.patch(model, plan=planned, originals="drop"), model)
+        if arguments.html:
+            Path(arguments.html).write_text(found.to_html(), encoding="utf-8")
     except (models.UsageError, ValueError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -284,7 +284,7 @@ def quantize_scaled(rows: Tensor, factor: Tensor, device: torch.device) -> tuple
     n, k = rows.shape
     packed = torch.zeros(n, ops.padded(k), dtype=torch.int8, device=device)
     scale = torch.empty(n, dtype=torch.float32, device=device)
-    for part in row_chunks(n, k) if not (rows.is_meta or packed.is_meta) else ():
+    for part in row_chunks(n, k, device) if not (rows.is_meta or packed.is_meta) else ():
         packed[part, :k], scale[part] = ops.quantize(rows[part].to(device).float() * factor)
     return packed, scale
 

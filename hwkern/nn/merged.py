@@ -154,7 +154,7 @@ class Merged:
         """``x [..., K]`` -> ``[..., n]``, every member's outputs side by side."""
         weight, scale, bias = self._read()
         if self.in_float(x):
-            return weight_only(x, weight, scale, bias, self.k)
+            return weight_only(x, weight, scale, bias, self.k, self.cell)
         return ops.eager_linear(x, weight, scale, bias, self.k, self.cell)
 
     def activated(self, x: Tensor, activation: str) -> Tensor:
@@ -171,7 +171,7 @@ class Merged:
         weight, scale, bias = self._read()
         if self.in_float(x):
             y: Any = ops.norm_quantize(x, norm_weight, norm_bias, None, None, kind, eps, offset, True).y
-            return weight_only(y, weight, scale, bias, self.k)
+            return weight_only(y, weight, scale, bias, self.k, self.cell)
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
             code = ops.NORMS[kind]
             return _fused_linear.launch_norm_linear(x, weight, self.cell, norm_weight, norm_bias, code, eps, offset)

@@ -35,7 +35,10 @@ class WeightOnlyInt8Linear(Int8Linear):
             return x[..., self._part.start : self._part.stop]
         if self.max_tokens is not None and math.prod(x.shape[:-1]) > self.max_tokens:
             return super().forward(x)
-        return weight_only(x, self.weight, self.weight_scale, self.bias, self.in_features)
+        # Straight from the dicts, as in Int8Linear.forward.
+        parameters = self._parameters
+        weight, scale, bias = parameters["weight"], self._buffers["weight_scale"], parameters["bias"]
+        return weight_only(x, weight, scale, bias, self.in_features, self._cell)  # type: ignore[arg-type]
 
     def _options(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens}
@@ -63,18 +66,22 @@ class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
 
 
 # On CUDA, with more tokens than this multiplying is the limit, and cuBLAS on the widened weight the faster way.
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
 
 
-def weight_only(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int) -> Tensor:
+def weight_only(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, cell: ops.LaunchCell
+) -> Tensor:
     """``x @ (weight * weight_scale).T + bias`` in x's dtype (autocast's under autocast).
 
     :func:`hwkern.ops.weight_only_linear` on the CPU, and on CUDA for few tokens in a 16-bit dtype; else a matmul on the
-    dequantized weight, which is rounded to that dtype.
+    dequantized weight, which is rounded to that dtype. ``cell`` is the weight's own.
     """
+    if (y := ops.eager_weight_only(x, weight, weight_scale, bias, k, cell, FEW_TOKENS)) is not None:
+        return y
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
-    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= _FEW_TOKENS)):
+    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)):
         return ops.weight_only_linear(x, weight, weight_scale, bias)
     w = ops.dequantize(weight, weight_scale, 0, dtype)[:, :k]
     return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))

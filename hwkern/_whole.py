@@ -1,0 +1,265 @@
+"""A plan against the clock of the whole model: what layers gain alone must be a gain together, measured.
+
+Two things show only there. Layers that cost host time slow an eager model down though each is faster alone: then layers
+go back to float. And layers that are slower alone can be faster fused with their neighbours (q, k and v as one product,
+the norm before them in the same kernel): that is tried, and taken when the model is faster by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hwkern import _batches
+from hwkern._choose import LEAST_GAIN
+from hwkern._console import progress
+from hwkern._observe import evaluating
+from hwkern._recipes import Recipe
+
+if TYPE_CHECKING:
+    from hwkern.plan import Plan
+
+#: Calls in one reading of the model's time: as many as fill the seconds, within these bounds.
+ROUNDS = (5, 40)
+SECONDS = 0.15
+#: The model may be this much slower in a measurement before the plan is doubted.
+NOISE = 0.015
+#: Then layers go back: those with less than the first gain, than the second, all. Small gains are the first suspects,
+#: because their layers cost host time that a layer alone does not show.
+SUSPECTS = (1.15, 1.5, float("inf"))
+#: Layers whose time alone is more than this times the float layer's are not tried fused.
+FUSED_SLACK = 1.6
+#: What lets several layers run as one product.
+_TOGETHER = ("w8a8", "w8a16/w8a8")
+
+Seconds = dict[str, list[float]]  # mode → of each distinct batch
+Reading = tuple[Seconds, Seconds]  # without the plan, and with it
+
+
+def check_whole(result: Plan, model: nn.Module, batches: Sequence[Any], modes: Sequence[str], show: bool) -> None:
+    """Time the model with and without the plan; try fused layers; send back what does not pay."""
+    some = _distinct(batches)
+    with progress("Timing the whole model", len(SUSPECTS) + 2, show) as step:
+        together = _fused_trial(result, model)
+        if together is not None:
+            reading = _compared(model, together, some, modes)
+            if set(reading[0]) == set(modes) and _worst(reading) <= 1 + NOISE and _mean(reading) <= 1 - LEAST_GAIN:
+                result.layers = together.layers
+                _note(result, reading)
+                return
+        step()
+        if not _chosen(result):
+            return
+        reading = _compared(model, result, some, modes)
+        step()
+        for gain in SUSPECTS:
+            if _worst(reading) > 1 + NOISE:
+                chosen = [layer for layer in result.layers.values() if layer.chosen]
+                names = [layer.name for layer in chosen if layer.speedup() < gain]
+                if names:
+                    slower = "slower" if len(names) == len(chosen) else "not faster"
+                    send_back(result, names, f"the whole model was {slower} with it")
+                    reading = _compared(model, result, some, modes)
+            step()
+    _note(result, reading)
+
+
+def send_back(result: Plan, names: Sequence[str], why: str) -> None:
+    """These layers stay float; those of the same norm lose their folding."""
+    norms = set()
+    for layer in result.layers.values():
+        if set(layer.names) & set(names):
+            layer.choice.ruled_out = why
+            layer.chosen, layer.reason = 0, why
+            norms.add(layer.group)
+    for layer in result.layers.values():
+        if layer.group and layer.group in norms and layer.choice.recipe.calibration.folded:
+            result._decide(layer, folded=False)
+
+
+def _chosen(result: Plan) -> list[str]:
+    return [name for layer in result.layers.values() if layer.chosen for name in layer.names]
+
+
+def _note(result: Plan, reading: Reading) -> None:
+    before, after = reading
+    texts = []
+    for mode in before:
+        old, new = sum(before[mode]), sum(after[mode])
+        texts.append(f"{_NAMES[mode]}, all batches: {old * 1e3:.2f} -> {new * 1e3:.2f} ms ({old / new:.2f}×)")
+    mode = next(iter(before))
+    result.whole = {
+        "before_ms": [round(s * 1e3, 4) for s in before[mode]],
+        "after_ms": [round(s * 1e3, 4) for s in after[mode]],
+        "modes": {m: [[round(s * 1e3, 4) for s in side[m]] for side in reading] for m in before},
+        "text": f"Whole model, {'; '.join(texts)}.",
+    }
+
+
+_NAMES = {"eager": "eager", "graph": "CUDA graph"}
+
+
+# ---- layers together ------------------------------------------------------------------------------------------------
+
+
+def _fused_trial(result: Plan, model: nn.Module) -> Plan | None:
+    """``result`` with W8A8 for every layer that could be fused and is within the bounds; None where nothing changes.
+
+    Not under "accurate" and "smallest", which ask for something else than speed.
+    """
+    from hwkern._fusion import could_fuse
+
+    if result.policy not in ("fastest", "balanced"):
+        return None
+    fusable = could_fuse(model)
+    held = set() if result.task is None else set(result.task.kept)
+    trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+    changed = False
+    for layer in trial.layers.values():
+        recipe = layer.choice.recipe
+        if not set(layer.names) & fusable or set(layer.names) & held or not layer.calls or recipe.scheme in _TOGETHER:
+            continue
+        keep = layer.candidates[0]
+        for i, candidate in enumerate(layer.candidates):
+            if candidate.recipe != Recipe("w8a8") or candidate.snr_db < result.accuracy.min_snr_db:
+                continue
+            ratio = max(candidate.us[mode][m] / keep.us[mode][m] for mode in keep.us for m in layer.calls)
+            if ratio <= FUSED_SLACK and not recipe.calibration.folded:
+                layer.chosen, changed = i, True
+                layer.reason = (
+                    f"up to {ratio:.2f}× the float layer's time alone, but the whole model is faster with it fused to "
+                    "its neighbours"
+                )
+    return trial if changed else None
+
+
+# ---- readings -------------------------------------------------------------------------------------------------------
+
+
+def _worst(reading: Reading) -> float:
+    return max(_ratios(reading))
+
+
+def _mean(reading: Reading) -> float:
+    return statistics.mean(_ratios(reading))
+
+
+def _ratios(reading: Reading) -> list[float]:
+    before, after = reading
+    return [a / b for mode in before for a, b in zip(after[mode], before[mode], strict=True)]
+
+
+def _compared(model: nn.Module, result: Plan, batches: Sequence[Any], modes: Sequence[str]) -> Reading:
+    """One reading; where that looks slower, the better of two, because one alone is off now and then."""
+    if not _chosen(result):
+        alone = seconds(model, batches, modes)
+        return alone, alone
+    first = _reading(model, result, batches, modes)
+    if _worst(first) <= 1 + NOISE:
+        return first
+    second = _reading(model, result, batches, modes)
+    return _better(first[0], second[0]), _better(first[1], second[1])
+
+
+def _better(one: Seconds, other: Seconds) -> Seconds:
+    return {mode: [min(pair) for pair in zip(one[mode], other[mode], strict=True)] for mode in one if mode in other}
+
+
+def _reading(model: nn.Module, result: Plan, batches: Sequence[Any], modes: Sequence[str]) -> Reading:
+    """The model without the plan, before and after (the better counts), and with it."""
+    from hwkern._back_off import _Recipes, _swapped, trial_place
+    from hwkern.patch import patch, unpatch
+
+    first = seconds(model, batches, modes)
+    recipes = {name: recipe for name, recipe in result.recipes.items() if recipe.scheme != "keep"}
+    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
+    try:
+        after = seconds(model, batches, tuple(first))
+    finally:
+        if swapped := [name for name in _swapped(model) if name in recipes]:
+            unpatch(model, include=swapped)
+    before = _better(first, seconds(model, batches, tuple(after)))
+    return before, {mode: after[mode] for mode in before}
+
+
+def seconds(model: nn.Module, batches: Sequence[Any], modes: Sequence[str]) -> Seconds:
+    """Of each batch in each mode; without "graph" where the model cannot be captured, and then at least eager."""
+    device = _batches.device_of(model)
+    found: Seconds = {}
+    with torch.no_grad(), evaluating(model):
+        for mode in modes:
+            times = []
+            for batch in batches:
+                call: Callable[[], object] | None = functools.partial(_batches.call, model, batch)
+                if mode == "graph":
+                    call = _graph(model, batch, device)
+                if call is None:
+                    break
+                times.append(_median(call, device))
+            else:
+                found[mode] = times
+    return found or seconds(model, batches, ("eager",))
+
+
+def _median(call: Callable[[], object], device: torch.device) -> float:
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    once()
+    rounds = max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / max(once(), 1e-6))))
+    samples = [once() for _ in range(rounds)]
+    return statistics.median(samples) if device.type == "cuda" else min(samples)
+
+
+def _graph(model: nn.Module, batch: Any, device: torch.device) -> Callable[[], object] | None:
+    """The replay of one call; None for a model that waits for the GPU in its forward, which no graph can hold.
+
+    That is tried outside a capture first: one that fails leaves torch's random numbers unusable on the device.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        mode = torch.cuda.get_sync_debug_mode()
+        with torch.cuda.stream(stream):
+            _batches.call(model, batch)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                _batches.call(model, batch)
+            except RuntimeError:
+                return None
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                _batches.call(model, batch)
+        except RuntimeError:
+            return None
+    return graph.replay
+
+
+def _distinct(batches: Sequence[Any]) -> list[Any]:
+    """The first batch of each shape, four at most."""
+    found: dict[str, Any] = {}
+    for batch in batches:
+        found.setdefault(_signature(batch), batch)
+    return list(found.values())[:4]
+
+
+def _signature(batch: Any) -> str:
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
+    return " ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else repr(v) for v in values)
