@@ -381,7 +381,7 @@ def test_an_error_while_fusing_leaves_the_float_model(monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(_fusion, "_probe", interrupted)
+    monkeypatch.setattr(_fusion, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patched(model)
     assert {name: type(module) for name, module in model.named_modules()} == classes
