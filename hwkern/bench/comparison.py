@@ -7,6 +7,7 @@ budget has a row that says so.
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics as stats
 import sys
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hwkern import _batches
-from hwkern.bench import accuracy, energy, models, paths, record, settings, subjects, traffic
+from hwkern.bench import accuracy, energy, engines, models, paths, record, settings, subjects, traffic
 from hwkern.bench import statistics as noise
 from hwkern.bench.limits import Budget, at_most
 from hwkern.bench.models import AbsentError, Model
@@ -63,12 +64,12 @@ class Comparison:
 
     def __init__(self, options: settings.Settings, keep: Callable[[dict[str, Any]], None]) -> None:
         self.options, self.keep = options, keep
-        self.budget = Budget(options.budget)
+        self.budget = Budget(options.budget, options.started)
         names = options.paths or paths.DEFAULT_PATHS
         self.paths = [paths.path(name) for name in names]
         self.rows: list[Row] = []
         self.baseline = "fp16" if options.cuda else "fp32"
-        self.engines: Any = None
+        self.engines: engines.Engines | None = None
         uuid = str(torch.cuda.get_device_properties(0).uuid) if options.cuda else None
         self.meter = energy.Meter(uuid)
         self.document: dict[str, Any] = {
@@ -142,9 +143,11 @@ class Comparison:
             return self._row(name, "all", "all", status, **rest)
         entries = self._entries(model, exact, judge, wanted, budget.share(MAKE_PART))
         for index, workload in enumerate(wanted):
-            self._workload(model, workload, exact, entries, budget.share(1 / (len(wanted) - index)))
+            self._workload(model, workload, wanted, exact, entries, budget.share(1 / (len(wanted) - index)))
             self._save()
         del entries, exact, judge
+        if self.engines is not None:
+            self.engines.forget()
         gc.collect()
         if self.options.cuda:
             torch.cuda.empty_cache()
@@ -201,8 +204,9 @@ class Comparison:
     # ---- one workload ----------------------------------------------------------------------------------------------
 
     def _workload(
-        self, model: Model, workload: settings.Workload, exact: nn.Module, entries: list[Entry], budget: Budget
-    ) -> None:
+        self, model: Model, workload: settings.Workload, every: list[settings.Workload], exact: nn.Module,
+        entries: list[Entry], budget: Budget,
+    ) -> None:  # fmt: skip
         options = self.options
         inputs: dict[str, Any] = {}
         stream: traffic.Traffic | None = None
@@ -218,7 +222,8 @@ class Comparison:
         preparing = budget.share(PREPARE_PART)
         try:
             for entry in entries:
-                timed = self._ready(model, workload, entry, inputs, stream, wanted, preparing)
+                make = functools.partial(self._engine, model, workload, entry, exact, every, stream)
+                timed = self._ready(model, workload, entry, make, inputs, stream, wanted, preparing)
                 if timed is not None:
                     ready.append(timed)
             self._time(ready, budget)
@@ -239,8 +244,8 @@ class Comparison:
         return traffic.Traffic(lengths, arrivals, tops, options.max_rows)
 
     def _ready(
-        self, model: Model, workload: settings.Workload, entry: Entry, inputs: dict[str, Any],
-        stream: traffic.Traffic | None, wanted: Tensor | None, budget: Budget,
+        self, model: Model, workload: settings.Workload, entry: Entry, make: Callable[[], subjects.Subject],
+        inputs: dict[str, Any], stream: traffic.Traffic | None, wanted: Tensor | None, budget: Budget,
     ) -> Timed | None:  # fmt: skip
         """The entry, warm and checked; or a row that says why not."""
         where = (model.name, workload.name, entry.path.name)
@@ -250,7 +255,7 @@ class Comparison:
         try:
             with at_most(budget.left):
                 if entry.path.is_engine:
-                    entry.subject = self._engine(model, workload, entry)
+                    entry.subject = make()
                 assert entry.subject is not None
                 entry.subject.prepare(workload, inputs, _shaped(stream, entry.path))
                 output = entry.subject.output()
@@ -270,8 +275,18 @@ class Comparison:
             self._row(*where, status, **rest)
             return None
 
-    def _engine(self, model: Model, workload: settings.Workload, entry: Entry) -> subjects.Subject:
-        raise AbsentError("TensorRT paths are not there yet")
+    def _engine(
+        self, model: Model, workload: settings.Workload, entry: Entry, exact: nn.Module,
+        wanted: list[settings.Workload], stream: traffic.Traffic | None,
+    ) -> subjects.Subject:  # fmt: skip
+        if self.engines is None:
+            self.engines = engines.Engines(self.options.tensorrt_python)
+        check = model.check_inputs(self.options.seed, self.options.device)
+        stream = _shaped(stream, entry.path)
+        engine = self.engines.engine(entry.path, model, exact, workload, wanted, stream, check)
+        entry.note = {"prepared_s": engine["build_s"]}
+        self.document["environment"]["tensorrt"] = self.engines.version
+        return engines.EngineSubject(self.engines, engine)
 
     def _time(self, ready: list[Timed], budget: Budget) -> None:
         """Blocks in turn, forwards and backwards, while there is time."""

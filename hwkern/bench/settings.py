@@ -139,6 +139,7 @@ class Settings:
     lengths: Path | None = None
     tensorrt_python: str | None = None
     show: bool = True
+    started: float | None = None  #: time.monotonic() that the budget counts from
     keep: dict[str, str] = field(default_factory=dict)  #: for the record: commit, command
 
     @property

@@ -343,18 +343,9 @@ class _Server:
         return time.perf_counter() - start, prepared
 
     def block(self, seconds: float, found: Block) -> None:
-        """Every shape, as often as there is time for, at least once; the least of each counts for its block."""
-        requests = {shape: [[11] * shape[1]] * shape[0] for shape in self.shapes}
-        until = time.perf_counter() + seconds
-        samples: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in self.shapes}
-        while True:
-            for (rows, length), each in samples.items():
-                each.append(self.serve(requests[rows, length], rows, length))
-            if time.perf_counter() >= until:
-                break
-        for shape, each in samples.items():
-            ordered = sorted(each)
-            found.table[shape], found.inputs[shape] = ordered[len(ordered) // 2]
+        """Every shape, as often as there is time for."""
+        for shape, (total, inputs) in queueing.measured(self.shapes, self.serve, seconds).items():
+            found.table[shape], found.inputs[shape] = total, inputs
 
     def largest(self) -> None:
         rows, length = max(self.shapes, key=lambda s: s[0] * s[1])

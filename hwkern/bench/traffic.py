@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,6 +209,23 @@ def grid(traffic: Traffic) -> list[tuple[int, int]]:
         dict.fromkeys(ordered[round(i * (len(ordered) - 1) / 5)] for i in range(6))
     )
     return [(r, n) for n in lengths for r in rows]
+
+
+def measured(
+    shapes: Sequence[tuple[int, int]],
+    serve: Callable[[Sequence[Sequence[int]], int, int], tuple[float, float]],
+    seconds: float,
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """Median of ``serve(requests, rows, length)``, which is (seconds, of these spent on the inputs), for every shape:
+    all of them in turn, for about so long, at least once."""
+    full = {(rows, length): [[11] * length] * rows for rows, length in shapes}
+    samples: dict[tuple[int, int], list[tuple[float, float]]] = {shape: [] for shape in full}
+    until = time.perf_counter() + seconds
+    while True:
+        for (rows, length), each in samples.items():
+            each.append(serve(full[rows, length], rows, length))
+        if time.perf_counter() >= until:
+            return {shape: sorted(each)[len(each) // 2] for shape, each in samples.items()}
 
 
 @dataclass
