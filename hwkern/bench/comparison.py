@@ -403,11 +403,11 @@ class Comparison:
 
 def _failure(error: BaseException) -> tuple[str, dict[str, Any]]:
     """``(status, {"reason"})`` of what went wrong on the way to a row."""
+    if isinstance(error, TimeoutError):
+        return "not run", {"reason": f"budget: {error}"}
     text = (str(error).strip().splitlines() or ["no text"])[0][:300]
     if isinstance(error, AbsentError):
         return "absent", {"reason": text}
-    if isinstance(error, TimeoutError):
-        return "not run", {"reason": f"budget: {text}"}
     return "failed", {"reason": f"{type(error).__name__}: {text}"}
 
 

@@ -7,6 +7,7 @@ stopped at the budget's end, which a build inside this process cannot. It speaks
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -131,11 +132,17 @@ class Child:
 
     def _start(self) -> subprocess.Popen[str]:
         package = str(Path(__file__).resolve().parent.parent.parent)
-        search = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        variables = {"PYTHONPATH": package}
+        if self._python == sys.executable and importlib.util.find_spec("tensorrt_rtx") is not None:
+            from hwkern.tensorrt.plugin import rtx_library_folder
+
+            variables["LD_LIBRARY_PATH"] = str(rtx_library_folder())
+        for name, value in variables.items():
+            variables[name] = os.pathsep.join([value, *filter(None, [os.environ.get(name)])])
         try:
             return subprocess.Popen(
                 [self._python, "-m", "hwkern.bench.engine_child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": search},
+                stderr=subprocess.DEVNULL, text=True, env={**os.environ, **variables},
             )  # fmt: skip
         except OSError as error:
             raise AbsentError(f"--tensorrt-python {self._python} cannot be started: {error}") from error

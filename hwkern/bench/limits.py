@@ -11,6 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 
+#: A limit that strikes inside code that swallows everything strikes again after so many seconds.
+AGAIN = 0.5
+
+
+class _Stop(BaseException):
+    """What the signal raises: no `except Exception` on the way (torch.compile has many) may take it for an error."""
+
+
 @contextlib.contextmanager
 def at_most(seconds: float | None) -> Iterator[None]:
     """Raise TimeoutError in the main thread after so many seconds.
@@ -25,23 +33,29 @@ def at_most(seconds: float | None) -> Iterator[None]:
     if seconds <= 0:
         raise TimeoutError("no time left")
     started = time.monotonic()
-    outer, _ = signal.getitimer(signal.ITIMER_REAL)
+    outer, again = signal.getitimer(signal.ITIMER_REAL)
     if outer and outer < seconds:
         yield
         return
+    mine = _Stop(f"not ready after {seconds:.3g} s")
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"not ready after {seconds:.3g} s")
+        raise mine
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
+    except _Stop as stopped:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if stopped is mine:
+            raise TimeoutError(str(stopped)) from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         if outer:
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, outer - (time.monotonic() - started)))
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, outer - (time.monotonic() - started)), again)
 
 
 class Budget:
