@@ -132,7 +132,9 @@ class Child:
 
     def _start(self) -> subprocess.Popen[str]:
         package = str(Path(__file__).resolve().parent.parent.parent)
+        # TensorRT 8.6's CUDA runtime loads every kernel at once by default: seconds for each engine.
         variables = {"PYTHONPATH": package}
+        lazy = {"CUDA_MODULE_LOADING": "LAZY"}
         if self._python == sys.executable and importlib.util.find_spec("tensorrt_rtx") is not None:
             from hwkern.tensorrt.plugin import rtx_library_folder
 
@@ -142,7 +144,8 @@ class Child:
         try:
             return subprocess.Popen(
                 [self._python, "-m", "hwkern.bench.engine_child"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, text=True, env={**os.environ, **variables},
+                stderr=subprocess.DEVNULL, text=True, env={**lazy, **os.environ, **variables},
+                cwd=tempfile.gettempdir(),  # -m puts it before PYTHONPATH: it may hold another hwkern
             )  # fmt: skip
         except OSError as error:
             raise AbsentError(f"--tensorrt-python {self._python} cannot be started: {error}") from error
