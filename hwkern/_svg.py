@@ -42,6 +42,8 @@ h3 { font-size: 1rem; margin: 1.75rem 0 .25rem; } p { margin: .25rem 0; } .soft 
 code { font-size: .9em; overflow-wrap: anywhere; } figure { margin: .75rem 0 0; }
 figcaption { color: var(--soft); font-size: .88rem; margin-bottom: .25rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; margin-top: .75rem; }
+i.key { display: inline-block; width: 1.4em; height: .7em; margin: 0 .3em 0 1em; border-radius: 1px; }
+i.was { background: var(--was); margin-left: 0; } i.now { background: var(--now); } i.other { background: var(--other); }
 th, td { text-align: right; padding: .35rem 0 .35rem .9rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -101,8 +103,8 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
-#: Units of a text's length per letter, on average, at 12 units of height.
-LETTER = 6.3
+#: Units of a text's length per letter at 12 units of height: of the widest common system font, in bold.
+LETTER = 7.3
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def bars(rows: Sequence[Bar], title: str, reference: float | None = None, alone:
     body = []
     for i, row in enumerate(rows):
         y = 4 + 22 * i
-        kind = "num nowtext bold" if row.kind == "now" else "num"
+        kind = "num bold" if row.kind == "now" else "num"
         body.append(text(left - 8, y + 13, row.name, kind))
         body.append(bar(left, y + 2, row.value * scale, 15, row.kind, f"{row.name}: {row.words}"))
         end = left + row.value * scale

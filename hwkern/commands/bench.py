@@ -170,13 +170,18 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
     """Everything that is made of a document: results.json, results.csv, table.txt, plots and the page."""
-    from hwkern.bench import record, tables
+    from hwkern.bench import page, record, tables
 
     folder.mkdir(parents=True, exist_ok=True)
     record.save(folder / "results.json", document)
-    files = {"results.csv": tables.to_csv(document), "table.txt": tables.text(document) + "\n"}
+    files = {
+        "results.csv": tables.to_csv(document),
+        "table.txt": tables.text(document) + "\n",
+        "index.html": page.html(document),
+        **{f"plots/{name}": drawn for name, drawn in page.plots(document).items()},
+    }
     for name, content in files.items():
-        (folder / name).write_text(content, encoding="utf-8")
-    return [folder / "results.json", *(folder / name for name in files)]
-
-
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return [folder / "results.json", *(folder / name for name in files if "plots/" not in name), folder / "plots"]
