@@ -56,7 +56,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     for key in SAME:
         was, now = old["environment"].get(key), new["environment"].get(key)
         if was != now:
-            raise CompareError(f"The files are of different machines: {key} {was!r} and {now!r}. That is no regression.")
+            raise CompareError(
+                f"The files are of different machines: {key} {was!r} and {now!r}. That is no regression."
+            )
     keys = KEYS[old["benchmark"]]
 
     def named(document: Mapping[str, Any]) -> dict[str, Any]:

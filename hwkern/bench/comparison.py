@@ -355,9 +355,7 @@ class Comparison:
             if found is None:
                 raise AbsentError(f"a single request takes longer than the bound of {self.options.bound_ms:g} ms")
             rates.append(found[0] * sum(stream.lengths) / len(stream.lengths))
-        table = {
-            shape: stats.median(block.table[shape] for block in timed.blocks) for shape in timed.blocks[0].table
-        }
+        table = {shape: stats.median(block.table[shape] for block in timed.blocks) for shape in timed.blocks[0].table}
         inputs = {shape: stats.median(b.inputs[shape] for b in timed.blocks) for shape in table}
         service = traffic.Table(table)
         found = stream.capacity(service, bound)
@@ -370,9 +368,7 @@ class Comparison:
             "latency_ms": latency | {"n": len(trial.latencies)},
             "bound_ms": self.options.bound_ms,
             "input_share": round(sum(inputs.values()) / sum(table.values()), 4),
-            "saturated_tokens_per_s": round(
-                sum(stream.lengths) / stream.simulate(float("inf"), service).seconds, 1
-            ),
+            "saturated_tokens_per_s": round(sum(stream.lengths) / stream.simulate(float("inf"), service).seconds, 1),
         }
         row["checked"] = self._real_run(timed, stream, rate)
         return rates, row

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-
 #: A limit that strikes inside code that swallows everything strikes again after so many seconds.
 AGAIN = 0.5
 

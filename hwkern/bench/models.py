@@ -201,7 +201,14 @@ def _minilm() -> Model:
         return demo.load("float32", device)[1]
 
     return Model(
-        "minilm", "all-MiniLM-L6-v2 (trained)", "encoder", make, 2.3e7, vocabulary, True, _text_ids(tokenizer, vocabulary)
+        "minilm",
+        "all-MiniLM-L6-v2 (trained)",
+        "encoder",
+        make,
+        2.3e7,
+        vocabulary,
+        True,
+        _text_ids(tokenizer, vocabulary),
     )
 
 

@@ -88,7 +88,9 @@ def throughput(rows: Sequence[Row], title: str, alone: bool = False) -> str:
     for row in rows:
         ratio = f"  {row['ratio']['value']:.2f}×" if row.get("ratio") else ""
         made.append(
-            Bar(path_of(row["path"]).title, row[unit], f"{number(row[unit])}{ratio}", kind(row), row.get("noise") or 0.0)
+            Bar(
+                path_of(row["path"]).title, row[unit], f"{number(row[unit])}{ratio}", kind(row), row.get("noise") or 0.0
+            )
         )
     return _svg.bars(made, title, alone=alone)
 

@@ -21,6 +21,12 @@ CSV_COLUMNS = (
     "accuracy.perplexity_fp32", "requests_per_s", "padding_waste", "rows_per_batch", "input_share", "bound_ms",
 )  # fmt: skip
 
+KERNEL_COLUMNS = (
+    "operator", "dtype", "m", "n", "k", "status", "reason", "us", "noise", "floor_us", "bound", "of_light", "operations",
+    "bytes", "peers_us.bf16", "peers_us.fp32", "peers_us.int_mm", "peers_us.fp8", "peers_us.eager torch",
+    "peers_us.stock, then quantize", "peers_us.stock alone",
+)  # fmt: skip
+
 
 def value(row: Row, dotted: str) -> Any:
     """``row["a"]["b"]`` for "a.b"; None where there is none."""
@@ -34,9 +40,10 @@ def to_csv(document: Mapping[str, Any]) -> str:
     """One line per row, absent ones included."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    names = CSV_COLUMNS if document["benchmark"] == "comparison" else KERNEL_COLUMNS
+    writer.writerow(names)
     for row in document["rows"]:
-        writer.writerow(["" if (v := value(row, column)) is None else v for column in CSV_COLUMNS])
+        writer.writerow(["" if (v := value(row, column)) is None else v for column in names])
     return out.getvalue()
 
 
@@ -124,6 +131,11 @@ def left_out(document: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 def text(document: Mapping[str, Any]) -> str:
     """All tables, then what was not measured."""
+    if document["benchmark"] == "kernels":
+        from hwkern.bench import kernel_page
+
+        heads, cells = kernel_page.columns(kernel_page.measured(document))
+        return "\n".join([plain_table("kernels", heads, cells), *kernel_page.left_out(document)])
     parts = []
     for model, workload, rows in groups(document):
         heads, cells = columns(rows)

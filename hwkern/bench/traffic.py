@@ -64,7 +64,7 @@ def lengths_from(path: Path, most: int) -> list[int]:
         if isinstance(value, dict):
             value = value.get("length", value.get("tokens"))
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{path}:{number}: a length of at least 1 is needed, as 17 or {{\"length\": 17}}.")
+            raise ValueError(f'{path}:{number}: a length of at least 1 is needed, as 17 or {{"length": 17}}.')
         found.append(min(most, value))
     if not found:
         raise ValueError(f"{path} holds no lengths.")
@@ -120,7 +120,9 @@ class Traffic:
 
     def __post_init__(self) -> None:
         if not self.lengths or len(self.lengths) != len(self.arrivals):
-            raise ValueError(f"{len(self.lengths)} lengths and {len(self.arrivals)} arrivals: as many of both are needed.")
+            raise ValueError(
+                f"{len(self.lengths)} lengths and {len(self.arrivals)} arrivals: as many of both are needed."
+            )
         if self.tops and (list(self.tops) != sorted(set(self.tops)) or max(self.lengths) > self.tops[-1]):
             raise ValueError(f"The profiles {self.tops} must ascend and reach {max(self.lengths)} tokens.")
 
@@ -205,9 +207,7 @@ def grid(traffic: Traffic) -> list[tuple[int, int]]:
     """(rows, length) to be measured: powers of two of the rows, times the profiles or six lengths of the sample."""
     rows = sorted({min(traffic.max_rows, 1 << i) for i in range(traffic.max_rows.bit_length() + 1)})
     ordered = sorted(traffic.lengths)
-    lengths = traffic.tops or tuple(
-        dict.fromkeys(ordered[round(i * (len(ordered) - 1) / 5)] for i in range(6))
-    )
+    lengths = traffic.tops or tuple(dict.fromkeys(ordered[round(i * (len(ordered) - 1) / 5)] for i in range(6)))
     return [(r, n) for n in lengths for r in rows]
 
 
@@ -255,7 +255,7 @@ class Table:
 def _around(points: Sequence[int], value: int) -> tuple[int, int]:
     """The two points that ``value`` lies between, or the outermost two; twice the same one on a point."""
     i = bisect.bisect_left(points, value)
-    if i < len(points) and points[i] == value or len(points) == 1:
+    if (i < len(points) and points[i] == value) or len(points) == 1:
         return points[min(i, len(points) - 1)], points[min(i, len(points) - 1)]
     i = min(max(i, 1), len(points) - 1)
     return points[i - 1], points[i]

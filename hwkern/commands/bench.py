@@ -15,9 +15,15 @@ BUDGET = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``hwkern bench``."""
     parser.add_argument(
-        "what", nargs="?", choices=["models", "kernels"], default="models", help="whole models (default), or kernels alone"
+        "what",
+        nargs="?",
+        choices=["models", "kernels"],
+        default="models",
+        help="whole models (default), or kernels alone",
     )
-    parser.add_argument("--models", default="", help="comma-separated names, or transformers folders; `--list` shows them")
+    parser.add_argument(
+        "--models", default="", help="comma-separated names, or transformers folders; `--list` shows them"
+    )
     parser.add_argument("--paths", default="", help="comma-separated; `--list` shows them")
     parser.add_argument(
         "--workloads",
@@ -33,15 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=float, default=BUDGET, metavar="SECONDS",
         help=f"time of the whole run; what does not fit is listed as not run (default {BUDGET:.0f}; 0: no limit)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("hwkern-bench"), metavar="FOLDER", help="default: hwkern-bench")
+    parser.add_argument(
+        "--out", type=Path, default=Path("hwkern-bench"), metavar="FOLDER", help="default: hwkern-bench"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--p95-ms", type=float, metavar="MS", help="bound of the latency under traffic (default 50 on a GPU, 500 on a CPU)"
+        "--p95-ms",
+        type=float,
+        metavar="MS",
+        help="bound of the latency under traffic (default 50 on a GPU, 500 on a CPU)",
     )
     parser.add_argument("--requests", type=int, default=2000, help="requests of the traffic (default 2000)")
     parser.add_argument("--max-batch", type=int, default=32, help="most requests in a batch under traffic (default 32)")
     parser.add_argument(
-        "--lengths", type=Path, metavar="FILE", help='request lengths as JSON lines, such as {"length": 17}; default: log-normal'
+        "--lengths",
+        type=Path,
+        metavar="FILE",
+        help='request lengths as JSON lines, such as {"length": 17}; default: log-normal',
     )
     parser.add_argument(
         "--tensorrt-python", metavar="PATH", help="interpreter that has TensorRT, for its paths (default: this one)"
@@ -52,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"),
         help="measure nothing: say what got slower between two results; exit code 1 if anything did",
     )  # fmt: skip
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing: write the tables and pages again")
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing: write the tables and pages again"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
