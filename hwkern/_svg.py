@@ -1,8 +1,8 @@
-"""Small drawings as SVG, and the page around them: no scripts, nothing fetched, light or dark as the reader's system is.
+"""Small drawings as SVG, and the page around them: no scripts, nothing fetched, light or dark as the reader has it.
 
 The primitives return SVG text; the charts name their lines, bars and points where they are drawn, so that no legend is
-needed. Colours are classes of ``STYLE``: ``was`` (grey, what there was), ``now`` (blue, ours), ``other`` (purple, a third
-family), ``mark`` (orange, bounds and warnings), ``soft`` (secondary text).
+needed. Colours are classes of ``STYLE``: ``was`` (grey, what there was), ``now`` (blue, ours), ``other`` (purple,
+a third family), ``mark`` (orange, bounds and warnings), ``soft`` (secondary text).
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ code { font-size: .9em; overflow-wrap: anywhere; } figure { margin: .75rem 0 0; 
 figcaption { color: var(--soft); font-size: .88rem; margin-bottom: .25rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; margin-top: .75rem; }
 i.key { display: inline-block; width: 1.4em; height: .7em; margin: 0 .3em 0 1em; border-radius: 1px; }
-i.was { background: var(--was); margin-left: 0; } i.now { background: var(--now); } i.other { background: var(--other); }
+i.was { background: var(--was); margin-left: 0; }
+i.now { background: var(--now); } i.other { background: var(--other); }
 th, td { text-align: right; padding: .35rem 0 .35rem .9rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -242,7 +243,7 @@ def plane(x: Axis, y: Axis, points: Sequence[Point], curves: Sequence[Curve], ti
         wide = LETTER * len(point.name)
         start = px + 8 if px + 8 + wide < right else px - 8 - wide
         level = py + 4
-        while any(abs(level - l) < 13 and start < e and s < start + wide for s, e, l in taken):
+        while any(abs(level - other) < 13 and start < e and s < start + wide for s, e, other in taken):
             level += 13
         taken.append((start, start + wide, level))
         body.append(text(start, level, point.name, "bold" if point.kind == "now" else ""))

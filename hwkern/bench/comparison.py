@@ -1,8 +1,8 @@
 """The comparison itself: which model, workload and path come when, what a row keeps, and what the budget leaves out.
 
-For each model all paths are made ready, then timed in turn, block by block: heat, clocks and neighbours are the same for
-all, and ratios are taken block against block. The document is written after every workload. What does not fit into the
-budget has a row that says so.
+For each model all paths are made ready, then timed in turn, block by block: heat, clocks and neighbours are the same
+for all, and ratios are taken block against block. The document is written after every workload. What does not fit into
+the budget has a row that says so.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Comparison:
             size = f"{4e-9 * model.parameters:.0f} GB of float32 weights"
             return self._row(name, "all", "all", "absent", reason=f"{size}: minutes a row on a CPU")
         wanted, left = settings.workloads_of(model.kind, self.options.workloads, self.options.cuda)
-        for workload, reason in left.items():
-            self._row(name, workload, "all", "absent", reason=reason)
+        for left_name, why in left.items():
+            self._row(name, left_name, "all", "absent", reason=why)
         if not wanted:
             return None
         if budget.spent:

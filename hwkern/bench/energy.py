@@ -31,7 +31,7 @@ class Meter:
             return
         try:
             pynvml.nvmlInit()
-            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
             pynvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu)
         except pynvml.NVMLError as error:
             self.problem = f"NVML has no energy counter here ({error})"

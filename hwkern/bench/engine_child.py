@@ -31,7 +31,7 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     import hwkern.tensorrt as ht
     from hwkern.tensorrt import _api
 
-    model = onnx.load(message["onnx"])
+    model: Any = onnx.load(message["onnx"])
     if message["rewrite"]:
         model = ht.rewrite(model).model
     profiles = [
@@ -75,7 +75,7 @@ class Prepared:
             x = np.ascontiguousarray(x.astype(self.runner.inputs["x"].dtype))
             np.savez(message["output"], y=self.runner({"x": x})["y"].astype(np.float32))
             with self.context.current():
-                (enqueue,), self._alive = copies.enqueues({"x": x.shape}, {"x": x})
+                (enqueue,), self._alive = copies.enqueues({"x": x.shape}, {"x": x.tobytes()})
                 self.stream = _cuda.Stream()
                 for _ in range(3):  # whatever is lazy happens before the capture
                     enqueue(self.stream.value)

@@ -118,8 +118,9 @@ def export(module: nn.Module, model: Model, inputs: Mapping[str, Any], file: Pat
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Exported(prepared, model.calls(), traffic, model.kind == "decoder"), arguments, str(file), input_names=names, output_names=["y"],
-            dynamic_axes={**axes, "y": {0: "batch"}}, opset_version=OPSET, dynamo=False,
+            Exported(prepared, model.calls(), traffic, model.kind == "decoder"), arguments, str(file),
+            input_names=names, output_names=["y"], dynamic_axes={**axes, "y": {0: "batch"}}, opset_version=OPSET,
+            dynamo=False,
         )  # fmt: skip
 
 
@@ -256,7 +257,7 @@ def _profiles(
             found.append([{"x": shape, "mask": shape} for shape in shapes])
         return found
     fixed = [each for each in wanted if isinstance(each, settings.Fixed)]
-    side = model.extra.get("side")
+    side = int(model.extra.get("side", 0))
     shapes = [[each.rows, 3, side, side] if model.kind == "image" else [each.rows, each.length] for each in fixed]
     return [[{"x": shape}] * 3 for shape in shapes]
 

@@ -52,8 +52,10 @@ def roofline(document: Mapping[str, Any], alone: bool = False) -> str | None:
     if not (bandwidth and peak and rows):
         return None
     points = [
-        Point(name(row).removeprefix("INT8 GEMM "), row["operations"] / row["bytes"], row["operations"] / row["us"] / 1e6,
-              "now")
+        Point(
+            name(row).removeprefix("INT8 GEMM "), row["operations"] / row["bytes"], row["operations"] / row["us"] / 1e6,
+            "now",
+        )
         for row in rows
     ]  # fmt: skip
     low, high = 0.5 * min(p.x for p in points), 3 * max(p.x for p in points)

@@ -1,8 +1,8 @@
 """``hwkern bench kernels``: GEMM, quantization and the fused operators against stock, and against the speed of light.
 
 On a GPU: cold L2, CUDA-graph replays, peers in turn (hwkern._timing). On a CPU: eager calls in turn. Every operator is
-compared with the reference before it is timed. benchmarks/ in the repository goes deeper into each; this is the overview
-that ships with the package.
+compared with the reference before it is timed. benchmarks/ in the repository goes deeper into each; this is the
+overview that ships with the package.
 """
 
 from __future__ import annotations
@@ -227,7 +227,8 @@ def quantizations(m: int, k: int, device: str) -> Iterator[Work]:
         {"eager torch": [functools.partial(eager_per_token, x) for x in xs]},
     )  # fmt: skip
     yield Work(
-        "dequantize", name, m, None, k, 0, moved, [functools.partial(ops.dequantize, q, s, 0, dtype) for q, s in packed],
+        "dequantize", name, m, None, k, 0, moved,
+        [functools.partial(ops.dequantize, q, s, 0, dtype) for q, s in packed],
         {"eager torch": [functools.partial(eager_dequantize, q, s, dtype) for q, s in packed]},
     )  # fmt: skip
 
@@ -254,7 +255,8 @@ def fused(m: int, k: int, device: str) -> Iterator[Work]:
     part = functools.partial
     yield Work(
         "RMSNorm + quantize", name, m, None, k, 0, moved,
-        [part(ops.norm_quantize, x, w, kind="rms_rounded", eps=EPS) for x in xs], then([part(rms_norm, x, w) for x in xs]),
+        [part(ops.norm_quantize, x, w, kind="rms_rounded", eps=EPS) for x in xs],
+        then([part(rms_norm, x, w) for x in xs]),
     )  # fmt: skip
     yield Work(
         "LayerNorm + quantize", name, m, None, k, 0, moved,

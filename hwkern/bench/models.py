@@ -225,6 +225,6 @@ def _folder(folder: Path) -> Model:
     decoder = config["architectures"][0].endswith(("ForCausalLM", "LMHeadModel"))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Model(
-        folder.name, folder.name, "decoder" if decoder else "encoder", lambda device: make().to(device).eval(), size / 2,
-        config["vocab_size"], True, _text_ids(tokenizer, config["vocab_size"]),
+        folder.name, folder.name, "decoder" if decoder else "encoder", lambda device: make().to(device).eval(),
+        size / 2, config["vocab_size"], True, _text_ids(tokenizer, config["vocab_size"]),
     )  # fmt: skip

@@ -191,7 +191,9 @@ BASES: dict[str, Base] = {
     ),
     "torchao-fp8": Base(
         "torchao FP8", "stock", ("cuda",),
-        _torchao("Float8DynamicActivationFloat8WeightConfig", {"granularity": "PerRow", "set_inductor_config": False}, 89),
+        _torchao(
+            "Float8DynamicActivationFloat8WeightConfig", {"granularity": "PerRow", "set_inductor_config": False}, 89
+        ),
     ),
     "hwkern-patch": Base("hwkern.patch", "hwkern", BOTH, _patched),
     "hwkern-plan": Base("hwkern.plan", "hwkern", BOTH, _planned),

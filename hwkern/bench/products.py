@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,12 @@ def fp8(problem: Problem) -> list[Call]:
     if problem.k % 16 or problem.n % 16:
         raise AbsentError("torch._scaled_mm takes K and N in multiples of 16 only")
     ones_m, ones_n = torch.ones(problem.m, 1, device="cuda"), torch.ones(1, problem.n, device="cuda")
-    options = {"scale_a": ones_m, "scale_b": ones_n, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    options: dict[str, Any] = {
+        "scale_a": ones_m,
+        "scale_b": ones_n,
+        "out_dtype": torch.bfloat16,
+        "use_fast_accum": True,
+    }
     return [functools.partial(torch._scaled_mm, a, b.t(), **options) for a, b in problem.floats(torch.float8_e4m3fn)]
 
 

@@ -32,7 +32,7 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Decode:
-    """Greedy generation: ``rows`` prompts of ``prompt`` tokens, then ``new`` tokens each; the first is the prefill's."""
+    """Greedy generation: ``rows`` prompts of ``prompt`` tokens, then ``new`` tokens each, the first by the prefill."""
 
     rows: int
     prompt: int
@@ -64,22 +64,16 @@ Workload = Fixed | Decode | Traffic
 
 def workload(text: str) -> Workload:
     """``8x128``, ``32`` (images), ``decode:1x128+32``, ``traffic:4``. ValueError for anything else."""
-    if match := FIXED.fullmatch(text):
-        found: Workload = Fixed(int(match[1]), int(match[2] or 0))
-        good = found.rows > 0 and match[2] != "0"
-    elif match := DECODE.fullmatch(text):
-        found = Decode(int(match[1]), int(match[2]), int(match[3]))
-        good = min(found.rows, found.prompt) > 0 and found.new > 1
-    elif match := TRAFFIC.fullmatch(text):
-        found, good = Traffic(int(match[1] or 4)), True
-    else:
-        good = False
-    if not good:
-        raise ValueError(
-            f"workload {text!r}: it must be like 8x128 (sequences x tokens), 32 (images), decode:1x128+32 (prompts x "
-            "tokens + new tokens, at least 2) or traffic:4 (profiles)."
-        )
-    return found
+    if (match := FIXED.fullmatch(text)) and int(match[1]) and match[2] != "0":
+        return Fixed(int(match[1]), int(match[2] or 0))
+    if (match := DECODE.fullmatch(text)) and int(match[1]) and int(match[2]) and int(match[3]) > 1:
+        return Decode(int(match[1]), int(match[2]), int(match[3]))
+    if match := TRAFFIC.fullmatch(text):
+        return Traffic(int(match[1] or 4))
+    raise ValueError(
+        f"workload {text!r}: it must be like 8x128 (sequences x tokens), 32 (images), decode:1x128+32 (prompts x "
+        "tokens + new tokens, at least 2) or traffic:4 (profiles)."
+    )
 
 
 #: Kind of model → default workloads, on a GPU and on a CPU.

@@ -2,8 +2,8 @@
 
 A row is measured in blocks that alternate with the blocks of the other rows. Its noise is what a second run may differ
 by: twice the half-range of its blocks, and never less than ``FLOOR``. Why: for normal blocks with deviation σ the
-half-range of five is 1.16 σ on average, so the noise is 2.3 σ, while the median of five itself moves by 0.54 σ only; the
-rest is room for what blocks of one process share and two processes do not (clocks, addresses, heat).
+half-range of five is 1.16 σ on average, so the noise is 2.3 σ, while the median of five itself moves by 0.54 σ only;
+the rest is room for what blocks of one process share and two processes do not (clocks, addresses, heat).
 """
 
 from __future__ import annotations

@@ -232,8 +232,9 @@ def _tensor_bytes(module: nn.Module) -> int:
 
     packed = 0
     for each in module.modules():
-        if hasattr(each, "_packed_params") and hasattr(each, "weight") and callable(each.weight):
-            weight, bias = each.weight(), each.bias()
+        layer: Any = each
+        if hasattr(layer, "_packed_params") and callable(getattr(layer, "weight", None)):
+            weight, bias = layer.weight(), layer.bias()
             scales = weight.q_per_channel_scales() if weight.qscheme() == torch.per_channel_affine else torch.ones(1)
             packed += weight.numel() + 4 * scales.numel() + (0 if bias is None else 4 * bias.numel())
     return tensor_bytes(module) + packed

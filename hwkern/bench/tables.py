@@ -22,8 +22,8 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 KERNEL_COLUMNS = (
-    "operator", "dtype", "m", "n", "k", "status", "reason", "us", "noise", "floor_us", "bound", "of_light", "operations",
-    "bytes", "peers_us.bf16", "peers_us.fp32", "peers_us.int_mm", "peers_us.fp8", "peers_us.eager torch",
+    "operator", "dtype", "m", "n", "k", "status", "reason", "us", "noise", "floor_us", "bound", "of_light",
+    "operations", "bytes", "peers_us.bf16", "peers_us.fp32", "peers_us.int_mm", "peers_us.fp8", "peers_us.eager torch",
     "peers_us.stock, then quantize", "peers_us.stock alone",
 )  # fmt: skip
 

@@ -196,7 +196,7 @@ class Traffic:
 
 
 def profiles(lengths: Sequence[int], most: int) -> tuple[int, ...]:
-    """Up to ``most`` lengths to pad to, where the requests are: :func:`hwkern.tensorrt.profiles_from` on the lengths."""
+    """Up to ``most`` lengths to pad to, where the requests are, by :func:`hwkern.tensorrt.profiles_from`."""
     from hwkern.tensorrt.profiles import profiles_from
 
     found = profiles_from([{"x": (n,)} for n in lengths], max_profiles=most)

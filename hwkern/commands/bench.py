@@ -1,4 +1,4 @@
-"""Compare every way to run a model on this machine: tokens/s, latency, memory, energy, accuracy. Writes JSON, CSV, SVG, HTML."""
+"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes JSON, CSV, SVG, HTML."""
 
 from __future__ import annotations
 
