@@ -7,8 +7,8 @@ A table stands between two comment lines, the first of which names the file with
     <!-- end results -->
 
 `<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only; `<!-- results: targets-h100 -->` what
-all files of an H100 say of the targets in targets.py; `<!-- results: bench-h100 bert-base 8x128 -->` the headline of one
-model and workload of `hwkern bench`.
+all files of an H100 say of the targets in targets.py; `<!-- results: bench-h100 bert-base 8x128 -->` the headline of
+one model and workload of `hwkern bench`.
 
 `--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
 one line that says so: nothing is ever shown that was not measured.
@@ -190,7 +190,7 @@ def comparison(document: dict[str, Any]) -> str:
     for model, workload, rows in tables.groups(document):
         heads, cells = tables.columns(rows)
         parts += [f"### {model}, {workload}", markdown(heads, cells)]
-        names = [n for n in page.plots({**document, "rows": rows})]
+        names = list(page.plots({**document, "rows": rows}))
         parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
     if missing := tables.left_out(document):
         parts.append("### Not measured")
@@ -247,11 +247,9 @@ def caption(document: dict[str, Any]) -> str:
     return f"Measured on {', '.join(parts)}: `{where['command']}`"
 
 
-def render(
-    name: str, results: Path, layer: tuple[int, int] | None = None, part: tuple[str, str] | None = None
-) -> str:
-    """The text between the markers for benchmarks/results/``name``.json; of one layer (N, K), of one model and workload,
-    or of all."""
+def render(name: str, results: Path, layer: tuple[int, int] | None = None, part: tuple[str, str] | None = None) -> str:
+    """The text between the markers for benchmarks/results/``name``.json; of one layer (N, K), of one model and
+    workload, or of all."""
     if name.startswith("targets-"):
         columns = ["target", "must", "reach for", "measured", ""]
         return f"{markdown(columns, targets.lines(results, name.removeprefix('targets-')))}\n"

@@ -303,7 +303,6 @@ def test_the_nearer_of_two_limits_holds():
         time.sleep(5)
     start = time.monotonic()
 
-
     def one_inside_the_other():
         with pytest.raises(TimeoutError, match=r"0\.1 s"), at_most(0.1):
             time.sleep(5)
