@@ -3,11 +3,11 @@
 #   PYTHON=python3.12   the interpreter to start from (or HWKERN_PYTHON in the environment); a torch that it has is used
 #   VENV=.venv          where the environment goes; VENV=0 uses PYTHON itself: no environment, no network, no extras
 #   HWKERN_CUDA=OFF     leaves the GPU kernels out
-#   ARGS="-k gemm"      goes to pytest, `hwkern demo` or scripts/gpu-check
+#   ARGS="-k gemm"      goes to pytest, `hwkern demo`, `hwkern bench` or scripts/gpu-check
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build gpu-check clean FORCE
+.PHONY: help demo test lint build bench gpu-check clean FORCE
 .SECONDARY:
 
 PYTHON ?= $(or $(HWKERN_PYTHON),python3)
@@ -43,6 +43,9 @@ demo: $(STATE)/installed-demo  ## set everything up, then patch a real Transform
 
 test: $(STATE)/installed-test  ## set everything up, then run the test suite
 	@$(PY) -m pytest $(ARGS)
+
+bench: $(STATE)/installed-bench  ## compare every way to run a model on this machine: tables, plots and a page
+	@$(PY) -m hwkern.cli bench $(ARGS)
 
 lint: $(STATE)/installed-dev  ## check format, style and types
 	@code=0; \

@@ -15,59 +15,20 @@ from typing import Any
 import timing
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from hwkern import ops, reference
 from hwkern._console import print_table
+from hwkern.bench.kernels import EPS, add_llama_norm, add_rms_norm, llama_norm, rms_norm, silu_mul, then_quantize
 
 NORM_M, NORM_K = (1, 16, 512, 4096, 8192), (768, 1024, 4096, 8192)
 ACTIVATION_M, ACTIVATION_K = (1, 16, 512, 4096, 8192), (3072, 14336)
 QUICK_M, QUICK_K = (16, 4096), (4096,)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-EPS = 1e-5
 
 COMPILE = False  # set by --compile
 MAX_SETS = 1000
 
 Calls = list[Callable[[], object]]
-
-
-# ---- what a user has without us ------------------------------------------------------------------------------------
-
-
-def llama_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """transformers' LlamaRMSNorm."""
-    h = x.float()
-    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def add_llama_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual add before it."""
-    h = x + residual
-    return llama_norm(h, weight), h
-
-
-def silu_mul(x: Tensor) -> Tensor:
-    """silu(gate) · up of the two halves."""
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
-
-
-def then_quantize(call: Callable[[], Any]) -> Tensor:
-    """The unfused pair: the norm or activation, then our quantization."""
-    y = call()
-    return ops.quantize(y[0] if isinstance(y, tuple) else y)[0]
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """torch's fused kernel."""
-    return F.rms_norm(x, x.shape[-1:], weight, EPS)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The residual add before it, a launch of its own."""
-    h = x + residual
-    return rms_norm(h, weight), h
 
 
 @functools.cache

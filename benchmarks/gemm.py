@@ -24,6 +24,7 @@ from peers import products
 from hwkern import _native, hardware, ops
 from hwkern._console import print_table
 from hwkern._timing import layer_product
+from hwkern.bench.kernels import wrong_elements
 from hwkern.tune import product_configs
 
 # Llama-3-8B's linear layers as (N, K): fused qkv, attention output, fused gate and up, down.
@@ -34,19 +35,12 @@ BERT_SHAPES = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
 BERT_TOKENS = [512, 1024, 2048, 4096]
 LAYERS = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(m, n, k) for n, k in BERT_SHAPES for m in BERT_TOKENS]
 QUICK = [(m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096)]
-CHECK_ELEMENTS = 1 << 20  # a larger result is checked on this many elements' worth of rows (float64 is slow)
 
 
 def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
     """Leave with a sentence unless ``config`` gives the exact int32 product."""
-    m, n = a.shape[0], b.shape[0]
-    got = ops.int8_matmul(a, b, out_dtype=torch.int32, config=config)
-    # First and last rows, and some in between: the tails are where a kernel goes wrong.
-    count = max(2, min(m, CHECK_ELEMENTS // n))
-    rows = torch.linspace(0, m - 1, count, device=a.device).round().long().unique()
-    want = (a[rows].double() @ b.double().t()).to(torch.int32)  # exact: below 2⁵³
-    if not torch.equal(got[rows], want):
-        wrong = int((got[rows] != want).sum())
+    if wrong := wrong_elements(a, b, config):
+        m, n = a.shape[0], b.shape[0]
         sys.exit(f"Wrong result: config {config} at M, N, K = {m}, {n}, {a.shape[1]} differs in {wrong} elements.")
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/plots.py [--results FOLDER] [--out FOLDER]
 
-Reads gemm-*.json, linear-*.json and sweep-*.json and writes one SVG for each into docs/plots. The same file gives the
-same bytes. Needs matplotlib (`pip install hwkern[bench]`).
+Reads gemm-*.json, linear-*.json and sweep-*.json and writes one SVG for each into docs/plots, with matplotlib
+(`pip install hwkern[bench]`); and what `hwkern bench` draws for its results (bench-*.json), which needs none. The same
+file gives the same bytes.
 """
 
 from __future__ import annotations
@@ -134,12 +135,26 @@ def draw(path: Path, out: Path, plt: Any) -> Path:
     return target
 
 
+def draw_bench(name: str, document: dict[str, Any], out: Path) -> None:
+    """The plots of `hwkern bench`, each with the file's name before its own."""
+    from hwkern.bench import page
+
+    out.mkdir(parents=True, exist_ok=True)
+    for file, drawn in page.plots(document).items():
+        (out / f"{name}-{file}").write_text(drawn + "\n", encoding="utf-8")
+        print(out / f"{name}-{file}")
+
+
 def main() -> None:
     """Draw every result that there is a figure for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of JSON files")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots", help="folder for the pictures")
     arguments = parser.parse_args()
+    for path in sorted(arguments.results.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.get("benchmark") in ("comparison", "kernels"):
+            draw_bench(path.stem, document, arguments.out)
     try:
         import matplotlib
         import matplotlib.pyplot as plt

@@ -15,27 +15,12 @@ import torch
 
 from hwkern import ops, reference
 from hwkern._console import print_table
+from hwkern.bench.kernels import eager_dequantize, eager_per_token, eager_static
 
 SHAPES = [(1, 4096), (64, 4096), (512, 4096), (4096, 4096), (8192, 4096), (4096, 14336), (16384, 8192)]
 QUICK = [(64, 4096), (4096, 4096)]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGE_COPY_BYTES = 1 << 30
-
-
-def eager_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a user writes in torch: absmax, divide, round, clamp, cast."""
-    scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(1e-30)
-    return (x.float() / scale).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def eager_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """The same with a known scale, per tensor ``[1]`` or per column ``[K]``."""
-    return (x.float() / scale).round().clamp(-127, 127).to(torch.int8)
-
-
-def eager_dequantize(q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``q · scale`` per row, in torch."""
-    return (q.float() * scale.unsqueeze(-1)).to(dtype)
 
 
 def copy_us(bytes_moved: int, l2_bytes: int) -> float:

@@ -7,7 +7,8 @@ A table stands between two comment lines, the first of which names the file with
     <!-- end results -->
 
 `<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only; `<!-- results: targets-h100 -->` what
-all files of an H100 say of the targets in targets.py.
+all files of an H100 say of the targets in targets.py; `<!-- results: bench-h100 bert-base 8x128 -->` the headline of
+one model and workload of `hwkern bench`.
 
 `--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
 one line that says so: nothing is ever shown that was not measured.
@@ -26,7 +27,7 @@ from typing import Any
 import targets
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?: (\d+)x(\d+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?: (\d+)x(\d+)| (\S+) (\S+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
@@ -181,6 +182,41 @@ def demo(document: dict[str, Any]) -> str:
     return head + "\n\n" + markdown(["", "hwkern against original"], quality)
 
 
+def comparison(document: dict[str, Any]) -> str:
+    """`hwkern bench`: a table for each model and workload with its plots beside it, then what was not measured."""
+    from hwkern.bench import page, tables
+
+    parts = []
+    for model, workload, rows in tables.groups(document):
+        heads, cells = tables.columns(rows)
+        parts += [f"### {model}, {workload}", markdown(heads, cells)]
+        names = list(page.plots({**document, "rows": rows}))
+        parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
+    if missing := tables.left_out(document):
+        parts.append("### Not measured")
+        parts.append("\n".join(f"- {status}: {reason}: {'; '.join(places)}" for status, reason, places in missing))
+    return "\n\n".join(parts)
+
+
+def headline(document: dict[str, Any], model: str, workload: str) -> str:
+    """The fastest path of each kind for one model and workload of `hwkern bench`."""
+    from hwkern.bench import page, tables
+
+    for found in tables.groups(document):
+        if found[:2] == (model, workload):
+            return markdown(*page.headline_cells(found[2]))
+    return f"*Not measured: {model}, {workload}.*"
+
+
+def kernels(document: dict[str, Any]) -> str:
+    """`hwkern bench kernels`."""
+    from hwkern.bench import kernel_page
+
+    drawn = "\n".join(f"![{n}](plots/{document['name']}-{n})" for n in kernel_page.plots(document))
+    left = "\n".join(f"- {line}" for line in kernel_page.left_out(document))
+    return "\n\n".join(filter(None, [markdown(*kernel_page.columns(kernel_page.measured(document))), drawn, left]))
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gemm": gemm,
     "quantize": quantize,
@@ -189,6 +225,8 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "sweep": sweep,
     "cpu_linear": cpu_linear,
     "demo": demo,
+    "comparison": comparison,
+    "kernels": kernels,
 }
 
 
@@ -209,8 +247,9 @@ def caption(document: dict[str, Any]) -> str:
     return f"Measured on {', '.join(parts)}: `{where['command']}`"
 
 
-def render(name: str, results: Path, layer: tuple[int, int] | None = None) -> str:
-    """The text between the markers for benchmarks/results/``name``.json; of one layer (N, K) or of all."""
+def render(name: str, results: Path, layer: tuple[int, int] | None = None, part: tuple[str, str] | None = None) -> str:
+    """The text between the markers for benchmarks/results/``name``.json; of one layer (N, K), of one model and
+    workload, or of all."""
     if name.startswith("targets-"):
         columns = ["target", "must", "reach for", "measured", ""]
         return f"{markdown(columns, targets.lines(results, name.removeprefix('targets-')))}\n"
@@ -221,6 +260,9 @@ def render(name: str, results: Path, layer: tuple[int, int] | None = None) -> st
     if document.get("schema") != 1 or document.get("benchmark") not in RENDER:
         sys.exit(f"{path} has schema {document.get('schema')!r} and benchmark {document.get('benchmark')!r}: "
                  f"known are schema 1 and {', '.join(RENDER)}.")  # fmt: skip
+    document["name"] = name
+    if part is not None:
+        return f"{headline(document, *part)}\n\n{caption(document)}"
     if layer is not None:
         document["rows"] = [
             row for row in document["rows"] if (row.get("n", layer[0]), row.get("k", layer[1])) == layer
@@ -233,7 +275,8 @@ def rewrite(text: str, results: Path) -> str:
 
     def table(found: re.Match[str]) -> str:
         layer = (int(found[3]), int(found[4])) if found[3] else None
-        return f"{found[1]}{render(found[2], results, layer)}\n{found[5]}"
+        part = (found[5], found[6]) if found[5] else None
+        return f"{found[1]}{render(found[2], results, layer, part)}\n{found[7]}"
 
     return BLOCK.sub(table, text)
 

@@ -7,11 +7,7 @@ each other as in a captured model; host cost is measured apart (``host_us``).
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +16,6 @@ from typing import Any
 
 import torch
 
-import hwkern
 from hwkern import _native, _timing, hardware
 from hwkern._timing import Call as Call
 from hwkern._timing import capture as capture
@@ -28,9 +23,8 @@ from hwkern._timing import cuda_us as cuda_us
 from hwkern._timing import random_int8 as random_int8
 from hwkern._timing import replay_seconds as replay_seconds
 from hwkern._timing import rotations as rotations
-
-SCHEMA = 1
-
+from hwkern.bench import record
+from hwkern.bench.kernels import cpu_us as cpu_us
 
 # ---- the host -------------------------------------------------------------------------------------------------------
 
@@ -56,91 +50,14 @@ def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> di
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-# ---- CPU -----------------------------------------------------------------------------------------------------------
-
-
-def cpu_us(peers: Mapping[str, Call], seconds: float = 0.3, most: int = 200) -> dict[str, float]:
-    """Median µs per call on one thread, peers called in turn. The caller's number of threads is restored."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode():
-            repeats = {}
-            for name, call in peers.items():
-                call()
-                repeats[name] = max(5, min(most, math.ceil(seconds / max(1e-7, _call_seconds(call)))))
-            samples: dict[str, list[float]] = {name: [] for name in peers}
-            for turn in range(max(repeats.values())):
-                for name, call in peers.items():
-                    if turn < repeats[name]:
-                        samples[name].append(_call_seconds(call) * 1e6)
-    finally:
-        torch.set_num_threads(threads)
-    return {name: statistics.median(values) for name, values in samples.items()}
-
-
-def _call_seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 # ---- where it ran --------------------------------------------------------------------------------------------------
 
 
-def git_commit() -> str | None:
-    """The checkout's commit, with "+" when tracked files are changed; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def nvidia_smi(index: int) -> dict[str, str]:
-    """Driver, clocks (MHz) and power limit of one GPU, as nvidia-smi prints them; empty without it."""
-    fields = ("driver_version", "clocks.max.sm", "clocks.sm", "clocks.mem", "power.limit")
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields, (value.strip() for value in done.stdout.split(",")), strict=False))
-
-
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
-    """What a reader needs to judge a number: hardware, driver, clocks, versions, commit, command line, date."""
-    found: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        # Without the folders of this machine.
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
-        "commit": commit or git_commit(),
-        "hwkern": hwkern.__version__,
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "python": platform.python_version(),
-    }
-    if device.startswith("cuda"):
-        gpu = current_gpu()
-        found |= {
-            "gpu": gpu.name,
-            "compute": gpu.compute,
-            "sm_count": gpu.sm_count,
-            "clock_mhz": gpu.clock_mhz,
-            "int8_ops": gpu.int8_ops,
-            "bandwidth": gpu.bandwidth,
-            "l2_bytes": gpu.l2_bytes,
-            "wheel_cuda": _native.extension().cuda_version,
-            "nvidia_smi": nvidia_smi(gpu.index),
-        }
-    else:
-        cpu = hardware.cpu()
-        found |= {"cpu": cpu.name, "int8_units": list(cpu.int8_units), "threads": 1}
-    return found
+    """hwkern.bench.record's, with this script's command line, without the folders of this machine."""
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])])
+    found = record.environment(device, command, commit, Path(__file__).parent)
+    return found if device.startswith("cuda") else found | {"threads": 1}
 
 
 def current_gpu() -> hardware.Gpu:
@@ -210,18 +127,14 @@ def problems(
 
 def result(benchmark: str, device: str, commit: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The JSON document of one benchmark run: schema, name, environment and one dictionary per row."""
-    return {"schema": SCHEMA, "benchmark": benchmark, "environment": environment(device, commit), "rows": rows}
+    return {"schema": record.SCHEMA, "benchmark": benchmark, "environment": environment(device, commit), "rows": rows}
 
 
 def save(path: Path | None, document: dict[str, Any]) -> None:
-    """Write the document, one row per line, so that a later run differs only where numbers changed."""
-    if path is None:
-        return
-    head = json.dumps({key: value for key, value in document.items() if key != "rows"}, indent=1)
-    rows = ",\n".join("  " + json.dumps(row) for row in document["rows"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n', encoding="utf-8")
-    print(f"wrote {path}")
+    """hwkern.bench.record's, and say so; nothing without a path."""
+    if path is not None:
+        record.save(path, document)
+        print(f"wrote {path}")
 
 
 def print_absent(rows: Sequence[Mapping[str, Any]]) -> None:

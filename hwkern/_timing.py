@@ -60,7 +60,14 @@ def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda
 def cuda_us(
     peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
 ) -> dict[str, float]:
-    """Median µs per call of each peer; a peer is a list of calls, one per buffer set.
+    """Median µs per call of each peer: see :func:`cuda_samples`."""
+    return {name: statistics.median(values) for name, values in cuda_samples(peers, seconds, graph_calls).items()}
+
+
+def cuda_samples(
+    peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
+) -> dict[str, list[float]]:
+    """µs per call of each peer, one for each replay; a peer is a list of calls, one per buffer set.
 
     All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, ``seconds`` (by default
     ``REPLAY_SECONDS``) or five times each, whichever is longer.
@@ -76,7 +83,7 @@ def cuda_us(
         for name, (graph, calls) in graphs.items():
             if turn < replays[name]:
                 samples[name].append(replay_seconds(graph) * 1e6 / calls)
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return samples
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:

@@ -13,6 +13,7 @@ import hwkern
 COMMANDS = {
     "doctor": ("hwkern.doctor", "what runs where on this machine, and what to install or fix"),
     "demo": ("hwkern.demo", "patch a real sentence-embedding model and compare it with the original"),
+    "bench": ("hwkern.commands.bench", "every way to run a model on this machine: speed, memory, energy, accuracy"),
     "explain": ("hwkern.explain", "which kernel a product of M, N and K takes, and why"),
     "trt": ("hwkern.tensorrt.cli", "models for TensorRT: rewrite, plan, export, build, run, bench, inspect"),
     "plan": ("hwkern.commands.plan", "the best scheme for each layer of a model, by measurement"),

@@ -573,3 +573,48 @@ def test_committed_results_say_where_they_come_from():
         assert not where["commit"].endswith("+"), f"{path} was measured on a changed tree"
         if "gpu" in where:
             assert where["nvidia_smi"]["driver_version"], path
+
+
+# ---- hwkern bench in the docs ----------------------------------------------------------------------------------------
+
+BENCH = {
+    "schema": 1,
+    "benchmark": "comparison",
+    "environment": ENVIRONMENT,
+    "settings": {"baseline": "fp16"},
+    "rows": [
+        {"model": "m", "workload": "8x16", "path": name, "status": "ok", "tokens_per_s": rate, "noise": 0.02,
+         "latency_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0, "n": 9}, "weight_bytes": size, "accuracy": {"cosine": 0.999},
+         "memory": {"steady": size, "peak": size}, "ratio": {"to": "fp16", "value": rate / 1500, "noise": 0.03}}
+        for name, rate, size in (("fp32", 1200, 4e6), ("fp16", 1500, 2e6), ("bitsandbytes", 900, 1e6),
+                                 ("hwkern-patch", 1800, 1e6), ("hwkern-plan+graph", 2000, 1e6))
+    ] + [{"model": "m", "workload": "8x16", "path": "trt-fp16", "status": "absent", "reason": "no TensorRT"}],
+}  # fmt: skip
+
+
+def test_the_docs_show_the_comparison_and_the_readme_its_headline(load, tmp_path):
+    tables = load("tables")
+    (tmp_path / "bench-h100.json").write_text(json.dumps(BENCH), encoding="utf-8")
+    text = "a\n<!-- results: bench-h100 m 8x16 -->\nold\n<!-- end results -->\nb\n<!-- results: bench-h100 -->\n<!-- end results -->\n"
+    found = tables.rewrite(text, tmp_path)
+    headline, whole = found.split("\nb\n")
+    assert "old" not in headline
+    # The article's rows: the fastest path of each kind, against FP16.
+    lines = [line.split(" | ") for line in headline.splitlines() if line.startswith("| ")]
+    kinds = {line[0].strip("| "): line for line in lines}
+    assert kinds["INT8, hwkern"][1:4] == ["hwkern.plan, CUDA graph", "2 000", "1.33×"]
+    assert kinds["FP32"][3] == "0.80×"
+    assert "TensorRT" not in kinds
+    assert "### m, 8x16" in whole
+    assert "plots/bench-h100-m-8x16-throughput.svg" in whole
+    assert "absent: no TensorRT: trt-fp16 (m 8x16)" in whole
+    assert "commit abcdef012345" in whole
+    assert tables.rewrite(found, tmp_path) == found
+    assert "Not measured" in tables.render("bench-h100", tmp_path, None, ("m", "1x1"))
+
+
+def test_the_plots_of_the_comparison_need_no_matplotlib(load, tmp_path, capsys):
+    load("plots").draw_bench("bench-h100", BENCH, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bench-h100-m-8x16-throughput.svg", "bench-h100-m-8x16-latency.svg",
+    }  # fmt: skip

@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import timing
 from timing import Call
 
-
-class AbsentError(Exception):
-    """A peer that cannot run here, or not at this shape; the text says why and, where that helps, what to install."""
-
-
-@contextlib.contextmanager
-def at_most(seconds: float | None) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after so many seconds; no limit where there are no signals for it."""
-    if seconds is None or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"not ready after {seconds:g} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+from hwkern.bench.limits import at_most as at_most
+from hwkern.bench.models import AbsentError as AbsentError
 
 
 def collect(

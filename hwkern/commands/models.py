@@ -61,7 +61,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], Callable[[], An
         torch.set_num_threads(arguments.threads)
     device = device_of(arguments.device)
     spec = arguments.model
-    make = _factory(spec) if ":" in spec and not Path(spec).exists() else _folder(Path(spec), arguments.dtype)
+    make = _factory(spec) if ":" in spec and not Path(spec).exists() else factory_of_folder(Path(spec), arguments.dtype)
 
     def again() -> tuple[Any, Any]:
         made = make()
@@ -95,7 +95,8 @@ def _factory(spec: str) -> Callable[[], Any]:
     return factory
 
 
-def _folder(folder: Path, dtype: str | None) -> Callable[[], Any]:
+def factory_of_folder(folder: Path, dtype: str | None) -> Callable[[], Any]:
+    """What loads the model of a transformers folder. UsageError when it is none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = config["architectures"][0]

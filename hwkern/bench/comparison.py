@@ -1,0 +1,453 @@
+"""The comparison itself: which model, workload and path come when, what a row keeps, and what the budget leaves out.
+
+For each model all paths are made ready, then timed in turn, block by block: heat, clocks and neighbours are the same
+for all, and ratios are taken block against block. The document is written after every workload. What does not fit into
+the budget has a row that says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics as stats
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hwkern import _batches
+from hwkern.bench import accuracy, energy, engines, models, paths, record, settings, subjects, traffic
+from hwkern.bench import statistics as noise
+from hwkern.bench.limits import Budget, at_most
+from hwkern.bench.models import AbsentError, Model
+from hwkern.bench.paths import Path
+
+#: Parts of a model's time for making its versions, and of a workload's for warming up, compiling and capturing.
+MAKE_PART, PREPARE_PART = 0.5, 0.6
+#: Requests of the real run that checks the simulated queue.
+CHECK_REQUESTS = 200
+#: Longest request of generated traffic.
+MOST_TOKENS = 512
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Entry:
+    """A path of the current model: ready, or the reason why not."""
+
+    path: Path
+    subject: subjects.Subject | None = None
+    status: str = "ok"
+    reason: str = ""
+    accuracy: dict[str, Any] | None = None
+    note: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Timed:
+    """A path of the current workload with its blocks."""
+
+    entry: Entry
+    memory: dict[str, int | None]
+    checked: float | None
+    account: energy.Account
+    blocks: list[subjects.Block] = field(default_factory=list)
+
+
+class Comparison:
+    """One run of ``hwkern bench``; ``document`` is what has been found so far."""
+
+    def __init__(self, options: settings.Settings, keep: Callable[[dict[str, Any]], None]) -> None:
+        self.options, self.keep = options, keep
+        self.budget = Budget(options.budget, options.started)
+        names = options.paths or paths.DEFAULT_PATHS
+        self.paths = [paths.path(name) for name in names]
+        self.rows: list[Row] = []
+        self.baseline = "fp16" if options.cuda else "fp32"
+        self.engines: engines.Engines | None = None
+        uuid = str(torch.cuda.get_device_properties(0).uuid) if options.cuda else None
+        self.meter = energy.Meter(uuid)
+        self.document: dict[str, Any] = {
+            "schema": record.SCHEMA,
+            "benchmark": "comparison",
+            "environment": record.environment(options.device, options.keep["command"], options.keep.get("commit")),
+            "settings": {
+                "seconds": options.seconds, "blocks": options.blocks, "budget": options.budget, "seed": options.seed,
+                "bound_ms": options.bound_ms, "requests": options.requests, "max_rows": options.max_rows,
+                "baseline": self.baseline, "lengths": options.lengths.name if options.lengths else "log-normal",
+                "paths": [p.name for p in self.paths], "energy": self.meter.problem or "NVML",
+            },
+            "rows": self.rows,
+        }  # fmt: skip
+
+    # ---- the frame -------------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Everything, as far as the budget goes."""
+        started = time.monotonic()
+        names = self.options.models or models.DEFAULT_MODELS
+        try:
+            for index, name in enumerate(names):
+                self._model(name, self.budget.share(1 / (len(names) - index)))
+                self._save()
+        finally:
+            if self.engines is not None:
+                self.engines.close()
+        self.document["settings"]["took"] = round(time.monotonic() - started, 1)
+        self.document["environment"]["clocks_after"] = self.meter.clocks()
+        self._save()
+        return self.document
+
+    def _save(self) -> None:
+        self.keep(self.document)
+
+    def _say(self, text: str) -> None:
+        if self.options.show:
+            print(text, file=sys.stderr, flush=True)
+
+    def _row(self, model: str, workload: str, path: str, status: str, **rest: Any) -> None:
+        self.rows.append({"model": model, "workload": workload, "path": path, "status": status, **rest})
+        if status != "ok":
+            self._say(f"  {workload} {path}: {status}: {rest.get('reason')}")
+
+    # ---- one model -------------------------------------------------------------------------------------------------
+
+    def _model(self, name: str, budget: Budget) -> None:
+        self._say(f"{name} ({budget.left:.0f} s)" if self.options.budget else name)
+        try:
+            model = models.find(name)
+        except AbsentError as reason:
+            return self._row(name, "all", "all", "absent", reason=str(reason))
+        if not self.options.cuda and model.parameters > models.CPU_PARAMETERS:
+            size = f"{4e-9 * model.parameters:.0f} GB of float32 weights"
+            return self._row(name, "all", "all", "absent", reason=f"{size}: minutes a row on a CPU")
+        wanted, left = settings.workloads_of(model.kind, self.options.workloads, self.options.cuda)
+        for left_name, why in left.items():
+            self._row(name, left_name, "all", "absent", reason=why)
+        if not wanted:
+            return None
+        if budget.spent:
+            return self._row(name, "all", "all", "not run", reason="budget")
+        try:
+            with at_most(budget.left):
+                torch.manual_seed(self.options.seed)
+                exact = model.make(self.options.device).requires_grad_(False)
+                judge = accuracy.Judge(model, exact, self.options.seed, self.options.device)
+        except Exception as error:
+            status, rest = _failure(error)
+            return self._row(name, "all", "all", status, **rest)
+        entries = self._entries(model, exact, judge, wanted, budget.share(MAKE_PART))
+        for index, workload in enumerate(wanted):
+            self._workload(model, workload, wanted, exact, entries, budget.share(1 / (len(wanted) - index)))
+            self._save()
+        del entries, exact, judge
+        if self.engines is not None:
+            self.engines.forget()
+        gc.collect()
+        if self.options.cuda:
+            torch.cuda.empty_cache()
+        return None
+
+    def _entries(
+        self, model: Model, exact: nn.Module, judge: accuracy.Judge, wanted: list[settings.Workload], budget: Budget
+    ) -> list[Entry]:
+        """Make every version of the model that its paths need, each once."""
+        batches = model.plan_batches(wanted, self.options.seed, self.options.device)
+        context = paths.Context(self.options.device, model, batches)
+        made: dict[str, Entry] = {}
+        found = []
+        for path in self.paths:
+            if (problem := path.problem(self.options.device)) is not None:
+                found.append(Entry(path, status="absent", reason=problem))
+            elif path.is_engine:
+                found.append(Entry(path))  # built for each workload: an engine is made for its shapes
+            else:
+                if path.base not in made:
+                    made[path.base] = self._base(path, model, exact, judge, context, budget)
+                base = made[path.base]
+                subject = base.subject
+                if isinstance(subject, subjects.TorchSubject):
+                    subject = subjects.TorchSubject(
+                        path, model, subject.module, subject.base_bytes, self.options.device
+                    )
+                found.append(Entry(path, subject, base.status, base.reason, base.accuracy, base.note))
+        return found
+
+    def _base(
+        self, path: Path, model: Model, exact: nn.Module, judge: accuracy.Judge, context: paths.Context, budget: Budget
+    ) -> Entry:
+        base = paths.BASES[path.base]
+        started = time.perf_counter()
+        before = subjects.allocated(self.options.device)
+        try:
+            with at_most(budget.left), subjects.precision(base.tf32):
+                module = base.make(exact, context)
+                size = subjects.allocated(self.options.device) - before
+                if module is exact:
+                    size = _device_bytes(exact) if self.options.cuda else 0
+                subject = subjects.TorchSubject(path, model, module, size, self.options.device)
+                measured = judge.accuracy(module)
+        except Exception as error:
+            status, rest = _failure(error)
+            return Entry(path, None, status, rest["reason"])
+        note: dict[str, Any] = {"prepared_s": round(time.perf_counter() - started, 2)}
+        if plan := module.__dict__.get("_bench_plan"):
+            note["plan"] = plan
+        self._say(f"  {path.base}: {note}")
+        return Entry(path, subject, accuracy=measured, note=note)
+
+    # ---- one workload ----------------------------------------------------------------------------------------------
+
+    def _workload(
+        self, model: Model, workload: settings.Workload, every: list[settings.Workload], exact: nn.Module,
+        entries: list[Entry], budget: Budget,
+    ) -> None:  # fmt: skip
+        options = self.options
+        inputs: dict[str, Any] = {}
+        stream: traffic.Traffic | None = None
+        if isinstance(workload, settings.Traffic):
+            stream = self._stream(workload)
+        elif isinstance(workload, settings.Decode):
+            inputs = model.inputs(workload.rows, workload.prompt, options.seed, options.device)
+        else:
+            inputs = model.inputs(workload.rows, workload.length, options.seed, options.device)
+        with torch.inference_mode():
+            wanted = _reference(model, workload, exact, inputs)
+        ready: list[Timed] = []
+        preparing = budget.share(PREPARE_PART)
+        try:
+            for entry in entries:
+                make = functools.partial(self._engine, model, workload, entry, exact, every, stream)
+                timed = self._ready(model, workload, entry, make, inputs, stream, wanted, preparing)
+                if timed is not None:
+                    ready.append(timed)
+            self._time(ready, budget)
+            self._keep_rows(model, workload, ready, stream)
+        finally:
+            for timed in ready:
+                assert timed.entry.subject is not None
+                timed.entry.subject.release()
+
+    def _stream(self, workload: settings.Traffic) -> traffic.Traffic:
+        options = self.options
+        if options.lengths is not None:
+            lengths = traffic.lengths_from(options.lengths, MOST_TOKENS)
+        else:
+            lengths = traffic.log_normal_lengths(options.requests, options.seed, MOST_TOKENS)
+        arrivals = traffic.poisson_arrivals(len(lengths), options.seed + 1)
+        tops = traffic.profiles(lengths, workload.profiles) if workload.profiles else ()
+        return traffic.Traffic(lengths, arrivals, tops, options.max_rows)
+
+    def _ready(
+        self, model: Model, workload: settings.Workload, entry: Entry, make: Callable[[], subjects.Subject],
+        inputs: dict[str, Any], stream: traffic.Traffic | None, wanted: Tensor | None, budget: Budget,
+    ) -> Timed | None:  # fmt: skip
+        """The entry, warm and checked; or a row that says why not."""
+        where = (model.name, workload.name, entry.path.name)
+        if entry.status != "ok":
+            self._row(*where, entry.status, reason=entry.reason)
+            return None
+        try:
+            with at_most(budget.left):
+                if entry.path.is_engine:
+                    entry.subject = make()
+                assert entry.subject is not None
+                entry.subject.prepare(workload, inputs, _shaped(stream, entry.path))
+                output = entry.subject.output()
+                checked = None
+                if wanted is not None and output is not None:
+                    if (problem := accuracy.wrong(wanted, output)) is not None:
+                        raise RuntimeError(problem)
+                    compared = accuracy.compare(wanted, output, model.kind != "encoder")
+                    checked = compared["cosine"]
+                    if entry.accuracy is None:
+                        entry.accuracy = compared
+                return Timed(entry, entry.subject.memory(), checked, energy.Account(self.meter))
+        except Exception as error:
+            if entry.subject is not None:
+                entry.subject.release()
+            status, rest = _failure(error)
+            self._row(*where, status, **rest)
+            return None
+
+    def _engine(
+        self, model: Model, workload: settings.Workload, entry: Entry, exact: nn.Module,
+        wanted: list[settings.Workload], stream: traffic.Traffic | None,
+    ) -> subjects.Subject:  # fmt: skip
+        if self.engines is None:
+            self.engines = engines.Engines(self.options.tensorrt_python)
+        check = model.check_inputs(self.options.seed, self.options.device)
+        stream = _shaped(stream, entry.path)
+        engine = self.engines.engine(entry.path, model, exact, workload, wanted, stream, check)
+        entry.note = {"prepared_s": engine["build_s"]}
+        self.document["environment"]["tensorrt"] = self.engines.version
+        return engines.EngineSubject(self.engines, engine)
+
+    def _time(self, ready: list[Timed], budget: Budget) -> None:
+        """Blocks in turn, forwards and backwards, while there is time."""
+        options = self.options
+        for turn in range(options.blocks):
+            for position, timed in enumerate(ready if turn % 2 == 0 else ready[::-1]):
+                if budget.spent:
+                    return
+                blocks_left = (options.blocks - turn) * len(ready) - position
+                seconds = min(options.seconds / options.blocks, budget.left / blocks_left)
+                assert timed.entry.subject is not None
+                timed.account.start()
+                timed.blocks.append(timed.entry.subject.block(seconds))
+                timed.account.stop()
+
+    def _keep_rows(
+        self, model: Model, workload: settings.Workload, ready: list[Timed], stream: traffic.Traffic | None
+    ) -> None:
+        found: dict[str, tuple[list[float], Row]] = {}
+        for timed in ready:
+            path, subject = timed.entry.path, timed.entry.subject
+            where = (model.name, workload.name, path.name)
+            assert subject is not None
+            if not timed.blocks:
+                self._row(*where, "not run", reason="budget")
+                continue
+            try:
+                if stream is not None:
+                    rates, row = self._traffic_row(timed, _shaped(stream, path))
+                else:
+                    rates, row = _fixed_row(workload, timed.blocks)
+            except AbsentError as error:
+                self._row(*where, "failed", reason=str(error))
+                continue
+            row |= {
+                "blocks": [round(rate, 3) for rate in rates],
+                "spread": _rounded(noise.spread(rates)),
+                "noise": _rounded(noise.noise(rates)),
+                "weight_bytes": subject.weight_bytes,
+                "memory": timed.memory,
+                "accuracy": timed.entry.accuracy,
+                "checked_cosine": timed.checked,
+                "watts": _rounded(timed.account.watts, 1),
+                **timed.entry.note,
+            }
+            # Energy of the stretch, over the tokens of the stretch; under traffic the device idles between batches.
+            if timed.account.watts is not None and stream is None:
+                row["joules_per_token"] = round(timed.account.watts / row["tokens_per_s"], 6)
+            found[path.name] = rates, row
+        if self.baseline in found:
+            base = found[self.baseline][0]
+            for rates, row in found.values():
+                value, uncertain = noise.ratio(rates, base)
+                row["ratio"] = {"to": self.baseline, "value": round(value, 4), "noise": _rounded(uncertain)}
+        for name, (_, row) in found.items():
+            self._row(model.name, workload.name, name, "ok", **row)
+            self._say(f"  {workload.name} {name}: {row['tokens_per_s']:.0f} /s, spread {row['spread']}")
+
+    def _traffic_row(self, timed: Timed, stream: traffic.Traffic | None) -> tuple[list[float], Row]:
+        """Throughput under the bound for each block's table, and all else for the medians of the tables."""
+        assert stream is not None
+        bound = self.options.bound_ms / 1e3
+        rates = []
+        for block in timed.blocks:
+            found = stream.capacity(traffic.Table(block.table), bound)
+            if found is None:
+                raise AbsentError(f"a single request takes longer than the bound of {self.options.bound_ms:g} ms")
+            rates.append(found[0] * sum(stream.lengths) / len(stream.lengths))
+        table = {shape: stats.median(block.table[shape] for block in timed.blocks) for shape in timed.blocks[0].table}
+        inputs = {shape: stats.median(b.inputs[shape] for b in timed.blocks) for shape in table}
+        service = traffic.Table(table)
+        found = stream.capacity(service, bound)
+        if found is None:
+            raise AbsentError(f"a single request takes longer than the bound of {self.options.bound_ms:g} ms")
+        rate, trial = found
+        row = traffic.describe(stream, rate, trial)
+        latency = {name: row.pop(f"{name}_ms") for name in ("p50", "p95", "p99")}
+        row |= {
+            "latency_ms": latency | {"n": len(trial.latencies)},
+            "bound_ms": self.options.bound_ms,
+            "input_share": round(sum(inputs.values()) / sum(table.values()), 4),
+            "saturated_tokens_per_s": round(sum(stream.lengths) / stream.simulate(float("inf"), service).seconds, 1),
+        }
+        row["checked"] = self._real_run(timed, stream, rate)
+        return rates, row
+
+    def _real_run(self, timed: Timed, stream: traffic.Traffic, rate: float) -> Row:
+        """The first requests served for real at the found rate, on the same clock: simulation against reality."""
+        count = min(CHECK_REQUESTS, len(stream.lengths))
+        part = traffic.Traffic(
+            stream.lengths[:count], stream.arrivals[:count], stream.tops, stream.max_rows, stream.full_rows
+        )
+        subject = timed.entry.subject
+        assert subject is not None
+
+        def serve(requests: Any, rows: int, length: int) -> float:
+            return subject.serve([[11] * stream.lengths[i] for i in requests], rows, length)[0]
+
+        real = part.trial(rate, serve)
+        expected = part.simulate(rate, traffic.Table(timed.blocks[-1].table))
+        return {
+            "requests": count,
+            "p95_ms": round(noise.quantile(real.latencies, 0.95) * 1e3, 3),
+            "simulated_p95_ms": round(noise.quantile(expected.latencies, 0.95) * 1e3, 3),
+        }
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _failure(error: BaseException) -> tuple[str, dict[str, Any]]:
+    """``(status, {"reason"})`` of what went wrong on the way to a row."""
+    if isinstance(error, TimeoutError):
+        return "not run", {"reason": f"budget: {error}"}
+    text = (str(error).strip().splitlines() or ["no text"])[0][:300]
+    if isinstance(error, AbsentError):
+        return "absent", {"reason": text}
+    return "failed", {"reason": f"{type(error).__name__}: {text}"}
+
+
+def _rounded(value: float | None, digits: int = 5) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _device_bytes(module: nn.Module) -> int:
+    from hwkern.validate import tensor_bytes
+
+    return tensor_bytes(module)
+
+
+def _shaped(stream: traffic.Traffic | None, path: Path) -> traffic.Traffic | None:
+    """The stream as this path serves it: captured graphs and engines have fixed shapes."""
+    if stream is None or not (path.captured or path.is_engine):
+        return stream
+    if not stream.tops:
+        raise AbsentError("traffic:0 pads each batch to its own length, but a captured graph has fixed shapes")
+    return traffic.Traffic(stream.lengths, stream.arrivals, stream.tops, stream.max_rows, True)
+
+
+def _reference(model: Model, workload: settings.Workload, exact: nn.Module, inputs: dict[str, Any]) -> Tensor | None:
+    """float32's answer to the call that a subject's ``output`` makes."""
+    if isinstance(workload, settings.Traffic):
+        return None
+    with subjects.precision(False):
+        if isinstance(workload, settings.Decode):
+            ids = inputs["input_ids"]
+            longer = torch.cat([ids, ids[:, :1]], 1)
+            return _batches.main_output(exact(input_ids=longer, **model.calls()))[:, -1].float().cpu()
+        return _batches.main_output(exact(**inputs, **model.calls())).float().cpu()
+
+
+def _fixed_row(workload: settings.Workload, blocks: list[subjects.Block]) -> tuple[list[float], Row]:
+    """Tokens a second of each block, and the row's times. Of a generation the tokens are the new ones."""
+    assert not isinstance(workload, settings.Traffic)
+    rates = [workload.tokens * len(block.calls) / sum(block.calls) for block in blocks]
+    row: Row = {"tokens_per_s": round(stats.median(rates), 2), "latency_ms": noise.summary(_all(blocks, "calls"))}
+    if isinstance(workload, settings.Decode):
+        row["first_token_ms"] = noise.summary(_all(blocks, "first"))
+        row["per_token_ms"] = noise.summary(_all(blocks, "steps"))
+    return rates, row
+
+
+def _all(blocks: list[subjects.Block], name: str) -> list[float]:
+    return [value for block in blocks for value in getattr(block, name)]

@@ -1,0 +1,190 @@
+"""The process with TensorRT: builds and times engines for engines.py. ``python -m hwkern.bench.engine_child``.
+
+One JSON object a line on stdin, one answer a line on stdout: ``{"error": text}`` for what fails, ``{"absent": text}``
+without TensorRT. Needs TensorRT, numpy and onnx; no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+def hello() -> dict[str, Any]:
+    """Which TensorRT this is."""
+    from hwkern.tensorrt import _api
+
+    try:
+        return {"tensorrt": str(_api.find())}
+    except ImportError as error:
+        return {"absent": str(error)}
+
+
+def build(message: dict[str, Any]) -> dict[str, Any]:
+    """An engine file from an ONNX file, rewritten with hwkern's nodes if asked."""
+    import onnx
+
+    import hwkern.tensorrt as ht
+    from hwkern.tensorrt import _api
+
+    model: Any = onnx.load(message["onnx"])
+    if message["rewrite"]:
+        model = ht.rewrite(model).model
+    profiles = [
+        ht.Profile(*({name: tuple(shape) for name, shape in each.items()} for each in three))
+        for three in message["profiles"]
+    ]
+    cache = None if _api.find().rtx else message["cache"]  # TensorRT-RTX has none
+    started = time.perf_counter()
+    engine = ht.build(model, profiles, message["precision"], path=message["engine"], timing_cache=cache)
+    return {
+        "engine": message["engine"],
+        "engine_bytes": len(engine.data),
+        "build_s": round(time.perf_counter() - started, 1),
+    }
+
+
+class Prepared:
+    """One engine, ready for its workload: a fixed batch in a CUDA graph on device memory, or requests from the host."""
+
+    def __init__(self, message: dict[str, Any]) -> None:
+        import numpy as np
+
+        from hwkern.tensorrt import _cuda, measure
+        from hwkern.tensorrt.builder import Engine
+        from hwkern.tensorrt.runner import Runner
+
+        self.context = _cuda.Context()
+        with self.context.current():
+            free, _ = _cuda.memory_info()
+        self.shapes = [(int(rows), int(length)) for rows, length in message.get("shapes", [])]
+        engine = Engine.load(message["engine"])
+        if self.shapes:
+            self.runner = Runner(engine, graphs=len(self.shapes) + 1)
+            for rows, length in self.shapes:
+                for _ in range(3):  # enqueued, captured, replayed
+                    self.serve([[11] * length] * rows, rows, length)
+        else:
+            copies = measure.Copies(engine, 1)
+            self.runner = copies.runners[0]
+            x = np.load(message["inputs"])["x"]
+            x = np.ascontiguousarray(x.astype(self.runner.inputs["x"].dtype))
+            np.savez(message["output"], y=self.runner({"x": x})["y"].astype(np.float32))
+            with self.context.current():
+                (enqueue,), self._alive = copies.enqueues({"x": x.shape}, {"x": x.tobytes()})
+                self.stream = _cuda.Stream()
+                for _ in range(3):  # whatever is lazy happens before the capture
+                    enqueue(self.stream.value)
+                _cuda.synchronize(self.stream.value)
+                _cuda.begin_capture(self.stream.value)
+                try:
+                    enqueue(self.stream.value)
+                finally:
+                    self.graph = _cuda.end_capture(self.stream.value)
+        with self.context.current():
+            self.device_bytes = free - _cuda.memory_info()[0]
+
+    def calls(self, seconds: float) -> list[float]:
+        """Seconds of each call, at least one, for about so long."""
+        from hwkern.tensorrt import _cuda
+
+        found: list[float] = []
+        with self.context.current():
+            until = time.perf_counter() + seconds
+            while not found or time.perf_counter() < until:
+                start = time.perf_counter()
+                self.graph.launch(self.stream.value)
+                _cuda.synchronize(self.stream.value)
+                found.append(time.perf_counter() - start)
+        return found
+
+    def table(self, seconds: float) -> list[tuple[int, int, float, float]]:
+        """(rows, length, seconds, of these before the engine's turn) of every shape: see traffic.measured."""
+        from hwkern.bench.traffic import measured
+
+        found = measured(self.shapes, self.serve, seconds)
+        return [(rows, length, *times) for (rows, length), times in found.items()]
+
+    def serve(self, requests: Sequence[Sequence[int]], rows: int, length: int) -> tuple[float, float]:
+        """From lists of ids to the embeddings on the host: seconds, and those before the engine's turn."""
+        import numpy as np
+
+        start = time.perf_counter()
+        x = np.zeros((rows, length), self.runner.inputs["x"].dtype)
+        mask = np.zeros((rows, length), self.runner.inputs["mask"].dtype)
+        for i, ids in enumerate(requests):
+            x[i, : len(ids)] = ids
+            mask[i, : len(ids)] = 1
+        mask[len(requests) :] = 1
+        prepared = time.perf_counter() - start
+        self.runner({"x": x, "mask": mask})
+        return time.perf_counter() - start, prepared
+
+    def close(self) -> None:
+        """Free the engine and its memory."""
+        from hwkern.tensorrt import measure
+
+        if not self.shapes:
+            with self.context.current():
+                measure.free(self._alive)
+                self.graph.free()
+                self.stream.free()
+            self._alive = []
+        self.runner.close()
+
+
+class Server:
+    """Answers messages; keeps prepared engines by their files."""
+
+    def __init__(self) -> None:
+        self._prepared: dict[str, Prepared] = {}
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one message. KeyError for a message without a known ``do``."""
+        do, engine = message["do"], message.get("engine", "")
+        if do == "hello":
+            return hello()
+        if do == "build":
+            return build(message)
+        if do == "prepare":
+            self._prepared[engine] = Prepared(message)
+            return {"device_bytes": self._prepared[engine].device_bytes}
+        if do == "release":
+            if engine in self._prepared:
+                self._prepared.pop(engine).close()
+            return {}
+        prepared = self._prepared[engine]
+        if do == "serve":
+            seconds, inputs = prepared.serve(message["requests"], message["rows"], message["length"])
+            return {"seconds": seconds, "inputs": inputs}
+        if do == "block":
+            if prepared.shapes:
+                return {"table": prepared.table(message["seconds"])}
+            return {"calls": prepared.calls(message["seconds"])}
+        raise KeyError(do)
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    # TensorRT prints to stdout: answers get a descriptor of their own, and everything else goes to stderr.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        server = Server()
+        for line in sys.stdin:
+            try:
+                answer = server.answer(json.loads(line))
+            except ImportError as error:
+                answer = {"absent": str(error)}
+            except Exception as error:  # the parent decides what to do about it
+                text = (str(error).strip().splitlines() or ["no text"])[0]
+                answer = {"error": f"{type(error).__name__}: {text}"}
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes JSON, CSV, SVG, HTML."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+#: Seconds that a run may take by default: a table within minutes, and the rest listed as not run.
+BUDGET = 600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``hwkern bench``."""
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=["models", "kernels"],
+        default="models",
+        help="whole models (default), or kernels alone",
+    )
+    parser.add_argument(
+        "--models", default="", help="comma-separated names, or transformers folders; `--list` shows them"
+    )
+    parser.add_argument("--paths", default="", help="comma-separated; `--list` shows them")
+    parser.add_argument(
+        "--workloads",
+        default="",
+        help="comma-separated: 8x128 (sequences x tokens), 32 (images), decode:1x128+32 (prompts x tokens + new), "
+        "traffic:4 (with so many padding profiles); default: what fits the model",
+    )
+    parser.add_argument("--list", action="store_true", help="print the models, paths and workloads that there are")
+    parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="measured time of each row (default 1.5)")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, metavar="SECONDS",
+        help=f"time of the whole run; what does not fit is listed as not run (default {BUDGET:.0f}; 0: no limit)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("hwkern-bench"), metavar="FOLDER", help="default: hwkern-bench"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--p95-ms",
+        type=float,
+        metavar="MS",
+        help="bound of the latency under traffic (default 50 on a GPU, 500 on a CPU)",
+    )
+    parser.add_argument("--requests", type=int, default=2000, help="requests of the traffic (default 2000)")
+    parser.add_argument("--max-batch", type=int, default=32, help="most requests in a batch under traffic (default 32)")
+    parser.add_argument(
+        "--lengths",
+        type=Path,
+        metavar="FILE",
+        help='request lengths as JSON lines, such as {"length": 17}; default: log-normal',
+    )
+    parser.add_argument(
+        "--tensorrt-python", metavar="PATH", help="interpreter that has TensorRT, for its paths (default: this one)"
+    )
+    parser.add_argument("--commit", help="commit to record (default: git's, in a checkout)")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("OLD", "NEW"),
+        help="measure nothing: say what got slower between two results; exit code 1 if anything did",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from-json", type=Path, metavar="FILE", help="measure nothing: write the tables and pages again"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, or compare; 1 with a sentence when it cannot be, or when something got slower."""
+    from hwkern.bench import compare, tables
+
+    arguments.started = time.monotonic()  # importing torch counts
+    try:
+        if arguments.compare:
+            return _compare(*arguments.compare)
+        if arguments.list:
+            print(_listing())
+            return 0
+        if arguments.from_json:
+            document = compare.load(arguments.from_json)
+        else:
+            document = _measure(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(tables.text(document))
+    for path in write(document, arguments.out):
+        print(f"wrote {path}")
+    return 0
+
+
+def _compare(old: Path, new: Path) -> int:
+    from hwkern.bench import compare
+
+    before, after = compare.load(old), compare.load(new)
+    found = compare.differences(before, after)
+    print(compare.text(found, before, after))
+    return int(compare.regressed(found))
+
+
+def _listing() -> str:
+    from hwkern.bench import models, paths, settings
+
+    lines = ["models: " + ", ".join([*models.MODELS, "minilm"]) + "; or a folder"]
+    lines += [f"  by default: {', '.join(models.DEFAULT_MODELS)}", "paths by default:"]
+    lines += [f"  {name:26} {paths.path(name).title}" for name in paths.DEFAULT_PATHS]
+    lines += ["workloads by default, on a GPU:"]
+    lines += [f"  {kind:8} {', '.join(gpu)}" for kind, (gpu, _) in settings.DEFAULTS.items()]
+    return "\n".join(lines)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def options(arguments: argparse.Namespace) -> Any:
+    """The Settings of the command line. ValueError for what cannot be."""
+    import shlex
+
+    import torch
+
+    from hwkern.bench import models, paths, settings
+    from hwkern.commands.models import UsageError, device_of
+
+    for name, least in (("seconds", 0.0), ("requests", 1), ("max_batch", 1), ("budget", 0.0)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: it must be at least {least}.")
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads {arguments.threads}: it must be at least 1.")
+        torch.set_num_threads(arguments.threads)
+    try:
+        device = device_of(arguments.device)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    for name in _names(arguments.paths):
+        paths.path(name)
+    known = {*models.MODELS, "minilm"}
+    for name in _names(arguments.models):
+        if name not in known and not Path(name).is_dir():
+            raise ValueError(f"model {name!r}: it must be one of {', '.join(sorted(known))}, or a transformers folder.")
+    # Without the folders of this machine.
+    words = [word if not Path(word).is_absolute() else Path(word).name for word in arguments.argv]
+    return settings.Settings(
+        device,
+        _names(arguments.models),
+        _names(arguments.paths),
+        tuple(settings.workload(text) for text in _names(arguments.workloads)),
+        seconds=arguments.seconds,
+        budget=arguments.budget or None,
+        seed=arguments.seed,
+        bound_ms=arguments.p95_ms or (50.0 if device.startswith("cuda") else 500.0),
+        requests=arguments.requests,
+        max_rows=arguments.max_batch,
+        lengths=arguments.lengths,
+        tensorrt_python=arguments.tensorrt_python,
+        show=not arguments.quiet,
+        started=arguments.started,
+        keep={"command": shlex.join(["hwkern", *words]), **({"commit": arguments.commit} if arguments.commit else {})},
+    )
+
+
+def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError("hwkern bench needs PyTorch >= 2.4: pip install torch") from error
+    from hwkern.bench import record
+
+    target = arguments.out / "results.json"
+    chosen = options(arguments)
+    if arguments.what == "kernels":
+        from hwkern.bench import kernels
+
+        return kernels.run(chosen, lambda document: record.save(target, document))
+    from hwkern.bench.comparison import Comparison
+
+    return Comparison(chosen, lambda document: record.save(target, document)).run()
+
+
+def write(document: dict[str, Any], folder: Path) -> list[Path]:
+    """Everything that is made of a document: results.json, results.csv, table.txt, plots and the page."""
+    from hwkern.bench import page, record, tables
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record.save(folder / "results.json", document)
+    files = {
+        "results.csv": tables.to_csv(document),
+        "table.txt": tables.text(document) + "\n",
+        "index.html": page.html(document),
+        **{f"plots/{name}": drawn for name, drawn in page.plots(document).items()},
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    return [folder / "results.json", *(folder / name for name in files if "plots/" not in name), folder / "plots"]
