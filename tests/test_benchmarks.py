@@ -709,3 +709,29 @@ def test_a_bound_of_accuracy_that_does_not_hold_fails_the_run(load, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["accuracy.py", "--models", "good,bad"])
     assert accuracy.main() == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_tables_of_the_model_benchmarks(load):
+    tables = load("tables")
+    row = {"workload": "decode batch 1", "mode": "graph", "snr_db": 40.0}
+    document = {
+        "rows": [
+            {**row, "variant": "bf16", "ms": 2.0, "ratio": 1.0},
+            {**row, "variant": "planned", "ms": 1.0, "ratio": 2.0},
+            {"workload": "all", "mode": "all", "variant": "torchao_int8", "absent": "pip install torchao"},
+        ],
+        "linear_memory": {"bf16": {"bytes": 4e9, "of_bf16": 1.0}, "planned": {"bytes": 2e9, "of_bf16": 0.5}},
+        "plan": {"first_seconds": 20.0, "cached_seconds": 5.0, "schemes": {"w8a8": 7}},
+    }
+    text = tables.llama(document)
+    assert "| decode batch 1, graph | 2.00 ms | 1.00 ms, 2.00× |" in text
+    assert "| weights of the linear layers | 4.00 GB, 1.00× | 2.00 GB, 0.50× |" in text
+    assert "The plan took 20.0 s, a second one, from the cache, 5.0 s: 7 × w8a8." in text
+    assert "Not measured: torchao_int8 (all): pip install torchao." in text
+    cell = {"model": "vit", "size": "base", "mode": "eager", "int8": 3, "layers": 5}
+    cells = [{**cell, "shape": f"{n}x1", "ratio": ratio} for n, ratio in ((1, 0.9), (2, 1.03))]
+    text = tables.never_slower({"rows": cells})
+    assert text.startswith("2 cells, the slowest 1.030, 1 above 1.02.")
+    assert "| vit, base, eager | 3 of 5 | 1: 0.90 | 2: 1.03 | – | – |" in text
+    figure = {"model": "a", "scheme": "w8a8", "figure": "top-1", "before": 0.9, "after": 0.89, "least": 0.8}
+    assert "| a, w8a8: top-1 | 0.9000 | 0.8900 | 0.8000 |" in tables.accuracy({"rows": [figure]})
