@@ -212,8 +212,8 @@ def llama(document: dict[str, Any]) -> str:
     if plan := document.get("plan"):
         schemes = ", ".join(f"{count} × {name}" for name, count in plan["schemes"].items())
         parts.append(
-            f"The plan took {plan['first_seconds']:.1f} s, a second one, from the cache, {plan['cached_seconds']:.1f} s: "
-            f"{schemes}."
+            f"The plan took {plan['first_seconds']:.1f} s, a second one, from the cache, "
+            f"{plan['cached_seconds']:.1f} s: {schemes}."
         )
     missing = {f"{row['variant']} ({row['mode']})": row["absent"] for row in document["rows"] if "absent" in row}
     parts += [f"Not measured: {name}: {reason}." for name, reason in missing.items()]
