@@ -29,8 +29,8 @@ from hwkern.plan import Accuracy
 Row = dict[str, Any]
 
 
-# Least cosine and share of same nearest neighbours; 0.99 and 0.95 (of 96 sentences, of which several are near ties) else.
-# One scale for all tokens is the coarsest of these schemes.
+# Least cosine and share of same nearest neighbours, of 96 sentences with several near ties; 0.99 and 0.95 else. One
+# scale for all tokens is the coarsest of these schemes.
 MINILM = {"calibrated": (0.999, 0.95), "static": (0.99, 0.9), "planned, metric=cosine": (0.999, 0.95)}
 
 

@@ -217,6 +217,64 @@ def kernels(document: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, [markdown(*kernel_page.columns(kernel_page.measured(document))), drawn, left]))
 
 
+def accuracy(document: dict[str, Any]) -> str:
+    """benchmarks/accuracy.py."""
+    rows = [
+        [f"{row['model']}, {row['scheme']}: {row['figure']}"]
+        + [f"{row[key]:.1f}" if "dB" in row["figure"] else f"{row[key]:.4f}" for key in ("before", "after", "least")]
+        for row in document["rows"]
+    ]
+    return markdown(["", "before", "after", "at least"], rows)
+
+
+def llama(document: dict[str, Any]) -> str:
+    """benchmarks/llama.py: times and their ratio to bfloat16 in the same mode, then memory and the plan's seconds."""
+    rows = [row for row in document["rows"] if "ratio" in row]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    found = {(row["workload"], row["mode"], row["variant"]): row for row in rows}
+    cells = []
+    for workload, mode in dict.fromkeys((row["workload"], row["mode"]) for row in rows):
+        line = [f"{workload}, {mode.replace('_', ' ')}"]
+        for variant in variants:
+            row = found.get((workload, mode, variant))
+            times = "" if row is None else f"{row['ms']:.2f} ms"
+            line.append("–" if row is None else times if variant == "bf16" else f"{times}, {row['ratio']:.2f}×")
+        cells.append(line)
+    memory = ["weights of the linear layers"]
+    for variant in variants:
+        size = document["linear_memory"].get(variant)
+        memory.append("–" if size is None else f"{size['bytes'] / 1e9:.2f} GB, {size['of_bf16']:.2f}×")
+    parts = [markdown(["", *variants], [*cells, memory])]
+    if plan := document.get("plan"):
+        schemes = ", ".join(f"{count} × {name}" for name, count in plan["schemes"].items())
+        parts.append(
+            f"The plan took {plan['first_seconds']:.1f} s, a second one, from the cache, "
+            f"{plan['cached_seconds']:.1f} s: {schemes}."
+        )
+    missing = {f"{row['variant']} ({row['mode']})": row["absent"] for row in document["rows"] if "absent" in row}
+    parts += [f"Not measured: {name}: {reason}." for name, reason in missing.items()]
+    return "\n\n".join(parts)
+
+
+def never_slower(document: dict[str, Any]) -> str:
+    """benchmarks/never_slower.py: a row for each model and mode, a column for each batch shape."""
+    rows = [row for row in document["rows"] if "ratio" in row]
+    lines: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault((row["model"], row["size"], row["mode"]), []).append(row)
+    cells = [
+        [f"{model}, {size}, {mode}", f"{line[0]['int8']} of {line[0]['layers']}"]
+        + [f"{row['shape'].removesuffix('x1')}: {row['ratio']:.2f}" for row in line]
+        + ["–"] * (4 - len(line))
+        for (model, size, mode), line in lines.items()
+    ]
+    worst = max((row["ratio"] for row in rows), default=0.0)
+    above = sum(row["ratio"] > 1.02 for row in rows)
+    text = f"{len(rows)} cells, the slowest {worst:.3f}, {above} above 1.02."
+    columns = ["planned time / original's", "int8 layers", "batch 1", "batch 2", "batch 3", "batch 4"]
+    return f"{text}\n\n{markdown(columns, cells)}"
+
+
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gemm": gemm,
     "quantize": quantize,
@@ -227,6 +285,9 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "comparison": comparison,
     "kernels": kernels,
+    "accuracy": accuracy,
+    "llama": llama,
+    "never_slower": never_slower,
 }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -618,3 +619,164 @@ def test_the_plots_of_the_comparison_need_no_matplotlib(load, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {
         "bench-h100-m-8x16-throughput.svg", "bench-h100-m-8x16-latency.svg",
     }  # fmt: skip
+
+
+# ---- whole models ----------------------------------------------------------------------------------------------------
+
+
+def tiny_bert(size):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 384, "intermediate_size": 384, "num_attention_heads": 6, "num_hidden_layers": 1}
+    return transformers.BertModel, transformers.BertConfig(**sizes, vocab_size=1000), "text"
+
+
+def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load, monkeypatch, tmp_path, capsys):
+    never_slower = load("never_slower")
+    readings = iter([1.03, 1.0, 1.05, 1.04, 0.5, 0.5])
+    asked = []
+
+    def in_turn(calls, cuda, longer=1):
+        asked.append(longer)
+        return {"original": 1.0, "planned": next(readings)}
+
+    monkeypatch.setenv("HWKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr("hwkern._layers.cpu_int8_is_fast", lambda: True)
+    monkeypatch.setattr(never_slower, "models", lambda: {"bert": tiny_bert})
+    monkeypatch.setattr(never_slower, "in_turn", in_turn)
+    monkeypatch.setattr(never_slower, "SHAPES", ((1, 4), (2, 4), (2, 8), (2, 16)))
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["never_slower.py", "--device", "cpu", "--sizes", "small", "--json", str(path)])
+    threads = torch.get_num_threads()
+    try:
+        assert never_slower.main() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == [1, 3, 1, 3, 1, 1]
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["first_ratio"], row["ratio"]) for row in rows] == [(1.03, 1.0), (1.05, 1.04), (0.5, 0.5), (0.5, 0.5)]
+    assert "4 cells of 1 models, 1 above 1.02, worst 1.040" in capsys.readouterr().out
+
+
+def test_models_without_time_left_are_named_and_the_run_fails(load, monkeypatch, capsys):
+    never_slower = load("never_slower")
+    monkeypatch.setattr(sys, "argv", ["never_slower.py", "--device", "cpu", "--models", "t5,opt", "--limit", "-1"])
+    threads = torch.get_num_threads()
+    try:
+        assert never_slower.main() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert "No time left for t5/base, opt/base, t5/small, opt/small." in capsys.readouterr().out
+
+
+def test_calls_in_turn_are_medians_and_as_many_as_fill_the_time(load, monkeypatch):
+    never_slower = load("never_slower")
+    monkeypatch.setattr(never_slower, "SECONDS", 0.05)
+    count = {"slow": 0, "fast": 0}
+
+    def sleeper(name, seconds):
+        def call():
+            count[name] += 1
+            time.sleep(seconds)
+
+        return call
+
+    found = never_slower.in_turn({"slow": sleeper("slow", 4e-3), "fast": sleeper("fast", 2e-3)}, cuda=False)
+    assert found["slow"] > found["fast"] >= 2e-3
+    assert count["slow"] == count["fast"]
+    assert never_slower.LEAST + 2 <= count["slow"] <= 27 + 2  # 50 ms of 2 ms, and two that warm up
+
+
+def test_every_architecture_of_never_slower_can_be_built_in_both_sizes(load):
+    pytest.importorskip("transformers")
+    never_slower = load("never_slower")
+    assert len(never_slower.models()) >= 12
+    for make in never_slower.models().values():
+        for size, width in (("base", 768), ("small", 384)):
+            cls, config, kind = make(size)
+            with torch.device("meta"):
+                model = cls(config)
+            assert width in {p.shape[-1] for p in model.parameters() if p.dim() == 2}
+            assert kind in ("text", "image", "audio")
+
+
+def test_the_llama_benchmark_on_the_cpu(load, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    llama = load("llama")
+    monkeypatch.setenv("HWKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr("hwkern._layers.cpu_int8_is_fast", lambda: True)
+    monkeypatch.setattr(llama, "WORKLOADS", {"prefill 2x8": (2, 8), "decode batch 1": (1, 1)})
+    path = tmp_path / "llama.json"
+    options = ["--device", "cpu", "--hidden", "256", "--layers", "1", "--modes", "eager,graph", "--compile", ""]
+    variants = ["--variants", "bf16,planned,patched,bitsandbytes", "--workloads", "prefill 2x8,decode batch 1"]
+    monkeypatch.setattr(sys, "argv", ["llama.py", *options, *variants, "--json", str(path)])
+    assert llama.main() in (0, 1)  # targets are a GPU's
+    document = json.loads(path.read_text(encoding="utf-8"))
+    rows = [(row["variant"], row["workload"]) for row in document["rows"] if "ratio" in row]
+    assert rows == [(v, w) for w in ("prefill 2x8", "decode batch 1") for v in ("bf16", "planned", "patched")]
+    assert all(row["snr_db"] > 25 for row in document["rows"] if row["variant"] == "patched")
+    absent = [row for row in document["rows"] if "absent" in row]
+    assert absent == [] or absent[0]["absent"].startswith("pip install bitsandbytes")
+    assert document["plan"]["schemes"]
+    assert "seconds of the second plan" in capsys.readouterr().out
+
+
+def test_targets_of_the_llama_benchmark_come_from_its_rows(load, capsys):
+    pytest.importorskip("transformers")
+    llama = load("llama")
+
+    rows = [
+        {"variant": "planned", "mode": "graph", "workload": "prefill 8x512", "ratio": 1.5},
+        {"variant": "planned", "mode": "graph", "workload": "decode batch 1", "ratio": 1.7},
+        {"variant": "planned", "mode": "graph", "workload": "decode batch 16", "ratio": 1.59},
+        {"variant": "planned", "mode": "eager", "workload": "decode batch 1", "ratio": 1.01},
+        {"variant": "patched", "mode": "eager", "workload": "decode batch 1", "ratio": 0.5},
+        {"variant": "planned", "mode": "compile", "workload": "decode batch 1", "absent": "no time"},
+    ]
+    plan = {"plan": {"first_seconds": 20.0, "cached_seconds": 5.0}}
+    bench = SimpleNamespace(rows=rows, bytes={"bf16": 100, "planned": 51}, info=plan)
+    assert not llama.verdicts(bench)
+    said = capsys.readouterr().out
+    assert "ok   prefill, CUDA graph, against bf16: 1.50" in said
+    assert "OPEN decode, CUDA graph, against bf16: 1.59" in said
+    assert "ok   any mode against bf16, least: 1.01" in said
+    assert "ok   weight memory: 0.51" in said
+
+
+def test_a_bound_of_accuracy_that_does_not_hold_fails_the_run(load, monkeypatch, capsys):
+    accuracy = load("accuracy")
+    parts = {
+        "good": lambda device: [accuracy.row("a", "w8a8", "top-1", 0.9, 0.9, 0.9)],
+        "bad": lambda device: [accuracy.row("b", "w8a8", "top-1", 0.9, 0.8, 0.9)],
+    }
+    monkeypatch.setattr(accuracy, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--models", "good"])
+    assert accuracy.main() == 0
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--models", "good,bad"])
+    assert accuracy.main() == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_tables_of_the_model_benchmarks(load):
+    tables = load("tables")
+    row = {"workload": "decode batch 1", "mode": "graph", "snr_db": 40.0}
+    document = {
+        "rows": [
+            {**row, "variant": "bf16", "ms": 2.0, "ratio": 1.0},
+            {**row, "variant": "planned", "ms": 1.0, "ratio": 2.0},
+            {"workload": "all", "mode": "all", "variant": "torchao_int8", "absent": "pip install torchao"},
+        ],
+        "linear_memory": {"bf16": {"bytes": 4e9, "of_bf16": 1.0}, "planned": {"bytes": 2e9, "of_bf16": 0.5}},
+        "plan": {"first_seconds": 20.0, "cached_seconds": 5.0, "schemes": {"w8a8": 7}},
+    }
+    text = tables.llama(document)
+    assert "| decode batch 1, graph | 2.00 ms | 1.00 ms, 2.00× |" in text
+    assert "| weights of the linear layers | 4.00 GB, 1.00× | 2.00 GB, 0.50× |" in text
+    assert "The plan took 20.0 s, a second one, from the cache, 5.0 s: 7 × w8a8." in text
+    assert "Not measured: torchao_int8 (all): pip install torchao." in text
+    cell = {"model": "vit", "size": "base", "mode": "eager", "int8": 3, "layers": 5}
+    cells = [{**cell, "shape": f"{n}x1", "ratio": ratio} for n, ratio in ((1, 0.9), (2, 1.03))]
+    text = tables.never_slower({"rows": cells})
+    assert text.startswith("2 cells, the slowest 1.030, 1 above 1.02.")
+    assert "| vit, base, eager | 3 of 5 | 1: 0.90 | 2: 1.03 | – | – |" in text
+    figure = {"model": "a", "scheme": "w8a8", "figure": "top-1", "before": 0.9, "after": 0.89, "least": 0.8}
+    assert "| a, w8a8: top-1 | 0.9000 | 0.8900 | 0.8000 |" in tables.accuracy({"rows": [figure]})

@@ -675,3 +675,35 @@ def test_a_plan_on_the_gpu_measures_both_ways_of_running() -> None:
     hwkern.patch(model, plan=found)
     y = model(batches[1].cuda())
     assert torch.cosine_similarity(y.float(), exact.float(), dim=-1).min() > 0.99
+
+
+@pytest.mark.gpu
+def test_a_model_that_waits_for_the_gpu_is_planned_without_a_graph_and_random_numbers_go_on() -> None:
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2048, 2048)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) if float(x.flatten()[0]) > -1e9 else x
+
+    model = Waits().bfloat16().cuda()
+    found = hwkern.plan(model, [torch.randn(512, 2048, dtype=torch.bfloat16)], show=False)
+    assert set(found.layers["inner"].candidates[0].us) == {"eager", "graph"}
+    assert not found.whole or set(found.whole["modes"]) == {"eager"}
+    assert torch.randn(3, device="cuda").isfinite().all()
+    assert torch.cuda.get_sync_debug_mode() == 0
+
+
+@pytest.mark.gpu
+def test_a_planned_transformer_is_not_slower_in_either_way_of_running() -> None:
+    model = bert().bfloat16().cuda()
+    batches = [{"input_ids": torch.randint(0, 50, shape)} for shape in ((1, 8), (8, 128))]
+    found = hwkern.plan(model, batches, show=False)
+    if found.whole:
+        assert set(found.whole["modes"]) == {"eager", "graph"}
+        for before, after in found.whole["modes"].values():
+            assert all(now <= was * (1 + _whole.NOISE) for was, now in zip(before, after, strict=True))
+    graph_only = hwkern.plan(model, batches, show=False, mode="graph")
+    assert set(graph_only.layers["encoder.layer.0.output.dense"].candidates[0].us) == {"graph"}
+    assert graph_only.measured == 0  # what the first plan timed holds for it too

@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``hwkern plan``."""
     models.add_arguments(parser)
     parser.add_argument("--policy", default="balanced", choices=["fastest", "balanced", "accurate", "smallest"])
+    parser.add_argument(
+        "--mode",
+        default="any",
+        choices=["any", "eager", "graph"],
+        help="how it will run on a GPU (default: any of them)",
+    )
     parser.add_argument("--min-snr-db", type=float, default=20.0, metavar="DB", help="bound of each layer (default 20)")
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     parser.add_argument(
@@ -26,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         model, batches, _ = models.load(arguments)
-        found = plan(model, batches, accuracy=Accuracy(arguments.min_snr_db), policy=arguments.policy)
+        bounds = Accuracy(arguments.min_snr_db)
+        found = plan(model, batches, accuracy=bounds, policy=arguments.policy, mode=arguments.mode)
         if arguments.save:
             found.save(arguments.save)
         explained = [found.explain(name) for name in arguments.explain]
