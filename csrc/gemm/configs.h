@@ -22,15 +22,13 @@
   X(103, 256, 4, false)        \
   X(104, 128, 6, false)        \
   X(105, 128, 6, true)         \
-  X(106, 192, 5, false)        \
-  X(107, 224, 4, false)
+  X(106, 192, 5, false)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
 // EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
 // missing had other ring sizes, or were slower than these.
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \
   X(201, 64, 16, 4, 7, 3, true)      \
-  X(205, 64, 32, 4, 5, 3, true)      \
   X(206, 64, 32, 2, 9, 2, false)     \
   X(209, 64, 64, 1, 7, 2, true)      \
   X(210, 128, 128, 2, 7, 1, false)   \

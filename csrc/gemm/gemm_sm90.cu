@@ -112,8 +112,7 @@ __device__ __forceinline__ void store_rows(const Params& params, const int32_t (
   constexpr int PACK = 16 / sizeof(T), PIECE = 8 * PACK;  // columns of a chunk, of a piece
   const Gemm& p = params.gemm;
   const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2, chunk = lane_id % 8;
-  const int columns_left =
-      static_cast<int>(min(p.n - part.n0, int64_t{C::BLOCK_N})) - chunk * PACK;  // from its chunk on
+  const int columns_left = static_cast<int>(p.n - part.n0) - chunk * PACK;  // from the lane's chunk on
   const int rows_left = static_cast<int>(min(p.m - part.m0, int64_t{16})) - lane_id / 8;
   T* d = static_cast<T*>(p.d) + (part.m0 + lane_id / 8) * p.ldd + part.n0 + chunk * PACK;
   // stmatrix: lane l gives row l % 16 of chunk l / 16. Chunk j more is an exclusive-or, because j is even.
@@ -124,7 +123,6 @@ __device__ __forceinline__ void store_rows(const Params& params, const int32_t (
     if (C::PIECES == 1) __syncwarp();  // the piece before has been read
 #pragma unroll
     for (int j = 0; j < PIECE / 8; j += 2) {
-      if (c + j * 8 >= C::BLOCK_N) break;  // the last piece may be half a one
       uint32_t words[2][2];  // two fragments, each with rows group and group + 8
 #pragma unroll
       for (int next = 0; next < 2; ++next) {
