@@ -16,6 +16,7 @@
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
+#include "gemm/ring.cuh"
 #include "gemm/tensor_map.h"
 #include "ptx/cp_async.cuh"
 #include "ptx/grid.cuh"
@@ -54,7 +55,7 @@ struct Config {
 };
 
 struct Params {
-  CUtensorMap a, b;
+  Boxes a, b;
   Gemm gemm;
   int group_rows;  // of TileOrder
   bool chunks;  // D consists of whole 16-byte chunks
@@ -72,21 +73,6 @@ struct TileOrder {
     const int rows = min(tiles_m - group * group_rows, group_rows);
     *tile_m = group * group_rows + in_group % rows;
     *tile_n = in_group / rows;
-  }
-};
-
-// A position in the ring: the buffer, and the parity of the phase that its barriers are in.
-template <int STAGES>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ void skip(int steps) {
-    stage += steps % STAGES;
-    parity ^= (steps / STAGES + stage / STAGES) & 1;
-    stage %= STAGES;
   }
 };
 
@@ -270,8 +256,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init_fence();
-    ptx::tma_prefetch_map(&params.a);
-    ptx::tma_prefetch_map(&params.b);
+    ptx::tma_prefetch_map(&params.a.whole);
+    ptx::tma_prefetch_map(&params.b.whole);
   }
   __syncthreads();
   ptx::grid_wait();
@@ -284,12 +270,18 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         int tile_m, tile_n;
         order.locate(tile, &tile_m, &tile_n);
+        const int row_a = tile_m * C::BLOCK_M, row_b = tile_n * C::BLOCK_N;
+        const bool whole_a = p.m - row_a >= C::BLOCK_M, whole_b = p.n - row_b >= C::BLOCK_N;
+        const CUtensorMap *a = whole_a ? &params.a.whole : &params.a.last,
+                          *b = whole_b ? &params.b.whole : &params.b.last;
+        const int bytes = (whole_a ? C::BYTES_A : static_cast<int>(p.m - row_a) * C::BLOCK_K) +
+                          (whole_b ? C::BYTES_B : static_cast<int>(p.n - row_b) * C::BLOCK_K);
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.advance()) {
           ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
           const uint32_t barrier = full + at.stage * 8, smem_a = base + at.stage * C::STAGE_BYTES;
-          ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
-          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, tile_m * C::BLOCK_M);
-          ptx::tma_load(smem_a + C::BYTES_A, &params.b, barrier, k_tile * C::BLOCK_K, tile_n * C::BLOCK_N);
+          ptx::mbarrier_arrive_expect(barrier, bytes);
+          ptx::tma_load(smem_a, a, barrier, k_tile * C::BLOCK_K, row_a);
+          ptx::tma_load(smem_a + C::BYTES_A, b, barrier, k_tile * C::BLOCK_K, row_b);
         }
       }
     } else if (warp_id == 1) {
@@ -379,8 +371,8 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   if (!encode_tiled()) return kNoTensorMaps;
   Params params;
   params.gemm = p;
-  if (!make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BLOCK_M, 128) ||
-      !make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::BLOCK_N, 128))
+  if (!make_boxes(&params.a, p.a, p.m, p.k, p.lda, C::BLOCK_M) ||
+      !make_boxes(&params.b, p.b, p.n, p.k, p.ldb, C::BLOCK_N))
     return kTensorMapRefused;
   const int64_t tiles_m = ceil_div(p.m, C::BLOCK_M), tiles = tiles_m * ceil_div(p.n, C::BLOCK_N);
   if (tiles > INT32_MAX / 2) return invalid("gemm: M x N is too large for one launch");
