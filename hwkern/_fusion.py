@@ -10,14 +10,16 @@ which asks at every call whether the fusion may be used and otherwise is the cla
 - a dense layer with its activation (BERT's intermediate) has it in the product's epilogue,
 - a block (Llama's) hands its residual to the second norm's kernel and to the last product's epilogue.
 
-Which class is built so is a table, not a guess; and every block is run both ways on random rows before it stays.
+Which class is built so is a table (:mod:`hwkern._structures`), not a guess; and every block is run both ways on random
+rows before it stays (:mod:`hwkern._probe`).
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,96 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from hwkern import ops
-from hwkern._fold import STRUCTURES
+from hwkern._probe import both_ways, check, distance_problem, product_problem
+from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
 from hwkern.nn.merged import Merged, go_together, has_hooks
 
-_LLAMA = STRUCTURES["LlamaDecoderLayer"]
-#: Class of block → (norm, the layers that read it and are all that do). Smoothing's table, and blocks whose norm can be
-#: computed but not divided (Gemma's weight is 1 + w) or has one reader.
-BLOCKS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    **STRUCTURES,
-    "GemmaDecoderLayer": _LLAMA,
-    "GraniteDecoderLayer": _LLAMA,
-    "Phi3DecoderLayer": (
-        ("input_layernorm", ("self_attn.qkv_proj",)),
-        ("post_attention_layernorm", ("mlp.gate_up_proj",)),
-    ),
-    **dict.fromkeys(
-        ("CLIPEncoderLayer", "SiglipEncoderLayer"),
-        (
-            ("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            ("layer_norm2", ("mlp.fc1",)),
-        ),
-    ),
-    "PhiDecoderLayer": (  # attention and MLP side by side, after one norm
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1")),
-    ),
-    "BertLayer": (),
-    "RobertaLayer": (),
-    "XLMRobertaLayer": (),
-    "ElectraLayer": (),
-}
-#: Class of attention → the layers that read its first argument, of which it uses the shape's first dimensions besides.
-ATTENTIONS = dict.fromkeys(
-    ("BertSelfAttention", "RobertaSelfAttention", "XLMRobertaSelfAttention", "ElectraSelfAttention"),
-    ("query", "key", "value"),
-)
-
-
-@dataclass(frozen=True)
-class Mlp:
-    """``output(activation(inputs[0](x)) * inputs[1](x))``, or without a second input; or ``inputs[0]`` holds both."""
-
-    inputs: tuple[str, ...]
-    activation: str
-    output: str
-    dropout: str = ""
-    gated: bool = True
-
-
-_GATED = Mlp(("gate_proj", "up_proj"), "act_fn", "down_proj")
-_PLAIN = Mlp(("fc1",), "activation_fn", "fc2", gated=False)
-MLPS = {
-    **dict.fromkeys(("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "GemmaMLP", "GraniteMLP"), _GATED),
-    "Phi3MLP": Mlp(("gate_up_proj",), "activation_fn", "down_proj"),
-    "GPT2MLP": Mlp(("c_fc",), "act", "c_proj", "dropout", gated=False),
-    **dict.fromkeys(("ViTMLP", "CLIPMLP", "SiglipMLP", "PhiMLP"), _PLAIN),
-}
-#: Class → (dense layer, its activation), which is all that its forward does.
-DENSE = dict.fromkeys(
-    ("BertIntermediate", "RobertaIntermediate", "XLMRobertaIntermediate", "ElectraIntermediate", "ViTIntermediate"),
-    ("dense", "intermediate_act_fn"),
-)
-#: Class of norm → (kind as in ops.norm_quantize, attribute with eps, offset).
-NORMS = {
-    "LayerNorm": ("layer", "eps", 0.0),
-    "RMSNorm": ("rms", "eps", 0.0),
-    "GemmaRMSNorm": ("rms", "eps", 1.0),
-    **dict.fromkeys(
-        ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "GraniteRMSNorm"),
-        ("rms_rounded", "variance_epsilon", 0.0),
-    ),
-}
-#: Class of activation → its name in ops; those with one formula in several spellings are compared by the probe.
-ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "ReLU": "relu",
-}
-#: Class of block → its attention, second norm and MLP: h = x + attention(norm(x)); h + mlp(second(h)), where x comes
-#: first and everything else by name, which goes to the attention. Smoothing's first norm is the first.
-_RESIDUALS = ("self_attn", "post_attention_layernorm", "mlp")
-RESIDUALS = dict.fromkeys(
-    ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"),
-    _RESIDUALS,
-)
 _MEMBERS = (Int8Linear, Int8Conv1D, WeightOnlyInt8Linear, WeightOnlyInt8Conv1D)
 
 
@@ -227,7 +144,7 @@ class NormFusion:
         bias = norm._parameters.get("bias")
         return self.readers.after_sum(x, residual, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
 
-    def probe(self, norm: nn.Module, x: Tensor) -> str:
+    def problem(self, norm: nn.Module, x: Tensor) -> str:
         """The kernel's norm against the module's; and the product of all readers, which has the very bits of each."""
         want = type(norm).__bases__[1].forward(norm, x)  # type: ignore[attr-defined]
         weight, bias = norm._parameters["weight"], norm._parameters.get("bias")
@@ -240,7 +157,7 @@ class NormFusion:
         allowed = 2 * unit * want.float().abs() + slack * want.float().abs().amax(-1, keepdim=True)
         if want.dtype != x.dtype or not bool(((y.float() - want.float()).abs() <= allowed).all()):
             return "the norm's formula is another one"
-        return _product_problem(self.readers, self.run(norm, x), y)
+        return product_problem(self.readers, self.run(norm, x), y)
 
     def __str__(self) -> str:
         return f"norm -> {_names(self.readers)}"
@@ -257,8 +174,8 @@ class AttentionFusion:
     def parts(self) -> tuple[Merged, ...]:
         return (self.readers,)
 
-    def probe(self, module: nn.Module, x: Tensor) -> str:
-        return _product_problem(self.readers, self.readers.linear(x), x)
+    def problem(self, module: nn.Module, x: Tensor) -> str:
+        return product_problem(self.readers, self.readers.linear(x), x)
 
     def __str__(self) -> str:
         return _names(self.readers)
@@ -284,11 +201,17 @@ class MlpFusion:
     def usable(self, mlp: nn.Module, x: Tensor) -> bool:
         """Whether all of it may be fused in this call."""
         intact = mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
-        return intact and self.inputs.usable(x) and self.output.usable(x) and not self.output.in_float(x)
+        return (
+            intact
+            and not mlp.training
+            and self.inputs.usable(x)
+            and self.output.usable(x)
+            and not self.output.in_float(x)
+        )
 
-    def probe(self, mlp: nn.Module, x: Tensor) -> str:
-        fused, want = _both_ways(lambda: cast(Tensor, mlp(x)), self.parts())
-        return _distance_problem(fused, want, want)
+    def problem(self, mlp: nn.Module, x: Tensor) -> str:
+        fused, want = both_ways(lambda: cast(Tensor, mlp(x)), self.parts())
+        return distance_problem(fused, want, want)
 
     def __str__(self) -> str:
         gate = " · up" if self.gated else ""
@@ -312,9 +235,9 @@ class DenseFusion:
     def intact(self, module: nn.Module) -> bool:
         return module._modules.get(self.name) is self.module and not has_hooks(self.module)
 
-    def probe(self, module: nn.Module, x: Tensor) -> str:
-        fused, want = _both_ways(lambda: cast(Tensor, module(x)), self.parts())
-        return _distance_problem(fused, want, want)
+    def problem(self, module: nn.Module, x: Tensor) -> str:
+        fused, want = both_ways(lambda: cast(Tensor, module(x)), self.parts())
+        return distance_problem(fused, want, want)
 
     def __str__(self) -> str:
         return f"{_names(self.dense)} -> {self.activation}"
@@ -348,6 +271,10 @@ class BlockFusion:
             and not readers.in_float(x)
         )
 
+    def problem(self, block: nn.Module, x: Tensor) -> str:
+        """Nothing: the block is run both ways in any case."""
+        return ""
+
     def __str__(self) -> str:
         return "residuals"
 
@@ -369,7 +296,6 @@ def fuse(model: nn.Module) -> str:
     """
     done: list[nn.Module] = []
     failed: list[str] = []
-    counts: dict[str, int] = {}
     try:
         with torch.inference_mode(False), torch.no_grad():
             grouped = {id(t) for m in model.modules() if (f := fusion_of(m)) for p in f.parts() for t in p._tensors()}
@@ -381,26 +307,26 @@ def fuse(model: nn.Module) -> str:
                     made.append(module)
                 if not made:
                     continue
-                problem = _probe(block, made)
+                problem = check(block, [(module, cast(Fusion, fusion_of(module))) for module in made])
                 if problem:
                     for module in made:
                         _unset(module)
                     failed.append(f"{name or type(model).__name__}: {problem}")
-                    continue
-                for module in made:
-                    fused = fusion_of(module)
-                    counts[str(fused)] = counts.get(str(fused), 0) + 1
     except BaseException:
         for module in done:
             _unset(module)
         raise
-    lines = []
-    if counts:
-        lines.append("Fused: " + ", ".join(f"{count} × {what}" for what, count in counts.items()) + ".")
+    lines = [text] if (text := summary(model)) else []
     if failed:
         more = f" (and {len(failed) - 3} more)" if len(failed) > 3 else ""
         lines.append(f"Not fused, because the check failed: {'; '.join(failed[:3])}{more}.")
     return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> str:
+    """What is fused in ``model``, in a sentence; empty when nothing is."""
+    counts = Counter(str(fusion) for module in model.modules() if (fusion := fusion_of(module)) is not None)
+    return "Fused: " + ", ".join(f"{count} × {what}" for what, count in counts.items()) + "." if counts else ""
 
 
 def could_fuse(model: nn.Module) -> set[str]:
@@ -472,7 +398,10 @@ def _is_of(module: nn.Module, table: dict[str, Any]) -> bool:
 def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fusion]]:
     """The modules of one block that can be fused, each with its fusion. ``grouped``: tensors that are taken."""
     of_inputs: dict[int, Merged] = {}  # first member → the product that a norm computes
-    for norm_path, paths in BLOCKS[type(block).__name__]:
+    norms = BLOCKS[type(block).__name__]
+    if not getattr(block, "do_layer_norm_before", True):  # some of OPT's sizes have their norms behind
+        norms = ()
+    for norm_path, paths in norms:
         norm = _get(block, norm_path)
         readers = _merged(block, paths, grouped, quantized=True)
         if norm is None or fusion_of(norm) is not None or readers is None:
@@ -573,7 +502,7 @@ def _merged(
         or any(has_hooks(child) for _, _, child in edges.values())
         or any(id(t) in grouped or t.is_meta for t in tensors)
         or len({id(t) for t in tensors}) < len(tensors)
-        or len({None if member.bias is None else member.bias.dtype for member in members}) > 1
+        or len({member.bias.dtype for member in members if member.bias is not None}) > 1
     ):
         return None
     merged = Merged(list(edges.values()), passes, quantized)
@@ -591,137 +520,3 @@ def _get(module: nn.Module, path: str) -> nn.Module | None:
     for part in path.split("."):
         found = getattr(found, part, None)
     return found if isinstance(found, nn.Module) else None
-
-
-# ---- probes --------------------------------------------------------------------------------------------------------
-
-#: A probe has two sequences of eight tokens, or more where the layers would leave so few in float.
-_TOKENS = 8
-#: The fused and the unfused block quantize values that are equal but for float32 rounding, so almost every int8 is the
-#: same. Were each one step off, the relative error would be (max / 127) / rms of a row, 1/32 for a normal row of 4096
-#: (its largest value is four times its rms). What the unfused block computes in several operations it rounds to its
-#: dtype after each, up to eight for an activation (GPT-2's), which the fused kernel does once: eight units of the dtype
-#: come on top. Another formula or another structure is off by about 1.
-_TOLERANCE, _ROUNDINGS = 1 / 32, 8
-
-
-def _probe(block: nn.Module, modules: Sequence[nn.Module]) -> str:
-    """Run each fused module and then the block fused and unfused on random rows. What is wrong, or nothing."""
-    fusions = [cast(Fusion, fusion_of(module)) for module in modules]
-    parts = list({id(part): part for fusion in fusions for part in fusion.parts()}.values())
-    if any(part.weight is None for part in parts):
-        return "its tensors are not on one device"
-    training = [module for module in block.modules() if module.training]
-    try:
-        for part in parts:
-            part.everywhere = True  # what is fused on the GPU is checked on the CPU
-        for module in training:
-            module.training = False
-        for module, fusion in zip(modules, fusions, strict=True):
-            if isinstance(fusion, BlockFusion):
-                continue  # below
-            problem = fusion.probe(module, _rows(module, fusion))
-            if problem:
-                return f"{type(module).__name__}: {problem}"
-        return _probe_block(block, parts)
-    except Exception as error:  # a model's own code: there is no telling what it raises
-        return f"it raised {type(error).__name__}: {error}"
-    finally:
-        for part in parts:
-            del part.everywhere
-        for module in training:
-            module.training = True
-
-
-def _rows(module: nn.Module, fusion: Fusion) -> Tensor:
-    """Normal values for the module's input, in the dtype that it computes in."""
-    weight = module._parameters.get("weight")
-    parts = fusion.parts()
-    return _normal(parts, parts[0].members[0].float_dtype if weight is None else weight.dtype)
-
-
-def _normal(parts: Sequence[Merged], dtype: torch.dtype) -> Tensor:
-    """``[2, tokens, K]`` normal values for the first part, the same in every call."""
-    first = parts[0]
-    thresholds = [getattr(member, "max_tokens", None) or 0 for part in parts for member in part.members]
-    tokens = max(_TOKENS, max(thresholds) // 2 + 1)
-    generator = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(2, tokens, first.k, generator=generator, device="cpu")
-    return x.to(first.members[0].weight.device, dtype)
-
-
-def _probe_block(block: nn.Module, parts: Sequence[Merged]) -> str:
-    first = parts[0]
-    dtype = next((p.dtype for p in block.parameters() if p.is_floating_point()), first.members[0].float_dtype)
-    x = _normal(parts, dtype)
-    call = _block_call(block, x, parts)
-    if call is None:
-        return "it could not be run on its own"
-    fused, want = _both_ways(call, parts)
-    return _distance_problem(fused, want, want - x)
-
-
-def _block_call(block: Any, x: Tensor, parts: Sequence[Merged]) -> Callable[[], Tensor] | None:
-    """How to call the block as its model does: on hidden states, for some with cosines and sines besides."""
-    attention = getattr(block, "self_attn", None)
-    head = getattr(attention, "rotary_ndims", getattr(attention, "head_dim", None))
-    calls: list[dict[str, Any]] = [{"attention_mask": None}, {}]
-    if isinstance(head, int):
-        angle = torch.linspace(0, 3, x.shape[1] * (head // 2), device=x.device).view(1, x.shape[1], -1)
-        angle = torch.cat([angle, angle], -1)
-        positions = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
-        calls.insert(0, {"attention_mask": None, "position_embeddings": positions})
-    for kwargs in calls:
-
-        def call(kwargs: dict[str, Any] = kwargs) -> Tensor:
-            out = block(x, **kwargs)
-            return cast(Tensor, out if isinstance(out, Tensor) else out[0])
-
-        try:
-            with _disabled(parts):
-                call()
-        except Exception:  # another signature: there is no telling what it raises
-            continue
-        return call
-    return None
-
-
-def _product_problem(merged: Merged, product: Tensor, x: Tensor) -> str:
-    """Whether each member's columns of ``product`` are what it gives for ``x``, to the last bit."""
-    for member in merged.members:
-        mine, want = member(product), member(x)
-        if merged.in_float(x):  # W8A16 adds in an order that depends on the config, and so on N
-            if problem := _distance_problem(mine, want, want):
-                return problem
-        elif not torch.equal(mine, want):
-            return "the merged product has other bits than its parts"
-    return ""
-
-
-class _disabled:  # noqa: N801  # a context manager
-    def __init__(self, parts: Sequence[Merged]) -> None:
-        self._parts = parts
-
-    def __enter__(self) -> None:
-        for part in self._parts:
-            part.enabled = False
-
-    def __exit__(self, *error: object) -> None:
-        for part in self._parts:
-            part.enabled = True
-
-
-def _both_ways(call: Callable[[], Tensor], parts: Sequence[Merged]) -> tuple[Tensor, Tensor]:
-    """The result with and without fusion."""
-    with _disabled(parts):
-        want = call()
-    return call(), want
-
-
-def _distance_problem(found: Tensor, want: Tensor, signal: Tensor) -> str:
-    """Whether ``found`` is further from ``want`` than rounding explains, relative to ``signal``; in words."""
-    if found.shape != want.shape or found.dtype != want.dtype:
-        return f"it gives {tuple(found.shape)} {found.dtype}, not {tuple(want.shape)} {want.dtype}"
-    error = float((found.double() - want.double()).norm() / signal.double().norm().clamp_min(1e-30))
-    allowed = _TOLERANCE + _ROUNDINGS * torch.finfo(want.dtype).eps
-    return "" if error <= allowed else f"it differs by {error:.2g} from the unfused one"

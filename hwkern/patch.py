@@ -522,7 +522,8 @@ def survey(model: nn.Module) -> Report:
         if layer.status == "int8":
             layer.status, layer.reason = "left", "float: hwkern.patch has not been here, or left it"
     total = _model_bytes(model)
-    return Report(_Reports(layers).finish(), total, total, note="" if layers else "The model has no linear layers.")
+    note = "" if layers else "The model has no linear layers."
+    return Report(_Reports(layers).finish(), total, total, note=note, fusion=_fusion.summary(model))
 
 
 class _Reports:

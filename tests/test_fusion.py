@@ -68,6 +68,18 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
     "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)), BERT_FUSED),
     "roberta": (lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT)), BERT_FUSED),
     "electra": (lambda: transformers.ElectraModel(transformers.ElectraConfig(**BERT, embedding_size=64)), BERT_FUSED),
+    "distilbert": (
+        lambda: transformers.DistilBertModel(
+            transformers.DistilBertConfig(vocab_size=99, dim=HIDDEN, n_layers=2, n_heads=4, hidden_dim=256)
+        ),
+        {"q_lin+k_lin+v_lin", "gelu -> lin2"},
+    ),
+    "opt": (
+        lambda: transformers.OPTModel(
+            transformers.OPTConfig(**SIZES, ffn_dim=256, vocab_size=99, word_embed_proj_dim=HIDDEN)
+        ),
+        {"norm -> q_proj+k_proj+v_proj", "norm -> fc1"},
+    ),
     "vit": (lambda: transformers.ViTModel(transformers.ViTConfig(**IMAGES)), VIT_FUSED),
     "clip": (
         lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**IMAGES, hidden_act="gelu")),
@@ -224,6 +236,50 @@ def test_family_is_fused_and_computes_what_the_unfused_one_does(family: str, dty
     assert [key for key in patched_keys if not key.endswith("weight_scale")] == keys
 
 
+def encoder_decoder(model: Any) -> dict[str, Tensor]:
+    decoder = {"decoder_input_ids": torch.randint(3, 99, (2, 5)).to(model.device)}
+    if model.main_input_name == "input_features":
+        return {"input_features": torch.randn(2, 16, 40).to(model.device), **decoder}
+    return {"input_ids": torch.randint(3, 99, (2, 7)).to(model.device), **decoder}
+
+
+def t5(act: str) -> Any:
+    config = transformers.T5Config(
+        vocab_size=99, d_model=HIDDEN, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj=act
+    )
+    return transformers.T5Model(config)
+
+
+def whisper() -> Any:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.WhisperConfig(
+        vocab_size=99, d_model=HIDDEN, encoder_ffn_dim=256, decoder_ffn_dim=256, num_mel_bins=16,
+        max_source_positions=20, max_target_positions=20, pad_token_id=0, **sizes,
+    )  # fmt: skip
+    return transformers.WhisperModel(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda: t5("relu"), {"norm -> q+k+v", "norm -> wi", "relu -> wo"}),
+        (lambda: t5("gated-gelu"), {"norm -> q+k+v", "norm -> wi_0+wi_1", "gelu_tanh · up -> wo"}),
+        (whisper, {"norm -> q_proj+k_proj+v_proj", "norm -> fc1"}),  # whose k has no bias, unlike q and v
+    ],
+    ids=["t5", "t5 gated", "whisper"],
+)
+def test_encoder_decoders_are_fused_in_both_halves(make: Any, expected: set[str], device: str) -> None:
+    model = make().to(device)
+    report = patched(model)
+    assert fused_in(model) == expected
+    assert all(f"4 × {what}" in report.fusion for what in expected)
+    inputs = encoder_decoder(model)
+    got = run(model, inputs)
+    _fusion.unfuse(model)
+    want = run(model, inputs)
+    assert (got - want).double().norm() / want.double().norm() < 1e-2
+
+
 @pytest.mark.parametrize("family", ["llama", "llama with biases", "bert", "vit"])
 def test_the_merged_product_has_the_bits_of_its_parts(family: str, device: str) -> None:
     model = FAMILIES[family][0]().to(device)
@@ -282,8 +338,10 @@ def test_one_flag_turns_it_off(calls: list[str]) -> None:
     assert not fused_in(model)
     run(model, inputs_of(model))
     assert calls == []
-    assert "Fused" in hwkern.patch(model).fusion  # later
+    fusion = hwkern.patch(model).fusion  # later
     assert fused_in(model)
+    assert fusion == hwkern.report(model).fusion == hwkern.Report.from_json(hwkern.report(model).to_json()).fusion
+    assert fusion in str(hwkern.report(model)).replace("\n", " ")
     hwkern.patch(model, fuse=False)
     assert not fused_in(model)
 
@@ -323,7 +381,7 @@ def test_an_error_while_fusing_leaves_the_float_model(monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return ""
 
-    monkeypatch.setattr(_fusion, "_probe", interrupted)
+    monkeypatch.setattr(_fusion, "check", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patched(model)
     assert {name: type(module) for name, module in model.named_modules()} == classes
@@ -382,6 +440,16 @@ def test_a_block_that_cannot_be_run_alone_is_not_fused(monkeypatch: pytest.Monke
     model = llama()
     assert "it could not be run on its own" in patched(model).fusion
     assert not fused_in(model)
+
+
+def test_a_block_that_returns_a_tuple_keeps_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = transformers.models.llama.modeling_llama.LlamaDecoderLayer
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, *args, **kwargs: (original(self, *args, **kwargs),))
+    model = llama()
+    assert "it gives a Tensor, not a tuple" in patched(model).fusion
+    out = model.model.layers[0](torch.randn(1, 3, HIDDEN), position_embeddings=(torch.ones(1, 3, 32),) * 2)
+    assert isinstance(out, tuple)
 
 
 def test_the_probe_leaves_training_modes_and_random_numbers_alone() -> None:
@@ -716,6 +784,23 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
     if "norm" in "".join(FAMILIES[family][1]):
         assert "hwkern.norm_linear.default" in names
         assert "hwkern.activation_linear.default" in names
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+def test_merged_weights_have_fixed_addresses_so_that_graphs_need_not_copy_them() -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    fixed: list[bool] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        for node in graph.graph.nodes:
+            if node.op == "placeholder" and node.meta["example_value"].dtype in (torch.int8, torch.float32):
+                fixed.append("_dynamo_static_input_type" in node.meta["tensor_dict"])
+        return graph.forward
+
+    run(torch.compile(model, fullgraph=True, backend=backend), inputs_of(model))
+    assert len(fixed) > 10
+    assert all(fixed)
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")

@@ -97,7 +97,7 @@ class Merged:
             device.type != "meta"
             and all(t.device == device and t.is_contiguous() for t in tensors)
             and all(t.dtype in (torch.int8, torch.float32) for t in tensors[:2])
-            and len({None if bias is None else bias.dtype for bias in biases}) == 1
+            and len({bias.dtype for bias in biases if bias is not None}) <= 1
         )
         if not together:
             self.weight = self.scale = self.bias = None
@@ -111,7 +111,7 @@ class Merged:
             else:
                 self.weight = _join([member.weight for member in self.members])
                 self.scale = _join([member.weight_scale for member in self.members])
-                self.bias = None if biases[0] is None else _join(biases)  # type: ignore[arg-type]
+                self.bias = _join_biases(self.members)
             self._addresses = tuple([t.data_ptr() for t in self._tensors()])
             # The bias of the product needs no gradient: `usable` is False where one is recorded.
             if self.weight.is_cuda:
@@ -243,6 +243,14 @@ def _join(tensors: Sequence[Tensor]) -> nn.Parameter:
         t.data = whole[start : start + t.shape[0]]
         start += t.shape[0]
     return nn.Parameter(whole, requires_grad=False)
+
+
+def _join_biases(members: Sequence[Int8Linear]) -> nn.Parameter | None:
+    """As :func:`_join`; a member without a bias gets -0.0, which changes no sum."""
+    first = next((member.bias for member in members if member.bias is not None), None)
+    if first is None:
+        return None
+    return _join([first.new_full((m.out_features,), -0.0) if m.bias is None else m.bias for m in members])
 
 
 def few_tokens(members: Sequence[Int8Linear], quantized: bool) -> int:
