@@ -242,7 +242,12 @@ def main() -> int:
             if arguments.limit is not None and time.monotonic() - start > arguments.limit:
                 missing.append(f"{name}/{size}")
                 continue
-            for row in cells(name, size, arguments.device, dtype):
+            try:
+                found = cells(name, size, arguments.device, dtype)
+            except Exception as error:  # one model that fails must not cost the rows of the others
+                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
+                found = [{"model": name, "size": size, "shape": "all", "mode": "all", "absent": reason}]
+            for row in found:
                 rows.append(row)
                 show(row)
             timing.save(arguments.json, timing.result("never_slower", arguments.device, arguments.commit, rows))
