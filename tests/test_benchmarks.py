@@ -629,8 +629,8 @@ def test_a_model_that_fails_is_a_row_without_times_and_the_others_go_on(load, mo
     def cells(name, size, device, dtype):
         if name == "t5":
             raise RuntimeError("out of memory\nand a trace")
-        return [{"model": name, "size": size, "shape": "1x1", "mode": "eager", "original": 1.0, "planned": 0.5,
-                 "ratio": 0.5, "first_ratio": 0.5, "int8": 1, "layers": 1, "error": 0.0, "plan_seconds": 1.0}]  # fmt: skip
+        figures = {"original": 1.0, "planned": 0.5, "ratio": 0.5, "first_ratio": 0.5, "error": 0.0, "plan_seconds": 1.0}
+        return [{"model": name, "size": size, "shape": "1x1", "mode": "eager", "int8": 1, "layers": 1, **figures}]
 
     monkeypatch.setattr(never_slower, "cells", cells)
     options = ["--device", "cpu", "--models", "t5,opt", "--sizes", "base", "--json", str(tmp_path / "x.json")]
