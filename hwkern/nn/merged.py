@@ -274,6 +274,18 @@ def go_together(members: Sequence[Int8Linear]) -> bool:
     return len(only) == 1
 
 
+#: For more tokens than this a residual or an activation is a kernel of its own, not a part of the product's epilogue,
+#: during which nothing multiplies. 8 layers of Llama-3-8B's width on an H100, two runs, 21.4 ms unfused in both: 8 × 512
+#: tokens take 16.9 ms with the last residual in the epilogue and 15.7 ms with no residual fused at all; one token with a
+#: cache of 640, as a CUDA graph, 1.36 and 1.39 ms.
+EPILOGUE_TOKENS = 64
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether ``x [..., K]`` has so few tokens that the epilogue is the place for what follows the product."""
+    return math.prod(x.shape[:-1]) <= EPILOGUE_TOKENS
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody watches or replaces this module's calls.
 
