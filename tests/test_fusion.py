@@ -880,8 +880,9 @@ def test_a_cuda_graph_replays_a_fused_model(family: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_direct_launches_have_the_operators_bits() -> None:
-    model = llama().cuda().bfloat16()
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_the_direct_launches_have_the_operators_bits(family: str) -> None:
+    model = FAMILIES[family][0]().cuda().bfloat16()
     patched(model)
     inputs = inputs_of(model)
     want = run(model, inputs)

@@ -161,7 +161,8 @@ class Merged:
         """``activation(linear(x))``, in the product's epilogue: rounded once. W8A8 alone."""
         weight, scale, bias = self._read()
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
-            return ops._launch_cell(x, self.cell, weight, x.dtype, activation=ops.ACTIVATIONS[activation])
+            none, after = ops.ACTIVATIONS["none"], ops.ACTIVATIONS[activation]
+            return _fused_linear.launch_activation_linear(x, weight, self.cell, none, gated=False, after=after)
         return ops.int8_linear(x, weight, scale, bias, activation=activation)
 
     def after_norm(
