@@ -7,11 +7,12 @@ own time). On a CPU there is "eager" only. Peers run in turn, so that clock, hea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,12 +177,21 @@ def measure(
 @functools.lru_cache(maxsize=1)
 def layer_sets(shape: Shape, timings: tuple[str, ...], device: torch.device, sets: int) -> dict[str, list[nn.Module]]:
     """So many layers of each recipe. Those of the last shape are kept for its next number of tokens: to make them takes
-    longer than to time them. ``layer_sets.cache_clear()`` when all is timed.
+    longer than to time them.
     """
     floats = [shape.float_layer(device) for _ in range(sets)]
     return {
         name: list(floats) if name == "keep" else [make(f, stand_in(name, shape.k)) for f in floats] for name in timings
     }
+
+
+@contextlib.contextmanager
+def kept_layers() -> Iterator[None]:
+    """Around measurements: nothing of :func:`layer_sets` is kept longer."""
+    try:
+        yield
+    finally:
+        layer_sets.cache_clear()
 
 
 def eager_us(peers: dict[str, list[Callable[[], object]]], device: torch.device) -> dict[str, float]:

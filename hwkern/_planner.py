@@ -15,7 +15,7 @@ from hwkern._back_off import back_off
 from hwkern._choose import Candidate, Mode, Policy, threshold
 from hwkern._console import progress
 from hwkern._layers import Layer, Selector, tied
-from hwkern._measure import Clock, Shape, bucket, layer_sets, stamp
+from hwkern._measure import Clock, Shape, bucket, kept_layers, stamp
 from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
 from hwkern._whole import check_whole, send_back
@@ -204,13 +204,10 @@ def _timed(
         for m in unit.calls:
             names = wanted.setdefault((unit.shape, m), dict.fromkeys(_ALWAYS))
             names |= {recipe.timing: None for recipe, _ in recipes[unit.name]}
-    with progress("Timing layers", len(wanted), show) as step:
-        try:
-            for (shape, m), names in wanted.items():
-                clock.measure(shape, m, list(names))
-                step()
-        finally:
-            layer_sets.cache_clear()
+    with kept_layers(), progress("Timing layers", len(wanted), show) as step:
+        for (shape, m), names in wanted.items():
+            clock.measure(shape, m, list(names))
+            step()
     return {unit.name: _planned(unit, recipes[unit.name], groups.get(unit.name, ""), clock) for unit in units}
 
 
@@ -300,7 +297,7 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     clock = Clock(device, mode=old.mode)
     layers = {}
     wanted = sum(len(layer.calls) for layer in old.layers.values())
-    with progress("Timing layers", wanted, show) as step:
+    with kept_layers(), progress("Timing layers", wanted, show) as step:
         for name, layer in old.layers.items():
             dtype = getattr(torch, layer.dtype)
             shape = Shape(layer.kind, layer.n, layer.k, dtype, layer.bias)
@@ -319,7 +316,6 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
                 for c in plain
             ]
             layers[name] = replace(layer, candidates=[*timed, *_dispatching(timed, layer.calls)], chosen=0)
-    layer_sets.cache_clear()
     made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
     made.decide()
     if old.task is not None:
