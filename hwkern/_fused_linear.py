@@ -178,9 +178,15 @@ def launch_norm_linear(
 
 
 def launch_activation_linear(
-    x: Tensor, weight: Tensor, cell: ops.LaunchCell, activation: int, gated: bool, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    cell: ops.LaunchCell,
+    activation: int,
+    gated: bool,
+    residual: Tensor | None = None,
+    after: int = 0,
 ) -> Tensor:
-    """Two launches and two allocations. ``cell`` has read the weights."""
+    """Two launches and two allocations. ``cell`` has read the weights. ``after``: an activation of the product."""
     shape = x.shape
     n, columns = cell.n, cell.columns
     k = shape[-1] // 2 if gated else shape[-1]
@@ -197,9 +203,9 @@ def launch_activation_linear(
         False, m, k, activation, stream,
     )  # fmt: skip
     if residual is None:
-        return _product(q, m, n, k, columns, cell, y, stream)
+        return _product(q, m, n, k, columns, cell, y, stream, (after,))
     residual, ldr = rows(residual)
-    return _product(q, m, n, k, columns, cell, y, stream, (0, residual.data_ptr(), ldr, DTYPES[residual.dtype]))
+    return _product(q, m, n, k, columns, cell, y, stream, (after, residual.data_ptr(), ldr, DTYPES[residual.dtype]))
 
 
 def _product(

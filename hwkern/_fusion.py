@@ -7,8 +7,8 @@ which asks at every call whether the fusion may be used and otherwise is the cla
   outputs side by side; each reader takes its columns (``hwkern.nn.merged``),
 - an attention without a norm of its own before it (BERT) computes q, k and v at its entrance,
 - an MLP computes gate and up as one product, then activation, product and quantization in one kernel,
-- a dense layer with its activation (BERT's intermediate) has it in the product's epilogue,
-- a block (Llama's) hands its residual to the second norm's kernel and to the last product's epilogue.
+- a dense layer with its activation (BERT's intermediate) has it in the product's epilogue, for few tokens,
+- a block (Llama's) hands its residual to the second norm's kernel and, for few tokens, to the last product's epilogue.
 
 Which class is built so is a table (:mod:`hwkern._structures`), not a guess; and every block is run both ways on random
 rows before it stays (:mod:`hwkern._probe`).
@@ -30,7 +30,7 @@ from hwkern import ops
 from hwkern._probe import both_ways, check, distance_problem, product_problem
 from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
-from hwkern.nn.merged import Merged, go_together, has_hooks
+from hwkern.nn.merged import Merged, go_together, has_hooks, is_few
 
 _MEMBERS = (Int8Linear, Int8Conv1D, WeightOnlyInt8Linear, WeightOnlyInt8Conv1D)
 
@@ -92,7 +92,9 @@ class _FusedBlock(_Fused):
         x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
         product, h = norm._fusion.run_sum(norm, x, hidden_states)
         last: MlpFusion = mlp._fusion
-        return last.output.after_activation(product, last.activation, last.gated, h)
+        if is_few(h):
+            return last.output.after_activation(product, last.activation, last.gated, h)
+        return h + last.output.after_activation(product, last.activation, last.gated)
 
 
 class _FusedDense(_Fused):
@@ -103,6 +105,7 @@ class _FusedDense(_Fused):
             f.dense.usable(hidden_states)
             and f.intact(cast(nn.Module, self))
             and hidden_states.shape[-1] == f.dense.k
+            and is_few(hidden_states)
             and not f.dense.in_float(hidden_states)
         ):
             return f.dense.activated(hidden_states, f.activation)

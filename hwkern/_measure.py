@@ -7,11 +7,12 @@ own time). On a CPU there is "eager" only. Peers run in turn, so that clock, hea
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +160,10 @@ def measure(
             sets = min(GPU_SETS, rotations(weight_bytes / 2, gpu.l2_bytes))
         else:
             sets = max(1, min(4, CPU_BYTES // weight_bytes))
-        floats = [shape.float_layer(device) for _ in range(sets)]
-        peers: dict[str, list[Callable[[], object]]] = {}
-        for name in timings:
-            layers = floats if name == "keep" else [make(f, stand_in(name, shape.k)) for f in floats]
-            peers[name] = [functools.partial(layer, x) for layer in layers]
+        peers: dict[str, list[Callable[[], object]]] = {
+            name: [functools.partial(layer, x) for layer in layers]
+            for name, layers in layer_sets(shape, tuple(timings), device, sets).items()
+        }
         found: dict[tuple[str, str], float] = {}
         if "eager" in modes:
             found |= {(name, "eager"): us for name, us in eager_us(peers, device).items()}
@@ -172,6 +172,26 @@ def measure(
 
             found |= {(name, "graph"): us for name, us in cuda_us(peers, GRAPH_SECONDS).items()}
         return found
+
+
+@functools.lru_cache(maxsize=1)
+def layer_sets(shape: Shape, timings: tuple[str, ...], device: torch.device, sets: int) -> dict[str, list[nn.Module]]:
+    """So many layers of each recipe. Those of the last shape are kept for its next number of tokens: to make them takes
+    longer than to time them.
+    """
+    floats = [shape.float_layer(device) for _ in range(sets)]
+    return {
+        name: list(floats) if name == "keep" else [make(f, stand_in(name, shape.k)) for f in floats] for name in timings
+    }
+
+
+@contextlib.contextmanager
+def kept_layers() -> Iterator[None]:
+    """Around measurements: nothing of :func:`layer_sets` is kept longer."""
+    try:
+        yield
+    finally:
+        layer_sets.cache_clear()
 
 
 def eager_us(peers: dict[str, list[Callable[[], object]]], device: torch.device) -> dict[str, float]:

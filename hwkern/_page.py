@@ -39,7 +39,7 @@ p { margin: .25rem 0; } .soft { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.5rem 0; }
 .tile { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.25; } .tile span { color: var(--soft); font-size: .85rem; }
-figure { margin: .75rem 0 0; } svg { display: block; width: 100%; height: auto; }
+figure { margin: .75rem 0 0; overflow-x: auto; } svg { display: block; width: 100%; min-width: 38rem; height: auto; }
 svg text { fill: var(--ink); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 svg .soft { fill: var(--soft); } svg .num { text-anchor: end; } svg .mid { text-anchor: middle; }
 svg .was { fill: var(--was); } svg .now { fill: var(--now); } svg .nowtext { fill: var(--now); font-weight: 600; }
@@ -47,7 +47,8 @@ svg .mark { fill: var(--mark); } svg .rest { fill: var(--line); }
 svg line { stroke: var(--line); stroke-width: 1; } svg line.bound { stroke: var(--mark); stroke-dasharray: 5 4; }
 i.was, i.now { display: inline-block; width: 1.6em; height: .55em; background: var(--was); border-radius: 1px; }
 i.now { background: var(--now); } td small { color: var(--soft); display: block; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .88rem; margin-top: .75rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; min-width: 46rem; font-size: .88rem; margin-top: .75rem; }
 th, td { text-align: left; padding: .35rem .6rem .35rem 0; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; } td.num, th.num { text-align: right; white-space: nowrap; }
 td.name { overflow-wrap: anywhere; min-width: 11rem; } td.shade { text-align: right; padding-right: .6rem; }
@@ -234,7 +235,7 @@ def _accuracy(report: Report) -> str:
     note = (
         "<p class='soft'>Signal-to-noise ratio of each int8 layer's output on the plan's data, in the model's order; "
         "20 dB is a relative error of 10 %, 40 dB of 1 %."
-        + (f" {floats} layers stay float and have no dot." if floats else "")
+        + (f" {_many(floats, 'layer')} in float {'has' if floats == 1 else 'have'} no dot." if floats else "")
         + "</p>"
     )
     return note + _figure(top + height + 28, "Accuracy of the int8 layers", text, body)
@@ -283,9 +284,9 @@ def _light(report: Report) -> str:
             "the stronger the colour, the nearer; 100 % cannot be reached."
         )
     elif report.plan.get("kind") == "cpu":
-        note = "Not known: the plan was made on a CPU, whose peak rates are not documented. The times:"
+        note = "Not known: the plan was made on a CPU, whose peak rates are not documented."
     else:
-        note = f"Not known: the plan was made on {escape(report.plan['device'])}, which is not here. The times:"
+        note = f"Not known: the plan was made on {escape(report.plan['device'])}, which is not here."
     how = f"<p class='soft'>{note} One call of one layer ({_NAMES[mode]}), float → as chosen.</p>"
     head = f"<tr><th>layer</th><th>scheme</th>{heads}</tr>"
     return f"{how}<div class='scroll'><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"

@@ -15,7 +15,7 @@ from hwkern._back_off import back_off
 from hwkern._choose import Candidate, Mode, Policy, threshold
 from hwkern._console import progress
 from hwkern._layers import Layer, Selector, tied
-from hwkern._measure import Clock, Shape, bucket, stamp
+from hwkern._measure import Clock, Shape, bucket, kept_layers, stamp
 from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
 from hwkern._whole import check_whole, send_back
@@ -204,7 +204,7 @@ def _timed(
         for m in unit.calls:
             names = wanted.setdefault((unit.shape, m), dict.fromkeys(_ALWAYS))
             names |= {recipe.timing: None for recipe, _ in recipes[unit.name]}
-    with progress("Timing layers", len(wanted), show) as step:
+    with kept_layers(), progress("Timing layers", len(wanted), show) as step:
         for (shape, m), names in wanted.items():
             clock.measure(shape, m, list(names))
             step()
@@ -297,7 +297,7 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     clock = Clock(device, mode=old.mode)
     layers = {}
     wanted = sum(len(layer.calls) for layer in old.layers.values())
-    with progress("Timing layers", wanted, show) as step:
+    with kept_layers(), progress("Timing layers", wanted, show) as step:
         for name, layer in old.layers.items():
             dtype = getattr(torch, layer.dtype)
             shape = Shape(layer.kind, layer.n, layer.k, dtype, layer.bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from hwkern import _native, hardware
 from hwkern._choose import Candidate
 from hwkern._cpu import int8_is_fast
+from hwkern._fusion import fusion_of
 from hwkern._layers import find_layers
 from hwkern.nn import CalibratedInt8Linear, Int8Linear, WeightOnlyInt8Linear
 from hwkern.nn.weight_only import FEW_TOKENS
@@ -50,6 +52,7 @@ def describe(report: Report, model: nn.Module, plan: Plan | None = None, validat
         layers=tuple(layers),
         model=type(model).__name__,
         where=tuple(_where(modules.values())),
+        fusion=report.fusion or _fusions(model),
         plan={} if plan is None else _summary(plan),
         validation={} if validation is None else validation.to_dict(),
     )
@@ -147,7 +150,7 @@ def _runs(module: nn.Module) -> str:
         return f"torch, on {weight.device}"
     where = str(weight.device)
     if weight.is_cuda:
-        return f"{_cuda_path(module)}, on {where}"
+        return f"{_cuda_path(module)}{_fused(module)}, on {where}"
     if isinstance(module, WeightOnlyInt8Linear):
         return f"float32 product over weights widened block by block, on {where}"
     product = "torch._int_mm" if int8_is_fast() else "exact float32 products: this CPU has no exact int8 dot product"
@@ -161,6 +164,19 @@ def _cuda_path(module: Int8Linear) -> str:
             return few
         return f"{few}; above {module.max_tokens} tokens int8 × int8 kernels"
     return f"int8 × int8 kernels, {_inputs(module)}"
+
+
+def _fused(module: Int8Linear) -> str:
+    if module._part is None:
+        return ""
+    names = [attribute for _, attribute, child in module._part.merged.edges if isinstance(child, Int8Linear)]
+    return f", one product for {'+'.join(names)}" if len(names) > 1 else ", fused with what lies before it"
+
+
+def _fusions(model: nn.Module) -> str:
+    """What ``hwkern.patch`` fused, counted."""
+    counts = Counter(str(fusion) for module in model.modules() if (fusion := fusion_of(module)) is not None)
+    return f"Fused: {', '.join(f'{count} × {what}' for what, count in counts.items())}." if counts else ""
 
 
 def _inputs(module: Int8Linear) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Calls in one reading of the model's time: as many as fill the seconds, within these bounds.
 ROUNDS = (5, 40)
-SECONDS = 0.15
+SECONDS = 0.06
 #: The model may be this much slower in a measurement before the plan is doubted.
 NOISE = 0.015
 #: Then layers go back: those with less than the first gain, than the second, all. Small gains are the first suspects,
@@ -242,7 +242,8 @@ def _median(call: Callable[[], object], device: torch.device) -> float:
 def _graph(model: nn.Module, batch: Any, device: torch.device) -> Callable[[], object] | None:
     """The replay of one call; None for a model that waits for the GPU in its forward, which no graph can hold.
 
-    That is tried outside a capture first: one that fails leaves torch's random numbers unusable on the device.
+    That is tried outside a capture first, because one that fails leaves torch's random numbers and allocator unusable
+    on the device. Whoever asks there whether a capture is under way is told yes: transformers then skips its own waits.
     """
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
@@ -252,12 +253,15 @@ def _graph(model: nn.Module, batch: Any, device: torch.device) -> Callable[[], o
             _batches.call(model, batch)
             with warnings.catch_warnings():  # torch calls the switch a prototype at each use
                 warnings.simplefilter("ignore")
+                asked = torch.cuda.is_current_stream_capturing
                 torch.cuda.set_sync_debug_mode("error")
+                torch.cuda.is_current_stream_capturing = lambda: True
                 try:
                     _batches.call(model, batch)
                 except RuntimeError:
                     return None
                 finally:
+                    torch.cuda.is_current_stream_capturing = asked
                     torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

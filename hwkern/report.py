@@ -334,7 +334,16 @@ def group_layers(layers: Sequence[LayerReport]) -> list[tuple[str, list[LayerRep
     for layer in layers:
         *parents, last = ("#" if part.isdigit() else part for part in layer.name.split("."))
         shape = (*parents, "#" if last == "#" else "*")
-        same = (layer.kind, layer.status, layer.reason, layer.dtype, layer.device, layer.scheme, len(layer.names))
+        same = (
+            layer.kind,
+            layer.status,
+            layer.reason,
+            layer.dtype,
+            layer.device,
+            layer.scheme,
+            layer.runs,
+            len(layer.names),
+        )
         groups.setdefault((shape, *same, layer.in_features, layer.out_features), []).append(layer)
     return [row for group in groups.values() for row in _rows(group)]
 

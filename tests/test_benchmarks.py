@@ -665,7 +665,29 @@ def test_models_without_time_left_are_named_and_the_run_fails(load, monkeypatch,
         assert never_slower.main() == 1
     finally:
         torch.set_num_threads(threads)
-    assert "No time left for t5/base, opt/base, t5/small, opt/small." in capsys.readouterr().out
+    assert "No time left for t5/base, opt/small, t5/small, opt/base." in capsys.readouterr().out
+
+
+def test_a_model_that_fails_is_a_row_without_times_and_the_others_go_on(load, monkeypatch, tmp_path, capsys):
+    never_slower = load("never_slower")
+
+    def cells(name, size, device, dtype):
+        if name == "t5":
+            raise RuntimeError("out of memory\nand a trace")
+        figures = {"original": 1.0, "planned": 0.5, "ratio": 0.5, "first_ratio": 0.5, "error": 0.0, "plan_seconds": 1.0}
+        return [{"model": name, "size": size, "shape": "1x1", "mode": "eager", "int8": 1, "layers": 1, **figures}]
+
+    monkeypatch.setattr(never_slower, "cells", cells)
+    options = ["--device", "cpu", "--models", "t5,opt", "--sizes", "base", "--json", str(tmp_path / "x.json")]
+    monkeypatch.setattr(sys, "argv", ["never_slower.py", *options])
+    threads = torch.get_num_threads()
+    try:
+        assert never_slower.main() == 1
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "absent: RuntimeError: out of memory" in said
+    assert "1 cells of 1 models, 0 above 1.02, worst 0.500, 1 absent" in said
 
 
 def test_calls_in_turn_are_medians_and_as_many_as_fill_the_time(load, monkeypatch):

@@ -309,6 +309,21 @@ def test_the_fused_path_runs_and_launches_less(calls: list[str]) -> None:
     assert calls == ["linear", "activated"] * 2
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_many_tokens_keep_residuals_and_activations_out_of_the_epilogue(
+    family: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES[family][0]()
+    patched(model)
+    inputs = inputs_of(model)
+    few = run(model, inputs)
+    monkeypatch.setattr("hwkern.nn.merged.EPILOGUE_TOKENS", 13)  # of 2 × 7
+    calls.clear()
+    torch.testing.assert_close(run(model, inputs), few, rtol=1e-3, atol=1e-3)
+    expected = {"llama": ["after_norm", "after_sum", "after_activation"], "bert": ["linear"]}[family]
+    assert calls == expected * 2
+
+
 def test_memory_is_not_doubled_and_state_dict_has_the_same_names_and_values() -> None:
     plain, model = llama(), llama()
     model.load_state_dict(plain.state_dict())
@@ -865,8 +880,9 @@ def test_a_cuda_graph_replays_a_fused_model(family: str) -> None:
 
 
 @pytest.mark.gpu
-def test_the_direct_launches_have_the_operators_bits() -> None:
-    model = llama().cuda().bfloat16()
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_the_direct_launches_have_the_operators_bits(family: str) -> None:
+    model = FAMILIES[family][0]().cuda().bfloat16()
     patched(model)
     inputs = inputs_of(model)
     want = run(model, inputs)

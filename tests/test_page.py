@@ -132,6 +132,33 @@ def test_what_is_no_plan_on_the_model_is_no_obstacle() -> None:
     assert not hwkern.report(made).plan
 
 
+def test_what_is_fused_is_said_after_patch_too() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 384, "intermediate_size": 768, "num_attention_heads": 6, "num_key_value_heads": 6}
+    made = transformers.LlamaModel(transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=50)).eval()
+    done = hwkern.patch(made)
+    assert "2 × norm -> q_proj+k_proj+v_proj" in done.fusion
+    assert hwkern.report(made).fusion == done.fusion
+    assert done.fusion in hwkern.report(made).to_html().replace("&gt;", ">")
+    layer = made.layers[1]
+    assert _survey._fused(layer.self_attn.k_proj) == ", one product for q_proj+k_proj+v_proj"
+    assert _survey._fused(layer.mlp.down_proj) == ", fused with what lies before it"
+    assert _survey._fused(layer.self_attn.o_proj) == ""
+    hwkern.patch(made, fuse=False)
+    assert hwkern.report(made).fusion == ""
+
+
+def test_layers_that_run_differently_have_rows_of_their_own() -> None:
+    layers = tuple(
+        LayerReport((f"{i}.{n}",), "Int8Linear", "already", "", 8, 8, "int8", "cuda:0", 64, 64, runs=runs)
+        for i in range(2)
+        for n, runs in (("q", "one product for q+k"), ("k", "one product for q+k"), ("o", "alone"))
+    )
+    words = Page(Report(layers, 1, 1).to_html()).words
+    assert "{0,1}.{q,k}" in words or "{0-1}.{q,k}" in words
+    assert "{0-1}.o" in words
+
+
 def test_meta_layers_run_nowhere_yet() -> None:
     report = hwkern.report(model().to("meta"))
     assert report.layers[0].runs == "nowhere yet: its tensors are on meta"

@@ -707,3 +707,14 @@ def test_a_planned_transformer_is_not_slower_in_either_way_of_running() -> None:
     graph_only = hwkern.plan(model, batches, show=False, mode="graph")
     assert set(graph_only.layers["encoder.layer.0.output.dense"].candidates[0].us) == {"graph"}
     assert graph_only.measured == 0  # what the first plan timed holds for it too
+
+
+def test_layers_made_for_timing_are_made_once_for_a_shape_and_not_kept() -> None:
+    shape = Shape("Linear", 48, 32, torch.float32, True)
+    _measure.layer_sets.cache_clear()
+    with _measure.kept_layers():
+        for m in (1, 4):
+            found = _measure.measure(shape, m, ["keep", "w8a8"], torch.device("cpu"), ("eager",))
+            assert set(found) == {("keep", "eager"), ("w8a8", "eager")}
+        assert (_measure.layer_sets.cache_info().misses, _measure.layer_sets.cache_info().hits) == (1, 1)
+    assert _measure.layer_sets.cache_info().currsize == 0

@@ -161,7 +161,8 @@ class Merged:
         """``activation(linear(x))``, in the product's epilogue: rounded once. W8A8 alone."""
         weight, scale, bias = self._read()
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
-            return ops._launch_cell(x, self.cell, weight, x.dtype, activation=ops.ACTIVATIONS[activation])
+            none, after = ops.ACTIVATIONS["none"], ops.ACTIVATIONS[activation]
+            return _fused_linear.launch_activation_linear(x, weight, self.cell, none, gated=False, after=after)
         return ops.int8_linear(x, weight, scale, bias, activation=activation)
 
     def after_norm(
@@ -272,6 +273,18 @@ def go_together(members: Sequence[Int8Linear]) -> bool:
     """Whether layers of these schemes may be computed as one: W8A8 with or without a threshold, or W8A16 all."""
     only = {isinstance(member, WeightOnlyInt8Linear) and member.max_tokens is None for member in members}
     return len(only) == 1
+
+
+#: For more tokens than this a residual or an activation is a kernel of its own, not a part of the product's epilogue,
+#: during which nothing multiplies. 8 layers of Llama-3-8B's width on an H100, two runs, 21.4 ms unfused in both: 8 ×
+#: 512 tokens take 16.9 ms with the last residual in the epilogue and 15.7 ms with no residual fused at all; one token
+#: with a cache of 640, as a CUDA graph, 1.36 and 1.39 ms.
+EPILOGUE_TOKENS = 64
+
+
+def is_few(x: Tensor) -> bool:
+    """Whether ``x [..., K]`` has so few tokens that the epilogue is the place for what follows the product."""
+    return math.prod(x.shape[:-1]) <= EPILOGUE_TOKENS
 
 
 def has_hooks(module: nn.Module) -> bool:
