@@ -607,7 +607,7 @@ def test_the_roofline_holds_every_product():
                    "command": "c"}  # fmt: skip
     document = {"schema": 1, "benchmark": "kernels", "environment": environment, "rows": [row, {**row, "m": 4096}]}
     assert set(kernel_page.plots(document)) == {
-        "kernels-roofline.svg", "kernels-speed-of-light.svg", "kernels-speed.svg",
+        "kernels-roofline.svg", "kernels-speed-of-light.svg", "kernels-products.svg",
     }  # fmt: skip
     drawn = kernel_page.roofline(document)
     assert drawn.count("<circle") == 2

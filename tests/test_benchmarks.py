@@ -583,11 +583,16 @@ BENCH = {
     "environment": ENVIRONMENT,
     "settings": {"baseline": "fp16"},
     "rows": [
-        {"model": "m", "workload": "8x16", "path": name, "status": "ok", "tokens_per_s": rate, "noise": 0.02,
-         "latency_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0, "n": 9}, "weight_bytes": size,
-         "accuracy": {"cosine": 0.999}, "memory": {"steady": size, "peak": size}, "ratio": {"to": "fp16", "value": rate / 1500, "noise": 0.03}}
-        for name, rate, size in (("fp32", 1200, 4e6), ("fp16", 1500, 2e6), ("bitsandbytes", 900, 1e6),
-                                 ("hwkern-patch", 1800, 1e6), ("hwkern-plan+graph", 2000, 1e6))
+        {
+            "model": "m", "workload": "8x16", "path": name, "status": "ok", "tokens_per_s": rate, "noise": 0.02,
+            "latency_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0, "n": 9}, "weight_bytes": size,
+            "accuracy": {"cosine": 0.999}, "memory": {"steady": size, "peak": size},
+            "ratio": {"to": "fp16", "value": rate / 1500, "noise": 0.03},
+        }
+        for name, rate, size in (
+            ("fp32", 1200, 4e6), ("fp16", 1500, 2e6), ("bitsandbytes", 900, 1e6), ("hwkern-patch", 1800, 1e6),
+            ("hwkern-plan+graph", 2000, 1e6),
+        )
     ] + [{"model": "m", "workload": "8x16", "path": "trt-fp16", "status": "absent", "reason": "no TensorRT"}],
 }  # fmt: skip
 
