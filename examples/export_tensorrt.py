@@ -3,8 +3,8 @@
     python examples/export_tensorrt.py [--out FOLDER]
 
 1. patch; 2. export to ONNX with a dynamic batch and length; 3. optimization profiles from a sample of requests; 4.
-build the engine and run it. Steps 1 to 3 need no GPU, and ONNX Runtime checks the file; step 4 is left out, with the reason,
-where TensorRT or a GPU is missing. From an ONNX model instead of torch: examples/tensorrt_bert.py.
+build the engine and run it. Steps 1 to 3 need no GPU, and ONNX Runtime checks the file; step 4 is left out, with the
+reason, where TensorRT or a GPU is missing. From an ONNX model instead of torch: examples/tensorrt_bert.py.
 """
 
 from __future__ import annotations

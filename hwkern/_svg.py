@@ -26,7 +26,7 @@ svg .soft { fill: var(--soft); } svg .num { text-anchor: end; } svg .mid { text-
 svg .bold { font-weight: 600; } svg .paper { fill: var(--paper); }
 svg .was { fill: var(--was); } svg .now { fill: var(--now); } svg .other { fill: var(--other); }
 svg .mark { fill: var(--mark); } svg .rest { fill: var(--line); }
-svg line { stroke: var(--line); stroke-width: 1; } svg polyline { fill: none; stroke-width: 2; }
+svg line { stroke: var(--line); stroke-width: 1; } svg polyline { fill: none !important; stroke-width: 2; }
 svg line.bound, svg polyline.bound { stroke: var(--mark); stroke-dasharray: 5 4; }
 svg line.was, svg polyline.was { stroke: var(--was); } svg line.now, svg polyline.now { stroke: var(--now); }
 svg line.other, svg polyline.other { stroke: var(--other); } svg line.ink { stroke: var(--ink); }
@@ -45,7 +45,7 @@ figcaption { color: var(--soft); font-size: .88rem; margin-bottom: .25rem; }
 i.key { display: inline-block; width: 1.4em; height: .7em; margin: 0 .3em 0 1em; border-radius: 1px; }
 i.was { background: var(--was); margin-left: 0; }
 i.now { background: var(--now); } i.other { background: var(--other); }
-th, td { text-align: right; padding: .35rem 0 .35rem .9rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .35rem 0 .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.now td { color: var(--now); font-weight: 600; } tr.other td:first-child { color: var(--other); }
@@ -105,7 +105,7 @@ def page(title: str, parts: Sequence[str]) -> str:
 # ---- charts ---------------------------------------------------------------------------------------------------------
 
 #: Units of a text's length per letter at 12 units of height: of the widest common system font, in bold.
-LETTER = 7.3
+LETTER = 8.0
 
 
 @dataclass(frozen=True)
@@ -153,21 +153,28 @@ class Range:
     kind: str
 
 
+#: A row that reaches this many times as far as the middle one would flatten all others: it is cut off at the edge.
+FAR = 4
+
+
 def ranges(rows: Sequence[Range], title: str, alone: bool = False) -> str:
-    """From each row's first value to its last, from zero."""
+    """From each row's first value to its last, from zero; one far beyond the others ends at the edge, marked."""
     left = 12 + LETTER * max(len(row.name) for row in rows)
-    right = WIDTH - 12 - LETTER * max(len(row.words) for row in rows)
-    scale = (right - left) / max(row.values[-1] for row in rows)
+    right = WIDTH - 30 - LETTER * max(len(row.words) for row in rows)
+    ends = sorted(row.values[-1] for row in rows)
+    most = min(ends[-1], FAR * ends[len(ends) // 2])
+    scale = (right - left) / most
     body = [line(left, 0, left, 8 + 22 * len(rows))]
     for i, row in enumerate(rows):
         y = 4 + 22 * i + 9.5
-        first, *others = (left + value * scale for value in row.values)
+        first, *others = (left + min(value, most) * scale for value in row.values)
+        cut = "› " if row.values[-1] > most else ""
         body.append(text(left - 8, y + 3.5, row.name, "num bold" if row.kind == "now" else "num"))
         if others:
             body.append(line(first, y, others[-1], y, f"{row.kind} wide"))
             body += [line(x, y - 5, x, y + 5, row.kind) for x in others]
         body.append(dot(first, y, row.kind, f"{row.name}: {row.words}", 5))
-        body.append(text((others or [first])[-1] + 10, y + 3.5, row.words, "soft"))
+        body.append(text((others or [first])[-1] + 10, y + 3.5, cut + row.words, "soft"))
     spoken = "; ".join(f"{row.name} {row.words}" for row in rows)
     return drawing(8 + 22 * len(rows), title, spoken, body, alone)
 
@@ -180,6 +187,7 @@ class Point:
     x: float
     y: float
     kind: str
+    shown: bool = True  #: its name beside it; else only under the pointer
 
 
 @dataclass(frozen=True)
@@ -232,21 +240,32 @@ def plane(x: Axis, y: Axis, points: Sequence[Point], curves: Sequence[Curve], ti
     for value in y.ticks():
         _, py = at(x.low, value)
         body += [line(left, py, right, py), text(left - 7, py + 4, y.form(value), "num soft")]
-    for curve in curves:
-        drawn = [at(*point) for point in curve.points]
-        body.append(lines(drawn, curve.kind))
-        body.append(text(drawn[-1][0], drawn[-1][1] - 6, curve.name, "num soft"))
     taken: list[tuple[float, float, float]] = []
-    for point in sorted(points, key=lambda p: at(p.x, p.y)[1]):
-        px, py = at(point.x, point.y)
-        body.append(dot(px, py, point.kind, f"{point.name}: {x.form(point.x)}, {y.form(point.y)}"))
-        wide = LETTER * len(point.name)
+
+    def name(words: str, px: float, level: float, kind: str) -> None:
+        wide = LETTER * len(words)
         start = px + 8 if px + 8 + wide < right else px - 8 - wide
-        level = py + 4
         while any(abs(level - other) < 13 and start < e and s < start + wide for s, e, other in taken):
             level += 13
         taken.append((start, start + wide, level))
-        body.append(text(start, level, point.name, "bold" if point.kind == "now" else ""))
+        body.append(text(start, level, words, kind))
+
+    for curve in curves:
+        body.append(lines([at(*point) for point in curve.points], curve.kind))
+    for point in sorted(points, key=lambda p: at(p.x, p.y)[1]):
+        px, py = at(point.x, point.y)
+        body.append(dot(px, py, point.kind, f"{point.name}: {x.form(point.x)}, {y.form(point.y)}"))
+    for curve in curves:
+        if curve.kind == "bound":
+            px, py = at(*curve.points[-1])
+            name(curve.name, px, py - 8, "soft")
+        else:  # below its start, where what rises leaves room
+            px, py = at(*curve.points[0])
+            name(curve.name, px, py + 18, "soft")
+    for point in sorted(points, key=lambda p: at(p.x, p.y)[1]):
+        if point.shown:
+            px, py = at(point.x, point.y)
+            name(point.name, px, py + 4, "bold" if point.kind == "now" else "")
     spoken = "; ".join(f"{p.name} at {x.form(p.x)}, {y.form(p.y)}" for p in points)
     lowest = max([bottom + 40, *(level + 8 for _, _, level in taken)])
     return drawing(lowest, title, spoken, body, alone)

@@ -229,6 +229,85 @@ def test_a_path_that_breaks_does_not_stop_the_others(with_base):
 
 
 @needs_transformers
+def test_a_path_that_breaks_while_it_is_timed_leaves_the_others(with_base):
+    class Breaks(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.left = model, 20
+
+        def forward(self, **inputs):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("the device is gone")
+            return self.model(**inputs)
+
+    with_base("fragile", lambda model, context: Breaks(model))
+    rows = by_path(run(run="fragile,fp32,bf16", seconds=1.0))
+    assert (rows["fragile"]["status"], rows["fragile"]["reason"]) == ("failed", "RuntimeError: the device is gone")
+    for name in ("fp32", "bf16"):
+        assert rows[name]["status"] == "ok"
+        assert len(rows[name]["blocks"]) == settings.BLOCKS
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    """CUDA graphs on a CPU: the captured call itself, on the buffers that it was captured with."""
+    monkeypatch.setattr(paths.Path, "problem", lambda self, device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+
+    def captured(call, pool=None):
+        for _ in range(subjects.WARM_UP):
+            call()
+        return call
+
+    monkeypatch.setattr(subjects, "captured", captured)
+
+
+@needs_transformers
+@pytest.mark.usefixtures("pretended_graphs")
+@pytest.mark.parametrize("workload", ["2x16", "traffic:2", "decode:2x8+2", "decode:1x8+5"])
+def test_captured_paths_run_on_fixed_buffers(workload):
+    model = "tiny-llama" if workload.startswith("decode") else "tiny-bert"
+    rows = by_path(run(run="fp32,fp32+graph", model=model, workloads=workload))
+    row = rows["fp32+graph"]
+    assert row["status"] == "ok", row
+    if workload.startswith("traffic"):
+        # Fixed shapes: the rows are padded too.
+        assert row["padding_waste"] >= rows["fp32"]["padding_waste"]
+    else:
+        assert row["checked_cosine"] > 0.9999
+
+
+@needs_transformers
+@pytest.mark.usefixtures("pretended_graphs")
+def test_captured_paths_need_profiles():
+    row = by_path(run(run="fp32+graph", workloads="traffic:0"))["fp32+graph"]
+    assert row["status"] == "absent"
+    assert "fixed shapes" in row["reason"]
+
+
+@needs_transformers
+def test_served_answers_are_those_of_each_request_alone():
+    model = models.find("tiny-bert")
+    torch.manual_seed(0)
+    module = model.make("cpu")
+    subject = subjects.TorchSubject(paths.path("fp32"), model, module, 0, "cpu")
+    stream = traffic.Traffic([5, 9], [0.0, 1.0], (16,), 4)
+    subject.prepare(settings.workload("traffic:1"), {}, stream)
+    requests = [[11, 12, 13, 14, 15], list(range(20, 29))]
+    answers = []
+    server = subject._serve
+    right = server._answer
+    server._answer = lambda inputs: answers.append(right(inputs)) or answers[-1]
+    seconds, inputs = subject.serve(requests, 4, 16)
+    assert 0 < inputs < seconds
+    for row, ids in zip(answers[0], requests, strict=False):
+        with torch.inference_mode():
+            alone = module(input_ids=torch.tensor([ids])).last_hidden_state.mean(1)[0]
+        assert torch.allclose(row, alone, atol=1e-5)
+
+
+@needs_transformers
 def test_a_bound_that_cannot_be_held_is_said():
     row = by_path(run(workloads="traffic:1", bound_ms=1e-3))["fp32"]
     assert row["status"] == "failed"
@@ -528,7 +607,7 @@ def test_the_roofline_holds_every_product():
                    "command": "c"}  # fmt: skip
     document = {"schema": 1, "benchmark": "kernels", "environment": environment, "rows": [row, {**row, "m": 4096}]}
     assert set(kernel_page.plots(document)) == {
-        "kernels-roofline.svg", "kernels-speed-of-light.svg", "kernels-speed.svg",
+        "kernels-roofline.svg", "kernels-speed-of-light.svg", "kernels-products.svg",
     }  # fmt: skip
     drawn = kernel_page.roofline(document)
     assert drawn.count("<circle") == 2

@@ -7,8 +7,11 @@ the budget has a row that says so.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
+import importlib
+import math
 import statistics as stats
 import sys
 import time
@@ -26,8 +29,12 @@ from hwkern.bench.limits import Budget, at_most
 from hwkern.bench.models import AbsentError, Model
 from hwkern.bench.paths import Path
 
-#: Parts of a model's time for making its versions, and of a workload's for warming up, compiling and capturing.
-MAKE_PART, PREPARE_PART = 0.5, 0.6
+#: Most of a model's or a workload's time that is kept for timing; what comes before gets the rest.
+TIMING_PART = 0.4
+#: Of the time before timing, the part for making a model's versions; the rest warms up, compiles and captures.
+MAKE_PART = 0.6
+#: Seconds over the budget after which a call that does not come back is given up.
+GRACE = 1.0
 #: Requests of the real run that checks the simulated queue.
 CHECK_REQUESTS = 200
 #: Longest request of generated traffic.
@@ -92,6 +99,7 @@ class Comparison:
         started = time.monotonic()
         names = self.options.models or models.DEFAULT_MODELS
         try:
+            self._start()
             for index, name in enumerate(names):
                 self._model(name, self.budget.share(1 / (len(names) - index)))
                 self._save()
@@ -103,8 +111,34 @@ class Comparison:
         self._save()
         return self.document
 
+    def _start(self) -> None:
+        """What would otherwise fall on the first model's time: imports and the device's own start."""
+        wanted = {
+            paths.BASES[p.base].package
+            for p in self.paths
+            if p.problem(self.options.device) is None and not p.is_engine
+        } - {""}
+        with contextlib.suppress(TimeoutError), at_most(self.budget.left):
+            for package in ("transformers", *sorted(wanted)):
+                # Whoever needs it says why it cannot be had.
+                with contextlib.suppress(Exception):
+                    importlib.import_module(package)
+            if self.options.cuda:
+                a = torch.ones(256, 256, device=self.options.device)
+                torch.mm(a, a).cpu()
+        # Collecting garbage now and then takes a fifth of a second with all that is imported.
+        gc.collect()
+        gc.freeze()
+
     def _save(self) -> None:
         self.keep(self.document)
+
+    def _before_timing(self, budget: Budget, rows: int) -> Budget:
+        """The part of a budget that is not needed to time so many rows."""
+        if math.isinf(budget.left):
+            return budget
+        timing = min(TIMING_PART * budget.left, rows * self.options.seconds)
+        return budget.share(1 - timing / max(budget.left, 1e-9))
 
     def _say(self, text: str) -> None:
         if self.options.show:
@@ -141,7 +175,8 @@ class Comparison:
         except Exception as error:
             status, rest = _failure(error)
             return self._row(name, "all", "all", status, **rest)
-        entries = self._entries(model, exact, judge, wanted, budget.share(MAKE_PART))
+        making = self._before_timing(budget, len(self.paths) * len(wanted)).share(MAKE_PART)
+        entries = self._entries(model, exact, judge, wanted, making)
         for index, workload in enumerate(wanted):
             self._workload(model, workload, wanted, exact, entries, budget.share(1 / (len(wanted) - index)))
             self._save()
@@ -219,19 +254,20 @@ class Comparison:
         with torch.inference_mode():
             wanted = _reference(model, workload, exact, inputs)
         ready: list[Timed] = []
-        preparing = budget.share(PREPARE_PART)
+        preparing = self._before_timing(budget, sum(entry.status == "ok" for entry in entries))
         try:
             for entry in entries:
                 make = functools.partial(self._engine, model, workload, entry, exact, every, stream)
                 timed = self._ready(model, workload, entry, make, inputs, stream, wanted, preparing)
                 if timed is not None:
                     ready.append(timed)
-            self._time(ready, budget)
+            self._time(model, workload, ready, budget)
             self._keep_rows(model, workload, ready, stream)
         finally:
             for timed in ready:
                 assert timed.entry.subject is not None
-                timed.entry.subject.release()
+                with contextlib.suppress(Exception):  # of a device that broke before
+                    timed.entry.subject.release()
 
     def _stream(self, workload: settings.Traffic) -> traffic.Traffic:
         options = self.options
@@ -269,10 +305,11 @@ class Comparison:
                         entry.accuracy = compared
                 return Timed(entry, entry.subject.memory(), checked, energy.Account(self.meter))
         except Exception as error:
-            if entry.subject is not None:
-                entry.subject.release()
             status, rest = _failure(error)
             self._row(*where, status, **rest)
+            if entry.subject is not None:
+                with contextlib.suppress(Exception):
+                    entry.subject.release()
             return None
 
     def _engine(
@@ -288,18 +325,26 @@ class Comparison:
         self.document["environment"]["tensorrt"] = self.engines.version
         return engines.EngineSubject(self.engines, engine)
 
-    def _time(self, ready: list[Timed], budget: Budget) -> None:
-        """Blocks in turn, forwards and backwards, while there is time."""
+    def _time(self, model: Model, workload: settings.Workload, ready: list[Timed], budget: Budget) -> None:
+        """Blocks in turn, forwards and backwards, while there is time. What breaks here leaves ``ready``."""
         options = self.options
         for turn in range(options.blocks):
-            for position, timed in enumerate(ready if turn % 2 == 0 else ready[::-1]):
+            for position, timed in enumerate(ready[:: 1 if turn % 2 == 0 else -1]):
                 if budget.spent:
                     return
                 blocks_left = (options.blocks - turn) * len(ready) - position
                 seconds = min(options.seconds / options.blocks, budget.left / blocks_left)
                 assert timed.entry.subject is not None
                 timed.account.start()
-                timed.blocks.append(timed.entry.subject.block(seconds))
+                try:
+                    with at_most(budget.left + GRACE):
+                        timed.blocks.append(timed.entry.subject.block(seconds))
+                except TimeoutError:
+                    continue
+                except Exception as error:
+                    status, rest = _failure(error)
+                    self._row(model.name, workload.name, timed.entry.path.name, status, **rest)
+                    ready.remove(timed)
                 timed.account.stop()
 
     def _keep_rows(
@@ -318,8 +363,8 @@ class Comparison:
                     rates, row = self._traffic_row(timed, _shaped(stream, path))
                 else:
                     rates, row = _fixed_row(workload, timed.blocks)
-            except AbsentError as error:
-                self._row(*where, "failed", reason=str(error))
+            except Exception as error:
+                self._row(*where, "failed", **_failure(error)[1])
                 continue
             row |= {
                 "blocks": [round(rate, 3) for rate in rates],

@@ -193,7 +193,8 @@ class Engines:
     """Exports, engines and the process of one run; files live in a temporary folder."""
 
     def __init__(self, python: str | None) -> None:
-        self.child = Child(python)
+        # A build that is stopped takes its process with it: engines that are ready live in another one.
+        self.builder, self.child = Child(python), Child(python)
         self._folder = tempfile.TemporaryDirectory(prefix="hwkern-bench-")
         self.folder = Path(self._folder.name)
         self._files: dict[tuple[Any, ...], Path] = {}
@@ -201,6 +202,7 @@ class Engines:
         self.version = ""
 
     def close(self) -> None:
+        self.builder.close()
         self.child.close()
         self._folder.cleanup()
 
@@ -223,8 +225,8 @@ class Engines:
             raise AbsentError(f"{size / 1e9:.1f} GB of float32 weights: one ONNX file ends at 2 GB")
         key = (path.name, workload.name if traffic is not None else "fixed")
         if key not in self._engines:
-            self.version = self.child.ask(do="hello")["tensorrt"]  # before seconds go into an export
-            self._engines[key] = self.child.ask(
+            self.version = self.builder.ask(do="hello")["tensorrt"]  # before seconds go into an export
+            self._engines[key] = self.builder.ask(
                 do="build",
                 onnx=str(self._onnx(path, model, exact, traffic is not None, check)),
                 precision="fp32" if path.base == "trt-fp32" else "fp16",

@@ -1,4 +1,4 @@
-"""The kernels' plots and page: a roofline, bars of the share of the speed of light, and the table."""
+"""The kernels' plots and page: a roofline, bars of the share of the speed of light and against peers, the table."""
 
 from __future__ import annotations
 
@@ -54,17 +54,24 @@ def roofline(document: Mapping[str, Any], alone: bool = False) -> str | None:
     points = [
         Point(
             name(row).removeprefix("INT8 GEMM "), row["operations"] / row["bytes"], row["operations"] / row["us"] / 1e6,
-            "now",
+            "now", False,
         )
         for row in rows
     ]  # fmt: skip
     low, high = 0.5 * min(p.x for p in points), 3 * max(p.x for p in points)
     ridge = peak / bandwidth
     roof = [(x, min(peak, x * bandwidth) / 1e12) for x in (low, min(ridge, high), high)]
+    title = f"roof: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TOPS at {found['clock_mhz']:.0f} MHz"
+    curves = [Curve(title, roof, "bound")]
+    for n, k in dict.fromkeys((row["n"], row["k"]) for row in rows):
+        mine = [row for row in rows if (row["n"], row["k"]) == (n, k)]
+        tokens = f"{mine[0]['m']} … {mine[-1]['m']}"
+        line = [(row["operations"] / row["bytes"], row["operations"] / row["us"] / 1e6) for row in mine]
+        curves.append(Curve(f"N × K = {n} × {k}, M = {tokens}", line, "now"))
+    curves.sort(key=lambda curve: -curve.points[0][1])  # the names stand in the order of the lines
     x = Axis("INT8 operations per byte moved", low, high, True)
     y = Axis("TOPS", 0.5 * min(p.y for p in points), 2 * peak / 1e12, True)
-    title = f"roof: {bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TOPS at {found['clock_mhz']:.0f} MHz"
-    return _svg.plane(x, y, points, [Curve(title, roof, "bound")], "Roofline of the INT8 GEMM", alone)
+    return _svg.plane(x, y, points, curves, "Roofline of the INT8 GEMM", alone)
 
 
 def light(document: Mapping[str, Any], alone: bool = False) -> str | None:
@@ -76,10 +83,20 @@ def light(document: Mapping[str, Any], alone: bool = False) -> str | None:
     return _svg.bars(made, "Share of the speed of light", reference=1.0, alone=alone)
 
 
-def speed(document: Mapping[str, Any], alone: bool = False) -> str | None:
+def products(document: Mapping[str, Any], alone: bool = False) -> str | None:
+    """The GEMM's bars of :func:`_speed`."""
+    return _speed([row for row in measured(document) if row["operations"]], alone)
+
+
+def others(document: Mapping[str, Any], alone: bool = False) -> str | None:
+    """The other operators' bars of :func:`_speed`."""
+    return _speed([row for row in measured(document) if not row["operations"]], alone)
+
+
+def _speed(rows: Sequence[Row], alone: bool) -> str | None:
     """Bars of how many times faster than the fastest peer of the same work."""
     made = []
-    for row in measured(document):
+    for row in rows:
         peers = {peer: us for peer, us in row["peers_us"].items() if peer != "stock alone"}
         if peers:
             best = min(peers, key=peers.__getitem__)
@@ -88,11 +105,12 @@ def speed(document: Mapping[str, Any], alone: bool = False) -> str | None:
     return _svg.bars(made, "Times as fast as the fastest peer", reference=1.0, alone=alone) if made else None
 
 
-DRAWINGS = {"roofline": roofline, "speed-of-light": light, "speed": speed}
+DRAWINGS = {"roofline": roofline, "speed-of-light": light, "products": products, "others": others}
 CAPTIONS = {
     "roofline": "Roofline of the INT8 GEMM (M×N×K)",
     "speed-of-light": "Share of the speed of light: the documented bound over the time; the dashed line is the bound",
-    "speed": "Times as fast as the fastest peer; the dashed line is a draw",
+    "products": "INT8 GEMM: times as fast as the fastest peer; the dashed line is a draw",
+    "others": "Other operators: times as fast as stock and, where fused, our quantization behind it",
 }
 
 

@@ -39,6 +39,7 @@ class Base:
     where: tuple[str, ...]
     make: Callable[[nn.Module, Context], nn.Module]
     tf32: bool = False
+    package: str = ""  #: what `make` imports
 
 
 @dataclass(frozen=True)
@@ -184,16 +185,18 @@ BASES: dict[str, Base] = {
     "bf16": Base("torch BF16", "stock", BOTH, _cast(torch.bfloat16)),
     "dynamic-fbgemm": Base("torch.ao dynamic INT8, fbgemm", "stock", ("cpu",), _dynamic("fbgemm")),
     "dynamic-onednn": Base("torch.ao dynamic INT8, oneDNN", "stock", ("cpu",), _dynamic("onednn")),
-    "bitsandbytes": Base("bitsandbytes LLM.int8", "stock", ("cuda",), _bitsandbytes),
+    "bitsandbytes": Base("bitsandbytes LLM.int8", "stock", ("cuda",), _bitsandbytes, package="bitsandbytes"),
     "torchao-int8": Base(
         "torchao INT8", "stock", ("cuda",),
         _torchao("Int8DynamicActivationInt8WeightConfig", {"set_inductor_config": False}, 80),
+        package="torchao.quantization",
     ),
     "torchao-fp8": Base(
         "torchao FP8", "stock", ("cuda",),
         _torchao(
             "Float8DynamicActivationFloat8WeightConfig", {"granularity": "PerRow", "set_inductor_config": False}, 89
         ),
+        package="torchao.quantization",
     ),
     "hwkern-patch": Base("hwkern.patch", "hwkern", BOTH, _patched),
     "hwkern-plan": Base("hwkern.plan", "hwkern", BOTH, _planned),
