@@ -1,10 +1,11 @@
 """``make_plan``: which matrix multiplies of a model become int8 on this GPU, by measuring.
 
-1. Every kind of linear in the model (sizes, bias, activation) is built alone, in the float precision and as int8,
+1. The float engine and the one with all linears in int8 are built and timed at each profile's ``opt``.
+2. Every kind of linear in the model (sizes, bias, activation) is built alone, in the float precision and as int8,
    and timed for the number of rows that each profile gives it. Those that are faster in int8 are the winners.
-2. An engine of a few candidates (all linears, the winners, the clear winners) and the float engine are built whole and
-   timed at each profile's ``opt``. The plan is the fastest one that is nowhere slower than float; if there is none, the
-   plan keeps everything float. So a model that is rewritten by its plan is never slower than TensorRT's own.
+3. Engines with the winners and with the clear winners only are built whole and timed like the first two. The plan is
+   the fastest of all that is nowhere slower than float; if there is none, the plan keeps everything float. So a model
+   that is rewritten by its plan is never slower than TensorRT's own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hwkern._console import plain_table
 from hwkern.tensorrt import graph, measure, opdef
-from hwkern.tensorrt.builder import Engine, build
+from hwkern.tensorrt.builder import Engine, build, keep_builder
 from hwkern.tensorrt.profiles import Profile, Shape
 from hwkern.tensorrt.rewriter import NodeReport, Selector, rewrite
 
@@ -87,6 +88,7 @@ def make_plan(
     timing_cache: str | os.PathLike[str] | None = None,
     workspace: int | None = None,
     progress: Progress | None = None,
+    engines: dict[str, Engine] | None = None,
     trt: ModuleType | str | None = None,
 ) -> Plan:
     """Measure on the GPU that is here which linears gain from int8. Takes about as long as five builds of the model.
@@ -95,6 +97,8 @@ def make_plan(
         onnx: the float model. profiles, precision, timing_cache, workspace, trt: as for ``build``.
         include, exclude: as for ``rewrite``.
         progress: called with a sentence at each step.
+        engines: takes the whole engines as they are built, by candidate ("float", "all", …; ``plan.measured["chosen"]``
+            names the plan's own), which saves building the chosen one again.
 
     Returns:
         A :class:`Plan` for ``rewrite(plan=…)``; print it for the measurements.
@@ -112,29 +116,41 @@ def make_plan(
     model, _ = graph.load(onnx if isinstance(onnx, (bytes, ModelProto)) else os.fspath(onnx))
     report = rewrite(_without_data(model), include=include, exclude=exclude)
     kinds = _kinds(model, report.swapped, profiles)
-    gains: dict[tuple[Any, ...], float] = {}
-    linears = []
-    for kind in kinds:
-        say(f"{kind.key[0]} x {kind.key[1]}, {len(kind.names)} times, {kind.rows} rows")
-        floats, ints = _time_alone(kind, settings)
-        gains[kind.key] = min(a / b for a, b in zip(floats, ints, strict=True))
-        linears += [(list(kind.key), m, a, b) for m, a, b in zip(kind.rows, floats, ints, strict=True)]
     schemes = {node.name: node.scheme for node in report.swapped}
     others = {node.name: "float" for node in report.nodes}
-    candidates: dict[str, dict[str, str]] = {}
-    for name, least in (("all", 0.0), ("winners", 1.0), ("clear winners", _CLEAR)):
-        nodes = {n: schemes[n] for kind in kinds if gains[kind.key] >= least for n in kind.names}
-        if nodes and nodes not in candidates.values():
-            candidates[name] = nodes
     requests = [profile.opt for profile in profiles]
-    say("the float engine")
-    times = {"float": measure.engine_us(build(onnx, profiles, **settings), requests, copies=1)}
-    for name, nodes in candidates.items():
-        say(f"the engine with {name}: {len(nodes)} of {len(schemes)} linears")
-        times[name] = measure.engine_us(_engine(onnx, {**others, **nodes}, profiles, settings), requests, copies=1)
+    candidates: dict[str, dict[str, str]] = {}
+    times: dict[str, list[float]] = {}
+
+    def measured(name: str, nodes: dict[str, str]) -> None:
+        if (name != "float" and not nodes) or nodes in candidates.values():
+            return
+        say(f"the engine {name!r}: {len(nodes)} of {len(schemes)} linears in int8")
+        source = onnx if name == "float" else _rewritten(onnx, {**others, **nodes})
+        engine = build(source, profiles, **settings)
+        times[name] = measure.engine_us(engine, requests, copies=1)
+        candidates[name] = nodes
+        if engines is not None:
+            engines[name] = engine
+
+    gains: dict[int, float] = {}
+    linears = []
+    with keep_builder():
+        measured("float", {})
+        measured("all", schemes)
+        for index, kind in enumerate(kinds):
+            say(f"{kind.key[0]} x {kind.key[1]}, {len(kind.names)} times, {kind.rows} rows")
+            floats, ints = _time_alone(kind, settings)
+            gains[index] = min(a / b for a, b in zip(floats, ints, strict=True))
+            linears += [(list(kind.key), m, a, b) for m, a, b in zip(kind.rows, floats, ints, strict=True)]
+        for name, least in (("winners", 1.0), ("clear winners", _CLEAR)):
+            won = [kind for index, kind in enumerate(kinds) if gains[index] >= least]
+            measured(name, {n: schemes[n] for kind in won for n in kind.names})
     chosen = choose(times)
-    nodes = {**others, **candidates.get(chosen, {})}
-    return Plan(nodes, {"linears": linears, "engines": times, "chosen": chosen, "precision": precision})
+    return Plan(
+        {**others, **candidates[chosen]},
+        {"linears": linears, "engines": times, "chosen": chosen, "precision": precision},
+    )
 
 
 def choose(times: Mapping[str, Sequence[float]]) -> str:
@@ -148,10 +164,10 @@ def choose(times: Mapping[str, Sequence[float]]) -> str:
     return min(fit, key=lambda name: sum(v / b for v, b in zip(times[name], base, strict=True)))
 
 
-def _engine(onnx: Any, plan: Mapping[str, str], profiles: Sequence[Profile], settings: Mapping[str, Any]) -> Engine:
+def _rewritten(onnx: Any, plan: Mapping[str, str]) -> ModelProto:
     report = rewrite(onnx if isinstance(onnx, (bytes, ModelProto)) else _in_memory(os.fspath(onnx)), plan=plan)
     assert report.model is not None
-    return build(report.model, profiles, **settings)
+    return report.model
 
 
 def _in_memory(path: str) -> ModelProto:
