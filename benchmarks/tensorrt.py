@@ -61,8 +61,11 @@ class OutOfTime(Exception):  # noqa: N818
 class Builder:
     """Builds with one timing cache and says how long it took."""
 
-    def __init__(self, cache: Path | None, budget: float) -> None:
-        self.cache, self.api, self.until = cache, _api.find(), time.monotonic() + budget
+    def __init__(
+        self, cache: Path | None, budget: float, level: int | None, one_profile: bool = False, quick: bool = False
+    ) -> None:
+        self.cache, self.api, self.until, self.level = cache, _api.find(), time.monotonic() + budget, level
+        self.one_profile, self.quick = one_profile, quick
 
     def __call__(
         self, what: str, model: Any, profiles: Sequence[ht.Profile], precision: str, half_io: bool
@@ -71,7 +74,10 @@ class Builder:
         start = time.perf_counter()
         edit = self._half_io if half_io and not self.api.strongly_typed else None
         cache = None if self.api.rtx else self.cache
-        engine = ht.build(model, profiles, precision, timing_cache=cache, edit=edit)
+        engine = ht.build(
+            model, profiles, precision, timing_cache=cache, edit=edit, optimization_level=self.level,
+            configure=self._configure if edit else None,
+        )  # fmt: skip
         print(f"built {what}: {time.perf_counter() - start:.1f} s, {len(engine.data) / 1e6:.1f} MB", flush=True)
         return engine
 
@@ -80,7 +86,18 @@ class Builder:
             raise OutOfTime
 
     def _half_io(self, network: Any) -> None:
-        network.get_input(0).dtype = network.get_output(0).dtype = self.api.module.float16
+        trt = self.api.module
+        network.get_input(0).dtype = network.get_output(0).dtype = trt.float16
+        layers = [network.get_layer(i) for i in range(network.num_layers)]
+        if any(layer.type == trt.LayerType.QUANTIZE for layer in layers):
+            return
+        for layer in layers:  # TensorRT 8.6 would time float32 kernels too, which never win and take most of the time
+            if layer.type in (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.ELEMENTWISE):
+                layer.precision = trt.float16
+                layer.set_output_type(0, trt.float16)
+
+    def _configure(self, config: Any) -> None:
+        config.set_flag(self.api.module.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
 
 
 def variant_of(variant: str, model: Any, scales: dict[str, float]) -> Any:
@@ -89,11 +106,15 @@ def variant_of(variant: str, model: Any, scales: dict[str, float]) -> Any:
         return model
     if variant == "qdq":
         return models.with_qdq(model, scales)
-    options: dict[str, Any] = {
-        "hwkern": {}, "linear": {"include": "*"}, "residual": {"fuse_residual": True}, "unmerged": {"merge": False},
+    options: dict[str, dict[str, Any]] = {
+        "hwkern": {},
+        "linear": {"include": "*"},
+        "norm": {"fuse_norm": True},
+        "residual": {"fuse_residual": True},
+        "unmerged": {"merge": False},
         "plain": {"fuse_activation": False},
-    }[variant]  # fmt: skip
-    return ht.rewrite(model, **options).model
+    }
+    return ht.rewrite(model, **options[variant]).model
 
 
 # ---- linears -------------------------------------------------------------------------------------------------------
@@ -118,11 +139,6 @@ def bench_linears(
                 x = np.random.default_rng(1).standard_normal((max(ms), k), dtype=np.float32).astype(np.float16)
                 # The best that a static scale can do: calibrated on the very data that is measured.
                 scale = float(np.abs(x[:1024]).max()) / 127
-                try:
-                    for m, times in _bare_kernel(model, x, ms).items():
-                        row(n, k, m)["kernel"] = times
-                except RuntimeError as error:
-                    print(f"bare kernel: {error}", flush=True)
                 for variant in variants:
                     try:
                         engine = _linear_engine(build, variant, model, n, k, ms, scale)
@@ -161,11 +177,27 @@ def _time_linear(
         raise RuntimeError(f"wrong results, relative errors {errors}: not timed")
     # Cold weights: so many copies that a round reads more than three times the L2.
     copies = measure.rotations(n * k * {"fp32": 4, "fp16": 2}.get(variant, 1), _l2_bytes())
-    times = _time_engine(engine, {"x": x}, [{"x": (m, k)} for m in ms], ms, copies)
-    for m in ms:
-        row(n, k, m)[variant] = times[m]
-        row(n, k, m)["errors"][variant] = errors[m]
-        row(n, k, m)["engine_bytes"][variant] = len(engine.data)
+    held = measure.Copies(engine, copies)
+    with held.runners[0].context.current():
+        bare = BareLinear(model) if variant == "hwkern" else None
+        try:
+            for m in ms:
+                kept = len(bare.held) if bare is not None else 0
+                fill = {"x": x[:m].astype(held.runners[0].inputs["x"].dtype)}
+                calls, alive = held.enqueues({"x": (m, k)}, fill)
+                # The kernel alone and in the engine in turn: the same clock and temperature.
+                times = measure.graphs_us([calls, *([bare.calls(x[:m])] if bare is not None else [])], SECONDS)
+                measure.free(alive)
+                row(n, k, m).update(zip((variant, "kernel"), times, strict=False))
+                row(n, k, m)["errors"][variant] = errors[m]
+                row(n, k, m)["engine_bytes"][variant] = len(engine.data)
+                print(f"  {m}: {', '.join(format(t['p50'], '.1f') for t in times)} us", flush=True)
+                if bare is not None:
+                    bare.free(kept)
+        finally:
+            if bare is not None:
+                bare.free()
+    held.close()
 
 
 def _l2_bytes() -> int:
@@ -222,49 +254,43 @@ def _weights(model: Any) -> tuple[Any, Any]:
     return found["linear.weight"].T, found["linear.bias"]
 
 
-def _bare_kernel(model: Any, x: Any, ms: Sequence[int]) -> dict[int, dict[str, float]]:
+class BareLinear:
     """hwkern's linear without TensorRT: float16 in and out, the same weights, copies in turn."""
-    native = _native.extension()
-    weight, bias = _weights(model)
-    packed, scales = quantize_weight(weight)
-    n, k = weight.shape
-    context = _cuda.Context()
-    times = {}
-    with context.current():
-        l2 = int(native.device_properties(context.device_index())["l2_bytes"])
-        copies = measure.rotations(packed.nbytes, l2)
-        held: list[Any] = []
 
-        def put(array: Any) -> int:
-            array = np.ascontiguousarray(array)
-            buffer = _cuda.DeviceBuffer(array.nbytes)
-            _cuda.to_device(buffer.pointer, array.ctypes.data, array.nbytes, 0)
-            _cuda.synchronize(0)
-            held.append(buffer)
-            return buffer.pointer
+    def __init__(self, model: Any) -> None:
+        self.native = _native.extension()
+        weight, bias = _weights(model)
+        packed, scales = quantize_weight(weight)
+        self.n, self.k = weight.shape
+        self.held: list[Any] = []
+        self.weights = [self.put(packed) for _ in range(measure.rotations(packed.nbytes, _l2_bytes()))]
+        self.scale, self.bias = self.put(scales), self.put(bias.astype(np.float16))
 
-        weights = [put(packed) for _ in range(copies)]
-        scale_at, bias_at = put(scales), put(bias.astype(np.float16))
-        for m in ms:
-            kept = len(held)
-            calls: list[Callable[[int], None]] = []
-            size = int(native.linear_workspace_bytes(m, k))
-            for w in weights:
-                at, y, scratch = put(x[:m]), put(np.empty((m, n), np.float16)), put(np.empty(size, np.uint8))
-                # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
-                arguments = (at, 1, k, w, padded(k), scale_at, bias_at, 1, y, n, 1, m, n, k, -1, scratch, size)
-                calls.append(lambda stream, a=arguments: native.linear(*a, stream, 0, 0, 0, 0))
-            try:
-                times[m] = measure.graph_us(calls, SECONDS)
-            except TypeError as error:  # an extension with another signature
-                print(f"bare kernel: {error}")
-                return times
-            for buffer in held[kept:]:
-                buffer.free()
-            del held[kept:]
-        for buffer in held:
+    def put(self, array: Any) -> int:
+        array = np.ascontiguousarray(array)
+        buffer = _cuda.DeviceBuffer(array.nbytes)
+        _cuda.to_device(buffer.pointer, array.ctypes.data, array.nbytes, 0)
+        _cuda.synchronize(0)
+        self.held.append(buffer)
+        return int(buffer.pointer)
+
+    def calls(self, x: Any) -> list[Callable[[int], None]]:
+        m, n, k = len(x), self.n, self.k
+        made: list[Callable[[int], None]] = []
+        size = int(self.native.linear_workspace_bytes(m, k))
+        for w in self.weights:
+            at, y = self.put(x), self.put(np.empty((m, n), np.float16))
+            scratch = self.put(np.empty(size, np.uint8))
+            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
+            arguments = (at, 1, k, w, padded(k), self.scale, self.bias, 1, y, n, 1, m, n, k, -1, scratch, size)
+            made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0))
+        return made
+
+    def free(self, kept: int = 0) -> None:
+        """All buffers but the first ``kept``."""
+        for buffer in self.held[kept:]:
             buffer.free()
-    return times
+        del self.held[kept:]
 
 
 def _show_linears(rows: Rows, n: int, k: int) -> None:
@@ -315,6 +341,8 @@ def bench_model(
     """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``)."""
     feeds = {request: inputs(*request) for request in requests}
     profiles = [ht.profiles_from([feed])[0] for feed in feeds.values()]
+    if build.one_profile:
+        profiles = list(ht.profiles_from(list(feeds.values()), 1))
     shapes = [{n: tuple(a.shape) for n, a in feed.items()} for feed in feeds.values()]
     if wanted is not None:
         check = _as_request(wanted, max(requests))
@@ -328,11 +356,19 @@ def bench_model(
             build.check()
 
         try:
-            plan = ht.make_plan(model, profiles, timing_cache=build.cache, progress=said, engines=made)
+            plan = ht.make_plan(
+                model, profiles, timing_cache=build.cache, optimization_level=build.level, requests=shapes,
+                quick=build.quick, progress=said, engines=made,
+            )  # fmt: skip
             print(plan, f"\nplanned in {time.perf_counter() - start:.0f} s", flush=True)
         except OutOfTime:
             print(f"the plan was not finished; built are {', '.join(made) or 'no engines'}", flush=True)
-    known = {"fp16": "float", "hwkern": "all", "plan": plan.measured["chosen"] if plan is not None else ""}
+    known = {
+        "fp16": "float",
+        "hwkern": "all",
+        "norm": "all, norms fused",
+        "plan": plan.measured["chosen"] if plan is not None else "",
+    }
     for variant in variants:
         if variant == "plan" and plan is None:
             continue
@@ -504,18 +540,25 @@ def plot(document: dict[str, Any], path: Path) -> None:
     print(f"wrote {path}")
 
 
+def _builder(a: argparse.Namespace) -> Builder:
+    return Builder(a.cache, a.budget, a.level, a.one_profile, a.quick)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result here, after each section")
     parser.add_argument("--plot", type=Path, help="also draw it (needs matplotlib)")
     parser.add_argument("--from-json", type=Path, help="draw an old result instead of measuring")
     parser.add_argument("--cache", type=Path, help="timing cache file")
+    parser.add_argument("--level", type=int, help="TensorRT's builder_optimization_level for all engines")
+    parser.add_argument("--one-profile", action="store_true", help="models: one profile over all requests")
+    parser.add_argument("--quick", action="store_true", help="models: plans of all linears or none")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no engine is started")
     parser.add_argument("--commit", help="commit to record")
     parser.add_argument("--sections", default="linears,minilm,bert", help="which to run")
     parser.add_argument("--m", default=M, help="rows of the linears: groups with an engine each, a;b, of rows, 1,2")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of fp32, fp16, qdq, hwkern")
-    parser.add_argument("--model-variants", default="fp16,qdq,hwkern,plan", help="also residual, unmerged, fp32")
+    parser.add_argument("--model-variants", default="fp16,qdq,hwkern,norm,plan", help="also residual, unmerged, fp32")
     parser.add_argument("--requests", default=",".join(f"{b}x{s}" for b, s in REQUESTS), help="batch x length")
     parser.add_argument("--minilm", type=Path, help="folder with minilm.onnx, minilm.npz and scales.json")
     parser.add_argument("--bert-scales", type=Path, help="scales.json of the encoder, for Q/DQ")
@@ -527,11 +570,11 @@ def main() -> int:
         sys.exit(f"This benchmark needs an NVIDIA GPU: {problem}")
     sections = arguments.sections.split(",")
     requests = [(int(b), int(s)) for b, s in (r.split("x") for r in arguments.requests.split(","))]
-    build, rows = Builder(arguments.cache, arguments.budget), []
+    build, rows = _builder(arguments), []
     document = {
         "schema": 1,
         "benchmark": "tensorrt",
-        "environment": environment() | {"commit": arguments.commit},
+        "environment": environment() | {"commit": arguments.commit, "level": arguments.level, "command": sys.argv[1:]},
         "rows": rows,
     }
     print(document["environment"], flush=True)

@@ -13,6 +13,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -497,32 +498,44 @@ print({expected!r})
 """
 
 
-@pytest.mark.parametrize("how", ["register", "load_library", "no plugin", "truncated", "damaged plugin data"])
-def test_saved_engine_in_a_new_process(how: str, tmp_path: Any) -> None:
-    data = plain_engine()
-    if how == "truncated":
-        data = data[: len(data) // 2]
-    if how == "damaged plugin data":
-        at = data.index(b"HWKT") + 12
-        data = data[:at] + b"\x77" + data[at + 1 :]
-    (tmp_path / "engine").write_bytes(data)
+WAYS = ("register", "load_library", "no plugin", "truncated", "damaged plugin data")
+
+
+@pytest.fixture(scope="module")
+def new_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One for each way, all at once: each loads TensorRT anew, which takes seconds."""
+    folder = tmp_path_factory.mktemp("engines")
     library = str(_native.tensorrt_plugins()["libhwkern_trt8.so"])
-    ways = {
-        "load_library": f"assert t.trt.get_plugin_registry().load_library({library!r}) is not None",
-        "no plugin": "",
-    }
-    expected = "refused" if how in ("no plugin", "truncated", "damaged plugin data") else "same bits"
-    code = NEW_PROCESS.format(
-        tests=str(__import__("pathlib").Path(__file__).parent),
-        load=ways.get(how, "t.load()"),
-        path=str(tmp_path / "engine"),
-        expected=expected,
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
-    assert done.stdout.strip().endswith(expected)
+    load_library = f"assert t.trt.get_plugin_registry().load_library({library!r}) is not None"
+    started = {}
+    for how in WAYS:
+        data = plain_engine()
+        if how == "truncated":
+            data = data[: len(data) // 2]
+        if how == "damaged plugin data":
+            at = data.index(b"HWKT") + 12
+            data = data[:at] + b"\x77" + data[at + 1 :]
+        path = folder / how
+        path.write_bytes(data)
+        source = NEW_PROCESS.format(
+            tests=str(Path(__file__).parent),
+            load={"load_library": load_library, "no plugin": ""}.get(how, "t.load()"),
+            path=str(path),
+            expected="same bits" if how in ("register", "load_library") else "refused",
+        )
+        pipe = subprocess.PIPE
+        started[how] = subprocess.Popen([sys.executable, "-c", source], stdout=pipe, stderr=pipe, text=True)
+    return started
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_saved_engine_in_a_new_process(new_processes: dict[str, Any], how: str) -> None:
+    done = new_processes[how]
+    stdout, stderr = done.communicate(timeout=120)
+    assert done.returncode == 0, f"exit code {done.returncode}: {stdout}{stderr}"
+    assert stdout.strip().endswith("same bits" if how in ("register", "load_library") else "refused")
     if how == "damaged plugin data":
-        assert "damaged" in done.stderr
+        assert "damaged" in stderr
 
 
 @pytest.mark.parametrize("wrong", [{"k": 64}, {"bias": False}])

@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 import hwkern.tensorrt as ht  # noqa: E402
 from hwkern import _native  # noqa: E402
 from hwkern.tensorrt import _api, _cuda, opdef  # noqa: E402
+from hwkern.tensorrt.builder import keep_builder  # noqa: E402
 from hwkern.tensorrt.packing import QMAX, SCALE_MIN, quantize_weight  # noqa: E402
 
 Array = Any
@@ -44,6 +45,14 @@ pytestmark = [
     pytest.mark.skipif(problem() is not None, reason=str(problem())),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_builder() -> Any:
+    """All engines of this file by one IBuilder: making one loads all of TensorRT's kernels."""
+    with keep_builder():
+        yield
+
 
 PROFILES = (
     ht.Profile({"x": (1, 1, 64)}, {"x": (1, 4, 64)}, {"x": (2, 8, 64)}),

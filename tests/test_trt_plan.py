@@ -31,7 +31,7 @@ def two_linears() -> Any:
 
 
 class Machine:
-    """A GPU whose int8 linears take ``factors[K]`` of the float ones' time, and 1 µs per int8 node more."""
+    """A GPU whose int8 linears take ``factors[K]`` of the float ones' time and ``extra`` µs, and whose norms 3 µs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, factors: dict[int, float], extra: float = 0.0) -> None:
         self.factors, self.extra, self.built = factors, extra, []
@@ -53,8 +53,9 @@ class Machine:
                 if each.op_type == "MatMul":
                     time += rows / 10 * math.prod(weights[each.input[1]]) / 2**19
             for each in opdef.hwkern_nodes(source):
-                n, k = weights[each.input[1]]
+                n, k = weights[opdef.inputs(each)["weight"]]
                 time += rows / 10 * n * k / 2**19 * self.factors[k] + self.extra
+            time += 3 * sum(each.op_type == "LayerNormalization" for each in source.graph.node)
             times.append(time)
         return times
 
@@ -89,6 +90,38 @@ def test_the_plan_takes_all_when_all_is_fastest(monkeypatch: pytest.MonkeyPatch)
     plan = ht.make_plan(two_linears(), PROFILES)
     assert set(plan.values()) == {"w8a8_dynamic"}
     assert len(machine.built) == 2 + 4  # winners and clear winners are all
+
+
+def normed() -> Any:
+    """As two_linears, with a norm before the first."""
+    made = two_linears()
+    made.graph.node[0].input[0] = "n"
+    made.graph.node.insert(0, node("LayerNormalization", ["x", "g"], ["n"]))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(512), "g"))
+    return made
+
+
+def test_the_plan_says_whether_norms_are_fused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+    plan = ht.make_plan(normed(), PROFILES)
+    assert plan == {"up": "w8a8_dynamic", "down": "float"}
+    assert plan.fuse_norm
+    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused", "winners"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[-1])] == ["NormLinearInt8"]
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json"):
+        assert [bool(n.norm) for n in ht.rewrite(normed(), plan=given).nodes] == [True, False]
+        assert not any(n.norm for n in ht.rewrite(normed(), plan=given, fuse_norm=False).nodes)
+
+
+def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1 µs more each: too much for 16 rows (3.2 µs of work), nothing for 256.
+    machine = Machine(monkeypatch, {512: 0.9, 1024: 0.9}, extra=1.0)
+    profile = ht.Profile({"x": (1, 1, 512)}, {"x": (1, 256, 512)}, {"x": (1, 256, 512)})
+    assert set(ht.make_plan(two_linears(), [profile], quick=True).values()) == {"w8a8_dynamic"}
+    assert len(machine.built) == 2
+    requests = [{"x": (1, 16, 512)}, {"x": (1, 256, 512)}]
+    assert set(ht.make_plan(two_linears(), [profile], quick=True, requests=requests).values()) == {"float"}
 
 
 def test_a_progress_that_stops_leaves_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:

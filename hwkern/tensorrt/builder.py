@@ -82,6 +82,7 @@ def build(
     embed_plugin: bool = False,
     compute_capabilities: Sequence[str] = (),
     edit: Callable[[Any], object] | None = None,
+    configure: Callable[[Any], object] | None = None,
     verbose: bool = False,
     trt: ModuleType | str | None = None,
 ) -> Engine:
@@ -106,6 +107,7 @@ def build(
         compute_capabilities: TensorRT-RTX: e.g. ``("SM89", "SM120")``; default: the GPU that is here.
         edit: called with the parsed INetworkDefinition before anything is built, for changes of your own
             (``edit=ht.swap``); what it returns is kept until the engine is there.
+        configure: called with the IBuilderConfig last of all, for settings that have no name here.
         verbose: print TensorRT's messages to stderr.
         trt: which TensorRT module; default: see ``load_plugin``.
 
@@ -135,6 +137,8 @@ def build(
             config.plugins_to_serialize = [str(library)]
         monitor = _monitor(api, config, progress)
         cache = _timing_cache(api, config, timing_cache)
+        if configure is not None:
+            configure(config)
         plan = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.error is not None:
             raise monitor.error
