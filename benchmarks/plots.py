@@ -2,8 +2,8 @@
 
     python benchmarks/plots.py [--results FOLDER] [--out FOLDER]
 
-Reads gemm-*.json, linear-*.json and sweep-*.json and writes one SVG for each into docs/plots. The same file gives the
-same bytes. Needs matplotlib (`pip install hwkern[bench]`).
+Reads gemm-*.json, linear-*.json, sweep-*.json and tensorrt*.json and writes one SVG for each into docs/plots. The same
+file gives the same bytes. Needs matplotlib (`pip install hwkern[bench]`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import tensorrt_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -114,7 +116,9 @@ def sweep(document: dict[str, Any], plt: Any) -> Any:
     return figure
 
 
-FIGURES: dict[str, Callable[[dict[str, Any], Any], Any]] = {"gemm": curves, "linear": curves, "sweep": sweep}
+FIGURES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
+    "gemm": curves, "linear": curves, "sweep": sweep, "tensorrt": tensorrt_tables.figure,
+}  # fmt: skip
 
 
 def draw(path: Path, out: Path, plt: Any) -> Path:
@@ -148,7 +152,8 @@ def main() -> None:
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "hwkern", "svg.fonttype": "none", "font.family": "sans-serif"}
     for path in sorted(arguments.results.glob("*.json")):
-        if json.loads(path.read_text(encoding="utf-8")).get("benchmark") in FIGURES:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.get("benchmark") in FIGURES and any(row.get("what") != "model" for row in document["rows"]):
             print(draw(path, arguments.out, plt))
 
 

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ sys.path.append(str(_here))
 
 import numpy as np  # noqa: E402
 import tensorrt_models as models  # noqa: E402
+import tensorrt_tables  # noqa: E402
 
 sys.path.remove(str(_here))
 
@@ -483,14 +485,10 @@ def _show_models(rows: Rows, name: str, requests: Sequence[tuple[int, int]]) -> 
 def environment() -> dict[str, Any]:
     native = _native.extension()
     gpu = native.device_properties(0)
-    command = [
-        "nvidia-smi",
-        "--id=0",
-        "--query-gpu=driver_version,clocks.max.sm,power.limit",
-        "--format=csv,noheader,nounits",
-    ]
+    fields = ("driver_version", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        smi = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        smi = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         smi = ""
     return {
@@ -501,7 +499,8 @@ def environment() -> dict[str, Any]:
         "gpu": gpu["name"],
         "compute": gpu["compute"],
         "wheel_cuda": native.cuda_version,
-        "nvidia_smi": smi,
+        "nvidia_smi": dict(zip(fields, map(str.strip, smi.split(",")), strict=False)),
+        "command": shlex.join(["python", "benchmarks/tensorrt.py", *(Path(a).name for a in sys.argv[1:])]),
     }
 
 
@@ -514,27 +513,13 @@ def save(path: Path, document: dict[str, Any]) -> None:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Speed against FP16 over M, one panel per linear (needs matplotlib)."""
+    """Speed against FP16 over M (needs matplotlib)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in document["rows"] if r["what"] == "linear" and "fp16" in r]
-    shapes = sorted({(r["n"], r["k"]) for r in rows})
-    figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 3.8), squeeze=False, sharey=True)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        mine = [r for r in rows if (r["n"], r["k"]) == shape]
-        for name, label in (("hwkern", "hwkern plugin"), ("qdq", "TensorRT INT8 (Q/DQ)"), ("fp32", "TensorRT FP32")):
-            points = [(r["m"], r["fp16"]["p50"] / r[name]["p50"]) for r in mine if name in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.axhline(1.0, color="0.5", linewidth=1, label="TensorRT FP16")
-        axis.set(xscale="log", xlabel="rows (M)", title=f"{shape[0]} × {shape[1]}")
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("times as fast as TensorRT FP16")
-    axes[0][0].legend()
+    figure = tensorrt_tables.figure(document, plt)
     figure.tight_layout()
     figure.savefig(path)
     print(f"wrote {path}")
@@ -574,7 +559,7 @@ def main() -> int:
     document = {
         "schema": 1,
         "benchmark": "tensorrt",
-        "environment": environment() | {"commit": arguments.commit, "level": arguments.level, "command": sys.argv[1:]},
+        "environment": environment() | {"commit": arguments.commit, "level": arguments.level},
         "rows": rows,
     }
     print(document["environment"], flush=True)
