@@ -100,8 +100,6 @@ def _build_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    # TensorRT holds a gigabyte of kernels: load those that run. It must be set before CUDA starts.
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
     try:
         code: int = arguments.action(arguments) or 0
     except UsageError as error:
