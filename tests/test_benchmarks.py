@@ -595,7 +595,8 @@ def test_committed_results_say_where_they_come_from():
         document = json.loads(path.read_text(encoding="utf-8"))
         assert document["schema"] == 1, path
         where = document["environment"]
-        for key in ("date", "command", "torch", "hwkern", "commit"):
+        library = "tensorrt" if document["benchmark"] == "tensorrt" else "torch"
+        for key in ("date", "command", library, "hwkern", "commit"):
             assert where[key], (path, key)
         assert not where["commit"].endswith("+"), f"{path} was measured on a changed tree"
         if "gpu" in where:
