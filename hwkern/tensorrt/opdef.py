@@ -184,8 +184,8 @@ def is_hwkern(node: NodeProto) -> bool:
 
 
 def inputs(node: NodeProto) -> dict[str, str]:
-    """What each input of a hwkern node is: "weight" → its name."""
-    return dict(zip(variant_of(node, TensorProto.FLOAT).inputs, node.input, strict=True))
+    """What each input of a hwkern node is: "weight" → its name. A wrong number is for the plugin to refuse."""
+    return dict(zip(variant_of(node, TensorProto.FLOAT).inputs, node.input, strict=False))
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -423,7 +423,7 @@ def view_weights_as_int32(model: ModelProto) -> int:
 
     For TensorRT before 10.1. Drops the function bodies, which are written for int8.
     """
-    names = {inputs(node)["weight"] for node in hwkern_nodes(model)}
+    names = {inputs(node).get("weight") for node in hwkern_nodes(model)}
     changed = 0
     for graph in graphs(model.graph):
         for tensor in graph.initializer:
