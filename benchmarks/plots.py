@@ -2,9 +2,9 @@
 
     python benchmarks/plots.py [--results FOLDER] [--out FOLDER]
 
-Reads gemm-*.json, linear-*.json and sweep-*.json and writes one SVG for each into docs/plots, with matplotlib
-(`pip install hwkern[bench]`); and what `hwkern bench` draws for its results (bench-*.json), which needs none. The same
-file gives the same bytes.
+Reads gemm-*.json, linear-*.json, sweep-*.json and tensorrt*.json and writes one SVG for each into docs/plots, with
+matplotlib (`pip install hwkern[bench]`); and what `hwkern bench` draws for its results (bench-*.json), which needs
+none. The same file gives the same bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import tensorrt_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -115,7 +117,9 @@ def sweep(document: dict[str, Any], plt: Any) -> Any:
     return figure
 
 
-FIGURES: dict[str, Callable[[dict[str, Any], Any], Any]] = {"gemm": curves, "linear": curves, "sweep": sweep}
+FIGURES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
+    "gemm": curves, "linear": curves, "sweep": sweep, "tensorrt": tensorrt_tables.figure,
+}  # fmt: skip
 
 
 def draw(path: Path, out: Path, plt: Any) -> Path:
@@ -163,7 +167,8 @@ def main() -> None:
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "hwkern", "svg.fonttype": "none", "font.family": "sans-serif"}
     for path in sorted(arguments.results.glob("*.json")):
-        if json.loads(path.read_text(encoding="utf-8")).get("benchmark") in FIGURES:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document.get("benchmark") in FIGURES and any(row.get("what") != "model" for row in document["rows"]):
             print(draw(path, arguments.out, plt))
 
 

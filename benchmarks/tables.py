@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import targets
+import tensorrt_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- results: ([\w.-]+)(?: (\d+)x(\d+)| (\S+) (\S+))? -->\n).*?(<!-- end results -->)", re.DOTALL)
@@ -288,6 +289,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": accuracy,
     "llama": llama,
     "never_slower": never_slower,
+    "tensorrt": tensorrt_tables.tables,
 }
 
 
@@ -302,7 +304,7 @@ def caption(document: dict[str, Any]) -> str:
         parts.append(f"CUDA {where['wheel_cuda']}")
     if "threads" in where and not str(where.get("device", "")).startswith("cuda"):
         parts.append(f"{where['threads']} thread{'s' if where['threads'] != 1 else ''}")
-    parts += [f"torch {where['torch']}", where["date"]]
+    parts += [f"torch {where['torch']}" if "torch" in where else where["tensorrt"], where["date"]]
     if where.get("commit"):
         parts.append(f"commit {where['commit'][:12]}")
     return f"Measured on {', '.join(parts)}: `{where['command']}`"

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ sys.path.append(str(_here))
 
 import numpy as np  # noqa: E402
 import tensorrt_models as models  # noqa: E402
+import tensorrt_tables  # noqa: E402
 
 sys.path.remove(str(_here))
 
@@ -39,15 +41,16 @@ import hwkern.tensorrt as ht  # noqa: E402
 from hwkern import _native  # noqa: E402
 from hwkern._console import print_table  # noqa: E402
 from hwkern.tensorrt import _api, _cuda, measure  # noqa: E402
+from hwkern.tensorrt.builder import keep_builder  # noqa: E402
 from hwkern.tensorrt.packing import padded, quantize_weight  # noqa: E402
-from hwkern.tensorrt.planner import choose  # noqa: E402
 
 Rows = list[dict[str, Any]]
 
 LINEARS = ((4096, 4096), (4096, 14336))  # N, K
-M = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192)
+M = "1,64,1024,8192;16,512,2048;4,256,4096"  # an engine for each group, a profile for each M
 REQUESTS = ((1, 32), (1, 128), (8, 128), (32, 128), (8, 512))  # batch, length
 VARIANTS = ("fp16", "qdq", "hwkern")
+SECONDS = 0.06  # for each measurement on the GPU
 
 
 # ---- engines -------------------------------------------------------------------------------------------------------
@@ -60,79 +63,147 @@ class OutOfTime(Exception):  # noqa: N818
 class Builder:
     """Builds with one timing cache and says how long it took."""
 
-    def __init__(self, cache: Path | None, budget: float) -> None:
-        self.cache, self.api, self.until = cache, _api.find(), time.monotonic() + budget
+    def __init__(
+        self, cache: Path | None, budget: float, level: int | None, one_profile: bool = False, quick: bool = False
+    ) -> None:
+        self.cache, self.api, self.until, self.level = cache, _api.find(), time.monotonic() + budget, level
+        self.one_profile, self.quick = one_profile, quick
 
     def __call__(
         self, what: str, model: Any, profiles: Sequence[ht.Profile], precision: str, half_io: bool
     ) -> ht.Engine:
-        if time.monotonic() > self.until:
-            raise OutOfTime
+        self.check()
         start = time.perf_counter()
         edit = self._half_io if half_io and not self.api.strongly_typed else None
         cache = None if self.api.rtx else self.cache
-        engine = ht.build(model, profiles, precision, timing_cache=cache, edit=edit)
+        engine = ht.build(
+            model, profiles, precision, timing_cache=cache, edit=edit, optimization_level=self.level,
+            configure=self._configure if edit else None,
+        )  # fmt: skip
         print(f"built {what}: {time.perf_counter() - start:.1f} s, {len(engine.data) / 1e6:.1f} MB", flush=True)
         return engine
 
+    def check(self) -> None:
+        if time.monotonic() > self.until:
+            raise OutOfTime
+
     def _half_io(self, network: Any) -> None:
-        network.get_input(0).dtype = network.get_output(0).dtype = self.api.module.float16
+        trt = self.api.module
+        network.get_input(0).dtype = network.get_output(0).dtype = trt.float16
+        layers = [network.get_layer(i) for i in range(network.num_layers)]
+        if any(layer.type == trt.LayerType.QUANTIZE for layer in layers):
+            return
+        for layer in layers:  # TensorRT 8.6 would time float32 kernels too, which never win and take most of the time
+            if layer.type in (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.ELEMENTWISE):
+                layer.precision = trt.float16
+                layer.set_output_type(0, trt.float16)
+
+    def _configure(self, config: Any) -> None:
+        config.set_flag(self.api.module.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
 
 
-def variant_of(variant: str, model: Any, scales: dict[str, float], plan: ht.Plan | None = None) -> Any:
+def variant_of(variant: str, model: Any, scales: dict[str, float]) -> Any:
     """The ONNX model of one variant."""
     if variant in ("fp32", "fp16"):
         return model
     if variant == "qdq":
         return models.with_qdq(model, scales)
-    options: dict[str, Any] = {
-        "hwkern": {}, "linear": {"include": "*"}, "residual": {"fuse_residual": True}, "unmerged": {"merge": False},
-        "plain": {"fuse_activation": False}, "plan": {"plan": plan},
-    }[variant]  # fmt: skip
-    return ht.rewrite(model, **options).model
+    options: dict[str, dict[str, Any]] = {
+        "hwkern": {},
+        "linear": {"include": "*"},
+        "norm": {"fuse_norm": True},
+        "residual": {"fuse_residual": True},
+        "unmerged": {"merge": False},
+        "plain": {"fuse_activation": False},
+    }
+    return ht.rewrite(model, **options[variant]).model
 
 
 # ---- linears -------------------------------------------------------------------------------------------------------
 
 
-def bench_linears(build: Builder, ms: Sequence[int], variants: Sequence[str], rows: Rows) -> None:
-    for n, k in LINEARS:
-        model = models.linear(n, k)
-        x = np.random.default_rng(1).standard_normal((max(ms), k), dtype=np.float32).astype(np.float16)
-        # The best that a static scale can do: calibrated on the very data that is measured.
-        scale = float(np.abs(x[: min(len(x), 1024)]).max()) / 127
-        profiles = [_fixed("x", (m, k)) for m in ms]
-        times: dict[str, dict[int, dict[str, float]]] = {}
-        errors: dict[str, float] = {}
-        sizes: dict[str, int] = {}
-        try:
-            times["kernel"] = _bare_kernel(model, x, ms)
-        except RuntimeError as error:
-            print(f"bare kernel: {error}", flush=True)
-        try:
-            for variant in variants:
-                made = variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
-                precision = "fp32" if variant == "fp32" else "fp16"
-                try:
+def bench_linears(
+    build: Builder, groups: Sequence[Sequence[int]], variants: Sequence[str], rows: Rows, done: Callable[[], None]
+) -> None:
+    """One engine for each group of M, with a profile for each M: when the budget ends, whole groups are there."""
+    found: dict[tuple[int, int, int], dict[str, Any]] = {}
+
+    def row(n: int, k: int, m: int) -> dict[str, Any]:
+        if (n, k, m) not in found:
+            found[n, k, m] = {"what": "linear", "n": n, "k": k, "m": m, "errors": {}, "engine_bytes": {}}
+            rows.append(found[n, k, m])
+        return found[n, k, m]
+
+    try:
+        for ms in groups:
+            for n, k in LINEARS:
+                model = models.linear(n, k)
+                x = np.random.default_rng(1).standard_normal((max(ms), k), dtype=np.float32).astype(np.float16)
+                # The best that a static scale can do: calibrated on the very data that is measured.
+                scale = float(np.abs(x[:1024]).max()) / 127
+                for variant in variants:
                     try:
-                        engine = build(f"{variant} {n}x{k}", made, profiles, precision, variant != "fp32")
-                    except RuntimeError as error:
-                        if variant != "qdq":
-                            raise
-                        print(f"qdq with float16 input and output: {error}\nqdq with float32:", flush=True)
-                        engine = build(f"{variant} {n}x{k}", made, profiles, precision, False)
-                    errors[variant] = _linear_error(engine, model, x[:64])
-                    if variant == "hwkern" and errors[variant] > 0.02:
-                        raise RuntimeError(f"wrong results, relative error {errors[variant]:.4f}: not timed")
-                    sizes[variant] = len(engine.data)
-                    times[variant] = _time_engine(engine, {"x": x}, [{"x": (m, k)} for m in ms], ms)
-                except RuntimeError as error:  # TensorRT cannot build or run it: the others count all the same
-                    print(f"{variant} {n}x{k}: {error}", flush=True)
-        finally:
-            for m in ms:
-                row = {"what": "linear", "n": n, "k": k, "m": m, "errors": errors, "engine_bytes": sizes}
-                rows.append(row | {name: t[m] for name, t in times.items() if m in t})
+                        engine = _linear_engine(build, variant, model, n, k, ms, scale)
+                        _time_linear(engine, variant, model, n, k, ms, x, row)
+                    except RuntimeError as error:  # TensorRT cannot build or run it: the others count all the same
+                        print(f"{variant} {n}x{k}: {error}", flush=True)
+                    done()
+    finally:
+        for n, k in LINEARS:
             _show_linears(rows, n, k)
+
+
+def _linear_engine(
+    build: Builder, variant: str, model: Any, n: int, k: int, ms: Sequence[int], scale: float
+) -> ht.Engine:
+    made = variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
+    precision = "fp32" if variant == "fp32" else "fp16"
+    profiles = [_fixed("x", (m, k)) for m in ms]
+    what = f"{variant} {n}x{k}, M = {', '.join(map(str, ms))}"
+    try:
+        return build(what, made, profiles, precision, variant != "fp32")
+    except RuntimeError as error:
+        if variant != "qdq":
+            raise
+        print(f"qdq with float16 input and output: {error}\nqdq with float32:", flush=True)
+        return build(what, made, profiles, precision, False)
+
+
+def _time_linear(
+    engine: ht.Engine, variant: str, model: Any, n: int, k: int, ms: Sequence[int], x: Any,
+    row: Callable[[int, int, int], dict[str, Any]],
+) -> None:  # fmt: skip
+    errors = _linear_errors(engine, model, x, ms)
+    print(f"{variant} {n}x{k}: relative errors {', '.join(f'{e:.5f}' for e in errors.values())}", flush=True)
+    if variant == "hwkern" and max(errors.values()) > 0.02:
+        raise RuntimeError(f"wrong results, relative errors {errors}: not timed")
+    # Cold weights: so many copies that a round reads more than three times the L2.
+    copies = measure.rotations(n * k * {"fp32": 4, "fp16": 2}.get(variant, 1), _l2_bytes())
+    held = measure.Copies(engine, copies)
+    with held.runners[0].context.current():
+        bare = BareLinear(model) if variant == "hwkern" else None
+        try:
+            for m in ms:
+                kept = len(bare.held) if bare is not None else 0
+                fill = {"x": x[:m].astype(held.runners[0].inputs["x"].dtype)}
+                calls, alive = held.enqueues({"x": (m, k)}, fill)
+                # The kernel alone and in the engine in turn: the same clock and temperature.
+                times = measure.graphs_us([calls, *([bare.calls(x[:m])] if bare is not None else [])], SECONDS)
+                measure.free(alive)
+                row(n, k, m).update(zip((variant, "kernel"), times, strict=False))
+                row(n, k, m)["errors"][variant] = errors[m]
+                row(n, k, m)["engine_bytes"][variant] = len(engine.data)
+                print(f"  {m}: {', '.join(format(t['p50'], '.1f') for t in times)} us", flush=True)
+                if bare is not None:
+                    bare.free(kept)
+        finally:
+            if bare is not None:
+                bare.free()
+    held.close()
+
+
+def _l2_bytes() -> int:
+    return int(_native.extension().device_properties(0)["l2_bytes"])
 
 
 def _fixed(name: str, shape: tuple[int, ...]) -> ht.Profile:
@@ -157,7 +228,7 @@ def _time_engine(
                 }
                 fill = {n: f.astype(held.runners[0].inputs[n].dtype, copy=False) for n, f in fill.items()}
                 calls, alive = held.enqueues(shapes, fill)
-                times[key] = measure.graph_us(calls)
+                times[key] = measure.graph_us(calls, SECONDS)
                 measure.free(alive)
                 print(f"  {key}: {times[key]['p50']:.1f} us", flush=True)
     finally:
@@ -165,15 +236,17 @@ def _time_engine(
     return times
 
 
-def _linear_error(engine: ht.Engine, model: Any, x: Any) -> float:
-    """Relative error (root mean squares) against float32 mathematics."""
+def _linear_errors(engine: ht.Engine, model: Any, x: Any, ms: Sequence[int]) -> dict[int, float]:
+    """For each M the relative error (root mean squares) of the first and last 16 rows against float32 mathematics."""
     weight, bias = _weights(model)
-    with ht.Runner(engine) as run:
-        wanted = x.astype(np.float32) @ weight.T + bias
-        rows = min(len(x), max(p.max["x"][0] for p in run.profiles))
-        covered = next(p.max["x"][0] for p in reversed(run.profiles) if p.max["x"][0] <= rows)
-        y = run({"x": x[:covered].astype(run.inputs["x"].dtype)})["y"].astype(np.float32)
-    return float(np.sqrt(np.mean((y - wanted[:covered]) ** 2) / np.mean(wanted[:covered] ** 2)))
+    errors = {}
+    with ht.Runner(engine, graphs=0) as run:
+        for m in ms:
+            kept = sorted({*range(min(m, 16)), *range(max(0, m - 16), m)})
+            wanted = x[kept].astype(np.float32) @ weight.T + bias
+            y = run({"x": x[:m].astype(run.inputs["x"].dtype)})["y"][kept].astype(np.float32)
+            errors[m] = float(np.sqrt(np.mean((y - wanted) ** 2) / np.mean(wanted**2)))
+    return errors
 
 
 def _weights(model: Any) -> tuple[Any, Any]:
@@ -183,63 +256,60 @@ def _weights(model: Any) -> tuple[Any, Any]:
     return found["linear.weight"].T, found["linear.bias"]
 
 
-def _bare_kernel(model: Any, x: Any, ms: Sequence[int]) -> dict[int, dict[str, float]]:
+class BareLinear:
     """hwkern's linear without TensorRT: float16 in and out, the same weights, copies in turn."""
-    native = _native.extension()
-    weight, bias = _weights(model)
-    packed, scales = quantize_weight(weight)
-    n, k = weight.shape
-    context = _cuda.Context()
-    times = {}
-    with context.current():
-        l2 = int(native.device_properties(context.device_index())["l2_bytes"])
-        copies = measure.rotations(packed.nbytes, l2)
-        held: list[Any] = []
 
-        def put(array: Any) -> int:
-            array = np.ascontiguousarray(array)
-            buffer = _cuda.DeviceBuffer(array.nbytes)
-            _cuda.to_device(buffer.pointer, array.ctypes.data, array.nbytes, 0)
-            _cuda.synchronize(0)
-            held.append(buffer)
-            return buffer.pointer
+    def __init__(self, model: Any) -> None:
+        self.native = _native.extension()
+        weight, bias = _weights(model)
+        packed, scales = quantize_weight(weight)
+        self.n, self.k = weight.shape
+        self.held: list[Any] = []
+        self.weights = [self.put(packed) for _ in range(measure.rotations(packed.nbytes, _l2_bytes()))]
+        self.scale, self.bias = self.put(scales), self.put(bias.astype(np.float16))
 
-        weights = [put(packed) for _ in range(copies)]
-        scale_at, bias_at = put(scales), put(bias.astype(np.float16))
-        for m in ms:
-            kept = len(held)
-            calls: list[Callable[[int], None]] = []
-            size = int(native.linear_workspace_bytes(m, k))
-            for w in weights:
-                at, y, scratch = put(x[:m]), put(np.empty((m, n), np.float16)), put(np.empty(size, np.uint8))
-                # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
-                arguments = (at, 1, k, w, padded(k), scale_at, bias_at, 1, y, n, 1, m, n, k, -1, scratch, size)
-                calls.append(lambda stream, a=arguments: native.linear(*a, stream, 0, 0, 0, 0))
-            try:
-                times[m] = measure.graph_us(calls)
-            except TypeError as error:  # an extension with another signature
-                print(f"bare kernel: {error}")
-                return times
-            for buffer in held[kept:]:
-                buffer.free()
-            del held[kept:]
-        for buffer in held:
+    def put(self, array: Any) -> int:
+        array = np.ascontiguousarray(array)
+        buffer = _cuda.DeviceBuffer(array.nbytes)
+        _cuda.to_device(buffer.pointer, array.ctypes.data, array.nbytes, 0)
+        _cuda.synchronize(0)
+        self.held.append(buffer)
+        return int(buffer.pointer)
+
+    def calls(self, x: Any) -> list[Callable[[int], None]]:
+        m, n, k = len(x), self.n, self.k
+        made: list[Callable[[int], None]] = []
+        size = int(self.native.linear_workspace_bytes(m, k))
+        for w in self.weights:
+            at, y = self.put(x), self.put(np.empty((m, n), np.float16))
+            scratch = self.put(np.empty(size, np.uint8))
+            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
+            arguments = (at, 1, k, w, padded(k), self.scale, self.bias, 1, y, n, 1, m, n, k, -1, scratch, size)
+            made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0))
+        return made
+
+    def free(self, kept: int = 0) -> None:
+        """All buffers but the first ``kept``."""
+        for buffer in self.held[kept:]:
             buffer.free()
-    return times
+        del self.held[kept:]
 
 
 def _show_linears(rows: Rows, n: int, k: int) -> None:
-    mine = [r for r in rows if r["what"] == "linear" and (r["n"], r["k"]) == (n, k)]
-    names = [v for v in ("fp32", *VARIANTS, "kernel") if v in mine[0]]
+    mine = sorted((r for r in rows if r["what"] == "linear" and (r["n"], r["k"]) == (n, k)), key=lambda r: r["m"])
+    names = [v for v in ("fp32", *VARIANTS, "kernel") if any(v in r for r in mine)]
+    peers = [v for v in ("fp16", "qdq") if v in names]
     table = []
     for r in mine:
-        ours = r.get("hwkern", {}).get("p50", math.nan)
-        ratios = [f"{r[v]['p50'] / ours:.2f}x" for v in ("fp16", "qdq") if v in r]
-        over = f"{ours / r['kernel']['p50']:.3f}" if "kernel" in r else ""
-        table.append((str(r["m"]), *(f"{r[v]['p50']:.1f}" for v in names), *ratios, over))
-    heads = [f"vs {v}" for v in ("fp16", "qdq") if v in mine[0]]
-    print_table(f"{n} x {k}, us per enqueue", ("M", *names, *heads, "over kernel"), table)
-    print("relative errors:", {name: round(e, 5) for name, e in mine[0]["errors"].items()}, flush=True)
+        ours = r["hwkern"]["p50"] if "hwkern" in r else None
+        times = [f"{r[v]['p50']:.1f}" if v in r else "" for v in names]
+        ratios = [f"{r[v]['p50'] / ours:.2f}x" if v in r and ours else "" for v in peers]
+        over = f"{ours / r['kernel']['p50']:.3f}" if "kernel" in r and ours else ""
+        errors = [f"{r['errors'][v]:.5f}" if v in r["errors"] else "" for v in (*peers, "hwkern")]
+        table.append((str(r["m"]), *times, *ratios, over, *errors))
+    heads = [f"vs {v}" for v in peers]
+    heads += ["over kernel", *(f"error of {v}" for v in (*peers, "hwkern"))]
+    print_table(f"{n} x {k}, us per enqueue", ("M", *names, *heads), table)
 
 
 def geomeans(rows: Rows) -> dict[str, float]:
@@ -267,25 +337,48 @@ def geomeans(rows: Rows) -> dict[str, float]:
 
 def bench_model(
     build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float],
-    rows: Rows,
-    requests: Sequence[tuple[int, int]], variants: Sequence[str], wanted: dict[str, Any] | None = None,
+    rows: Rows, requests: Sequence[tuple[int, int]], variants: Sequence[str], done: Callable[[], None],
+    wanted: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``)."""
     feeds = {request: inputs(*request) for request in requests}
     profiles = [ht.profiles_from([feed])[0] for feed in feeds.values()]
+    if build.one_profile:
+        profiles = list(ht.profiles_from(list(feeds.values()), 1))
     shapes = [{n: tuple(a.shape) for n, a in feed.items()} for feed in feeds.values()]
     if wanted is not None:
         check = _as_request(wanted, max(requests))
+    made: dict[str, ht.Engine] = {}
     plan = None
-    for variant in variants:
-        if variant == "plan":
-            start = time.perf_counter()
-            plan = ht.make_plan(model, profiles[: len(requests)], timing_cache=build.cache, progress=print)
-            print(plan, f"\nplanned in {time.perf_counter() - start:.0f} s", flush=True)
-        made = variant_of(variant, model, scales, plan)
-        free, _ = _memory()
+    if "plan" in variants:
+        start = time.perf_counter()
+
+        def said(text: str) -> None:
+            print(f"  {time.perf_counter() - start:.1f} s: {text}", flush=True)
+            build.check()
+
         try:
-            engine = build(f"{name} {variant}", made, profiles, "fp32" if variant == "fp32" else "fp16", False)
+            plan = ht.make_plan(
+                model, profiles, timing_cache=build.cache, optimization_level=build.level, requests=shapes,
+                quick=build.quick, progress=said, engines=made,
+            )  # fmt: skip
+            print(plan, f"\nplanned in {time.perf_counter() - start:.0f} s", flush=True)
+        except OutOfTime:
+            print(f"the plan was not finished; built are {', '.join(made) or 'no engines'}", flush=True)
+    known = {
+        "fp16": "float",
+        "hwkern": "all",
+        "norm": "all, norms fused",
+        "plan": plan.measured["chosen"] if plan is not None else "",
+    }
+    for variant in variants:
+        if variant == "plan" and plan is None:
+            continue
+        try:
+            engine = made.get(known.get(variant, ""))
+            if engine is None:
+                source = variant_of(variant, model, scales)
+                engine = build(f"{name} {variant}", source, profiles, "fp32" if variant == "fp32" else "fp16", False)
             row: dict[str, Any] = {"what": "model", "model": name, "variant": variant, "engine_bytes": len(engine.data)}
             if plan is not None and variant == "plan":
                 row["plan"] = plan.measured
@@ -293,20 +386,21 @@ def bench_model(
             for feed, shape, request in zip(feeds.values(), shapes, requests, strict=True):
                 times.update(_time_engine(engine, feed, [shape], [request], copies=1))
             row["gpu_us"] = {f"{b}x{s}": t for (b, s), t in times.items()}
+            free, _ = _memory()  # the kernels are loaded by now: what is left is the engine's own
             with ht.Runner(engine) as run:
                 row["latency_us"] = {f"{b}x{s}": _latency(run, feeds[b, s]) for b, s in requests}
                 row["device_bytes"] = free - _memory()[0]
                 if wanted is not None:
                     y = run(check)["y"][:, : wanted["y"].shape[1]]
                     row["cosine"] = _cosine(y, wanted["y"][: len(y)], wanted["inputs.attention_mask"][: len(y)])
+                    print(f"{name} {variant}: cosine to torch in float32 {row['cosine']}", flush=True)
             rows.append(row)
+            done()
+        except OutOfTime:
+            print(f"{name} {variant}: not built, the budget is used up", flush=True)
         except RuntimeError as error:
             print(f"{name} {variant}: {error}", flush=True)
     _show_models(rows, name, requests)
-    mine = {r["variant"]: [t["p50"] for t in r["gpu_us"].values()] for r in rows if r.get("model") == name}
-    if "fp16" in mine and plan is None:
-        mine = {"float" if v == "fp16" else v: t for v, t in mine.items() if v in ("fp16", "hwkern", "residual")}
-        print(f"{name}: a plan of whole engines takes {choose(mine)!r}", flush=True)
 
 
 def _as_request(wanted: dict[str, Any], request: tuple[int, int]) -> dict[str, Any]:
@@ -391,14 +485,10 @@ def _show_models(rows: Rows, name: str, requests: Sequence[tuple[int, int]]) -> 
 def environment() -> dict[str, Any]:
     native = _native.extension()
     gpu = native.device_properties(0)
-    command = [
-        "nvidia-smi",
-        "--id=0",
-        "--query-gpu=driver_version,clocks.max.sm,power.limit",
-        "--format=csv,noheader,nounits",
-    ]
+    fields = ("driver_version", "clocks.max.sm", "power.limit")
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        smi = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        smi = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         smi = ""
     return {
@@ -409,7 +499,8 @@ def environment() -> dict[str, Any]:
         "gpu": gpu["name"],
         "compute": gpu["compute"],
         "wheel_cuda": native.cuda_version,
-        "nvidia_smi": smi,
+        "nvidia_smi": dict(zip(fields, map(str.strip, smi.split(",")), strict=False)),
+        "command": shlex.join(["python", "benchmarks/tensorrt.py", *(Path(a).name for a in sys.argv[1:])]),
     }
 
 
@@ -422,30 +513,20 @@ def save(path: Path, document: dict[str, Any]) -> None:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Speed against FP16 over M, one panel per linear (needs matplotlib)."""
+    """Speed against FP16 over M (needs matplotlib)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in document["rows"] if r["what"] == "linear" and "fp16" in r]
-    shapes = sorted({(r["n"], r["k"]) for r in rows})
-    figure, axes = plt.subplots(1, len(shapes), figsize=(5.5 * len(shapes), 3.8), squeeze=False, sharey=True)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        mine = [r for r in rows if (r["n"], r["k"]) == shape]
-        for name, label in (("hwkern", "hwkern plugin"), ("qdq", "TensorRT INT8 (Q/DQ)"), ("fp32", "TensorRT FP32")):
-            points = [(r["m"], r["fp16"]["p50"] / r[name]["p50"]) for r in mine if name in r]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.axhline(1.0, color="0.5", linewidth=1, label="TensorRT FP16")
-        axis.set(xscale="log", xlabel="rows (M)", title=f"{shape[0]} × {shape[1]}")
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("times as fast as TensorRT FP16")
-    axes[0][0].legend()
+    figure = tensorrt_tables.figure(document, plt)
     figure.tight_layout()
     figure.savefig(path)
     print(f"wrote {path}")
+
+
+def _builder(a: argparse.Namespace) -> Builder:
+    return Builder(a.cache, a.budget, a.level, a.one_profile, a.quick)
 
 
 def main() -> int:
@@ -454,12 +535,15 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="also draw it (needs matplotlib)")
     parser.add_argument("--from-json", type=Path, help="draw an old result instead of measuring")
     parser.add_argument("--cache", type=Path, help="timing cache file")
+    parser.add_argument("--level", type=int, help="TensorRT's builder_optimization_level for all engines")
+    parser.add_argument("--one-profile", action="store_true", help="models: one profile over all requests")
+    parser.add_argument("--quick", action="store_true", help="models: plans of all linears or none")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no engine is started")
     parser.add_argument("--commit", help="commit to record")
     parser.add_argument("--sections", default="linears,minilm,bert", help="which to run")
-    parser.add_argument("--m", default=",".join(map(str, M)), help="rows of the linears")
+    parser.add_argument("--m", default=M, help="rows of the linears: groups with an engine each, a;b, of rows, 1,2")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of fp32, fp16, qdq, hwkern")
-    parser.add_argument("--model-variants", default="fp16,qdq,hwkern,plan", help="also residual, unmerged, fp32")
+    parser.add_argument("--model-variants", default="fp16,qdq,hwkern,norm,plan", help="also residual, unmerged, fp32")
     parser.add_argument("--requests", default=",".join(f"{b}x{s}" for b, s in REQUESTS), help="batch x length")
     parser.add_argument("--minilm", type=Path, help="folder with minilm.onnx, minilm.npz and scales.json")
     parser.add_argument("--bert-scales", type=Path, help="scales.json of the encoder, for Q/DQ")
@@ -471,11 +555,11 @@ def main() -> int:
         sys.exit(f"This benchmark needs an NVIDIA GPU: {problem}")
     sections = arguments.sections.split(",")
     requests = [(int(b), int(s)) for b, s in (r.split("x") for r in arguments.requests.split(","))]
-    build, rows = Builder(arguments.cache, arguments.budget), []
+    build, rows = _builder(arguments), []
     document = {
         "schema": 1,
         "benchmark": "tensorrt",
-        "environment": environment() | {"commit": arguments.commit},
+        "environment": environment() | {"commit": arguments.commit, "level": arguments.level},
         "rows": rows,
     }
     print(document["environment"], flush=True)
@@ -497,27 +581,28 @@ def main() -> int:
         return make
 
     try:
-        if "linears" in sections:
-            bench_linears(build, [int(m) for m in arguments.m.split(",")], arguments.variants.split(","), rows)
-            done()
-            print(document["geomeans"], flush=True)
-        chosen = arguments.model_variants.split(",")
-        if "minilm" in sections and arguments.minilm:
-            import onnx
+        with keep_builder():
+            if "linears" in sections:
+                groups = [[int(m) for m in group.split(",")] for group in arguments.m.split(";")]
+                bench_linears(build, groups, arguments.variants.split(","), rows, done)
+                print(document["geomeans"], flush=True)
+            chosen = arguments.model_variants.split(",")
+            if "minilm" in sections and arguments.minilm:
+                import onnx
 
-            wanted = dict(np.load(arguments.minilm / "minilm.npz"))
-            scales = json.loads((arguments.minilm / "scales.json").read_text())
-            model = onnx.load(str(arguments.minilm / "minilm.onnx"))
-            names = [value.name for value in model.graph.input]
-            bench_model(build, "MiniLM", model, ids(1000, names), scales, rows, requests, chosen, wanted)
-            done()
-        if "bert" in sections:
-            model = models.encoder()
-            scales = json.loads(arguments.bert_scales.read_text()) if arguments.bert_scales else {}
-            kept = [v for v in chosen if v != "qdq" or scales]
-            names = [value.name for value in model.graph.input]
-            bench_model(build, "BERT-base (random weights)", model, ids(1000, names), scales, rows, requests, kept)
-            done()
+                wanted = dict(np.load(arguments.minilm / "minilm.npz"))
+                scales = json.loads((arguments.minilm / "scales.json").read_text())
+                model = onnx.load(str(arguments.minilm / "minilm.onnx"))
+                names = [value.name for value in model.graph.input]
+                bench_model(build, "MiniLM", model, ids(1000, names), scales, rows, requests, chosen, done, wanted)
+            if "bert" in sections:
+                model = models.encoder()
+                scales = json.loads(arguments.bert_scales.read_text()) if arguments.bert_scales else {}
+                kept = [v for v in chosen if v != "qdq" or scales]
+                names = [value.name for value in model.graph.input]
+                bench_model(
+                    build, "BERT-base (random weights)", model, ids(1000, names), scales, rows, requests, kept, done
+                )
     except OutOfTime:
         print("The budget is used up.")
     done()

@@ -463,6 +463,23 @@ DOCUMENTS = {
         "| 64×32 | 2 → 3 | 1.00 → 1.50 | 1.500 | 0 → 1 |",
     ),
     "cpu_linear": ({"rows": [{**GEMM_ROW, "peers_us": {"fp32": 5.0}}]}, "| 16×4096×4096 | 10 | 0.50× | – | – |"),
+    "tensorrt": (
+        {
+            "geomeans": {"fp16 / hwkern, m <= 64": 2.0, "engine / kernel, worst": 1.01},
+            "rows": [
+                {
+                    "what": "linear", "m": 16, "n": 4096, "k": 4096, "errors": {"hwkern": 0.0123},
+                    "fp16": {"p50": 20.0}, "hwkern": {"p50": 10.0}, "kernel": {"p50": 9.9}, "engine_bytes": {},
+                },
+                {
+                    "what": "model", "model": "Some model", "variant": "plan", "gpu_us": {"1x128": {"p50": 400.0}},
+                    "latency_us": {"1x128": {"p50": 450.0, "p95": 1.0, "p99": 470.0}}, "engine_bytes": 1_500_000,
+                    "device_bytes": 2_000_000, "plan": {"chosen": "all"},
+                },
+            ],
+        },
+        "| 16×4096×4096 | 20.0 | – | 10.0 | 2.00× | – | 1.010× | – | 1.23 % |",
+    ),
     "demo": (DEMO, "| batches | 100 sentences/s | 200 sentences/s | 2.00× faster |"),
 }  # fmt: skip
 PAGE = "before\n<!-- results: {} -->\nold\n<!-- end results -->\nafter\n"
@@ -496,6 +513,16 @@ def test_every_kind_of_result_becomes_a_table(site, name):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert start("tables", "--root", root, "--check").returncode == 0
+
+
+def test_the_table_of_a_model_in_tensorrt(site):
+    root, put = site
+    put("tensorrt", DOCUMENTS["tensorrt"][0])
+    (root / "README.md").write_text(PAGE.format("tensorrt"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "| rewritten by plan (all) | 400 | 450 / 470 | 1.5 | 2 |" in text
+    assert "2.00× TensorRT FP16 at M ≤ 64; the engine takes 1.010× the bare kernel (worst)." in text
 
 
 def test_a_table_of_one_layer_leaves_the_others_out(site):
@@ -569,7 +596,8 @@ def test_committed_results_say_where_they_come_from():
         document = json.loads(path.read_text(encoding="utf-8"))
         assert document["schema"] == 1, path
         where = document["environment"]
-        for key in ("date", "command", "torch", "hwkern", "commit"):
+        library = "tensorrt" if document["benchmark"] == "tensorrt" else "torch"
+        for key in ("date", "command", library, "hwkern", "commit"):
             assert where[key], (path, key)
         assert not where["commit"].endswith("+"), f"{path} was measured on a changed tree"
         if "gpu" in where:

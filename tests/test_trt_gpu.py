@@ -24,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 import hwkern.tensorrt as ht  # noqa: E402
 from hwkern import _native  # noqa: E402
 from hwkern.tensorrt import _api, _cuda, opdef  # noqa: E402
+from hwkern.tensorrt.builder import keep_builder  # noqa: E402
 from hwkern.tensorrt.packing import QMAX, SCALE_MIN, quantize_weight  # noqa: E402
 
 Array = Any
@@ -44,6 +45,14 @@ pytestmark = [
     pytest.mark.skipif(problem() is not None, reason=str(problem())),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_builder() -> Any:
+    """All engines of this file by one IBuilder: making one loads all of TensorRT's kernels."""
+    with keep_builder():
+        yield
+
 
 PROFILES = (
     ht.Profile({"x": (1, 1, 64)}, {"x": (1, 4, 64)}, {"x": (2, 8, 64)}),
@@ -201,7 +210,7 @@ def test_pycuda_arrays_stay_on_the_gpu(engine: tuple[Any, ...]) -> None:
             y = run({"x": gpuarray.to_gpu(x)})["y"]
             assert isinstance(y, gpuarray.GPUArray)
             np.testing.assert_array_equal(y.get(), reference(x, weight, scale, bias).astype(np.float16))
-        target = gpuarray.zeros((2, 8, 96), np.float16)
+        target = gpuarray.empty((2, 8, 96), np.float16)
         assert run({"x": gpuarray.to_gpu(x)}, outputs={"y": target})["y"] is target
         np.testing.assert_array_equal(target.get(), reference(x, weight, scale, bias).astype(np.float16))
 

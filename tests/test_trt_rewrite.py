@@ -285,6 +285,127 @@ def test_a_residual_goes_into_the_node_when_asked() -> None:
     check_both(new, x, linear(x, w.T, b) + x)
 
 
+def _norm(x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + np.float32(epsilon)) * weight
+    return y if bias is None else y + bias
+
+
+def normed_model(opset: int = 17, bias: bool = True, dtype: str = "float32") -> Any:
+    """x and x @ v are added and normalized; two products and a residual read the result, a product the sum."""
+    norm = ["sum", "g", "h"] if bias else ["sum", "g"]
+    nodes = [
+        node("MatMul", ["x", "v"], ["skip"], name="before"),
+        node("Add", ["x", "skip"], ["sum"]),
+        node("LayerNormalization", norm, ["n"], name="norm", epsilon=1e-3),
+        node("MatMul", ["n", "w1"], ["a"], name="first"),
+        node("MatMul", ["n", "w2"], ["b"], name="second"),
+        node("Add", ["a", "b"], ["ab"]),
+        node("Add", ["n", "ab"], ["nab"]),
+        node("Add", ["nab", "sum"], ["y"]),
+    ]
+    weights = {name: normal(64, 64, seed=i, std=0.2) for i, name in enumerate(("v", "w1", "w2"))}
+    return model(nodes, weights | {"g": normal(64, seed=5), "h": normal(64, seed=6)}, dtype=dtype, opset=opset), weights
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_goes_into_the_products_that_read_it(bias: bool) -> None:
+    made, w = normed_model(bias=bias)
+    g, h = normal(64, seed=5), normal(64, seed=6) if bias else None
+    new, report = rewritten(made, fuse_norm=True)
+    assert [n.op_type for n in new.graph.node] == ["LinearInt8", "NormLinearInt8", "Split", "Add", "Add", "Add"]
+    assert [n.norm for n in report.nodes] == ["", "norm", "norm"]
+    fused = new.graph.node[1]
+    assert opdef.inputs(fused)["skip"] == "skip"
+    assert list(fused.output)[1:] == ["n", "sum"]
+    assert opdef.attributes(fused)["epsilon"] == np.float32(1e-3)
+    assert "norm" in str(report)
+    x = normal(6, 64, seed=9)
+    total = x + linear(x, w["v"].T)
+    n = _norm(total, g, h, 1e-3)
+    wanted = n + (linear(n, w["w1"].T) + linear(n, w["w2"].T)) + total
+    # The two norms differ in their last bits, so now and then a value is rounded to the next int8: a step is
+    # absmax / 127 of a row, times a weight, two products.
+    step = 2 * np.abs(n).max() / 127 * max(np.abs(w[name]).max() for name in ("w1", "w2"))
+    check_both(new, x, wanted, rtol=1e-5, atol=step)
+    assert np.mean(np.abs(run(new, {"x": x})[0] - wanted) > 1e-4) < 0.05
+
+
+def test_a_norm_in_half_precision() -> None:
+    made, _ = normed_model(dtype="float16")
+    new, _ = rewritten(made, fuse_norm=True)
+    apart, _ = rewritten(made)
+    x = normal(6, 64, seed=9).astype(np.float16)
+    a, b = (run(m, {"x": x})[0].astype(np.float32) for m in (new, apart))
+    # float16 has 11 bits: an ulp of the norm (|n| < 8: 2⁻⁸) may move a value to the next int8 as above.
+    assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+def test_a_norm_and_a_sum_that_nobody_else_reads_are_not_written() -> None:
+    nodes = [
+        node("Add", ["x", "x"], ["s"]), node("LayerNormalization", ["s", "g"], ["n"]), node("MatMul", ["n", "w"], ["y"])
+    ]  # fmt: skip
+    new, _ = rewritten(model(nodes, {"w": normal(64, 64), "g": normal(64)}), fuse_norm=True)
+    assert [(n.op_type, list(n.output)) for n in new.graph.node] == [("NormLinearInt8", ["y"])]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "weights"),
+    [
+        ([node("LayerNormalization", ["x", "g"], ["n"], axis=0)], {"g": normal(64)}),
+        ([node("LayerNormalization", ["x", "g"], ["n", "mean"])], {"g": normal(64)}),
+        ([node("LayerNormalization", ["x", "g"], ["n"])], {"g": normal(1)}),
+    ],
+    ids=["over all dimensions", "its mean is read", "one weight for all"],
+)
+def test_a_norm_that_the_kernel_does_not_compute_stays(nodes: list[Any], weights: dict[str, Any]) -> None:
+    last = [node("MatMul", ["n", "w"], ["y"])]
+    made = model([*nodes, *last], weights | {"w": normal(64, 64)}, x=(2, 64), y=(2, 64))
+    if len(nodes[0].output) > 1:
+        made.graph.output.append(onnx.helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, [2, 1]))
+    if nodes[0].attribute:
+        made.graph.initializer[0].CopyFrom(numpy_helper.from_array(normal(2, 64), "g"))
+    new, _ = rewritten(made, fuse_norm=True)
+    assert [n.op_type for n in new.graph.node] == ["LayerNormalization", "LinearInt8"]
+
+
+def test_a_sum_with_broadcasting_stays_before_its_norm() -> None:
+    nodes = [
+        node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1), node("Add", ["x", "m"], ["s"]),
+        node("LayerNormalization", ["s", "g"], ["n"]), node("MatMul", ["n", "w"], ["y"]),
+    ]  # fmt: skip
+    new, _ = rewritten(model(nodes, {"w": normal(64, 64), "g": normal(64)}), fuse_norm=True)
+    assert [n.op_type for n in new.graph.node] == ["ReduceMean", "Add", "NormLinearInt8"]
+
+
+def test_a_sum_that_is_read_before_the_norm_stays() -> None:
+    nodes = [
+        node("MatMul", ["x", "v"], ["t"]), node("Add", ["x", "t"], ["s"]), node("Relu", ["s"], ["r"]),
+        node("LayerNormalization", ["s", "g"], ["n"]), node("MatMul", ["n", "w"], ["u"]),
+        node("Add", ["u", "r"], ["y"]),
+    ]  # fmt: skip
+    new, _ = rewritten(model(nodes, {"w": normal(64, 64), "v": normal(64, 64), "g": normal(64)}), fuse_norm=True)
+    assert [n.op_type for n in new.graph.node] == ["LinearInt8", "Add", "Relu", "NormLinearInt8", "Add"]
+
+
+def test_the_sum_of_two_products_is_the_residual_of_one() -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]), node("MatMul", ["x", "v"], ["b"]), node("Add", ["a", "b"], ["y"])
+    ]  # fmt: skip
+    w, v = normal(64, 64), normal(64, 64, seed=1)
+    new, report = rewritten(model(nodes, {"w": w, "v": v}), fuse_residual=True)
+    assert [n.residual for n in report.nodes] == [True, False]
+    x = normal(6, 64, seed=2)
+    check_both(new, x, linear(x, w.T) + linear(x, v.T))
+
+
+def test_a_residual_and_a_norm_do_not_take_the_same_addition() -> None:
+    made, _ = normed_model()
+    new, report = rewritten(made, fuse_norm=True, fuse_residual=True)
+    assert report.nodes[0].residual
+    assert not opdef.attributes(next(n for n in new.graph.node if n.op_type == "NormLinearInt8"))["has_skip"]
+
+
 def test_subgraphs() -> None:
     """Linears in the branches of an If, with weights of the outer graph and of the branch."""
     outer, inner = normal(64, 64), normal(64, 64, seed=1)

@@ -247,6 +247,12 @@ def test_graph_timing_counts_every_call(driver: fake.Driver) -> None:
     assert len(calls) == 2 + 20
 
 
+def test_two_graphs_are_replayed_in_turn(driver: fake.Driver) -> None:
+    once, twice = measure.graphs_us([[lambda stream: None], [lambda stream: None] * 40], seconds=0.001)
+    assert (once["p50"], twice["p50"]) == (pytest.approx(1000 / 20), pytest.approx(1000 / 40))
+    assert driver.launches == 2 * (1 + 1 + 7)
+
+
 def test_percentiles() -> None:
     found = measure.summary([float(i) for i in range(1, 101)])
     assert found == {"p50": 50.5, "p95": 95.0, "p99": 99.0}

@@ -8,7 +8,6 @@ live in one environment. Every check runs in its own process: a plugin that is w
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import subprocess
@@ -115,9 +114,4 @@ def test_rtx_gets_sentences_and_no_crash_from_absurd_models(folder: Path, tmp_pa
 def test_tensorrt_8_registers_creates_and_refuses(folder: Path, check: str) -> None:
     if sys.version_info[:2] != (3, 11):
         pytest.skip("tensorrt_bindings 8.6.1 is looked for in Python 3.11")
-    if check == "load_v2":
-        try:
-            ctypes.CDLL("libcuda.so.1")
-        except OSError:
-            pytest.skip("IPluginRegistry::loadLibrary of TensorRT 8.6 opens nothing without NVIDIA's driver")
     run(folder, "tensorrt_bindings", "libhwkern_trt8.so", check, [folder])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from typing import Any
@@ -55,8 +56,6 @@ def create_v3(trt: Any, library: str) -> None:
 
 
 def create_v2(trt: Any, library: str) -> None:
-    import ctypes
-
     plugin = ctypes.CDLL(library)
     registry = trt.get_plugin_registry()
     assert plugin.hwkern_trt8_register() == 1
@@ -70,19 +69,35 @@ def create_v2(trt: Any, library: str) -> None:
     state = bytes(made.serialize())
     assert state.startswith(STATE)
     assert bytes(creator.deserialize_plugin("node", state).serialize()) == state
-    for length in range(len(state)):
-        assert creator.deserialize_plugin("node", state[:length]) is None
-    for at in range(len(state)):
-        assert creator.deserialize_plugin("node", state[:at] + bytes([state[at] ^ 1]) + state[at + 1 :]) is None
+    good = creator.deserialize_plugin("node", state)
+    assert good.initialize() == 0
+    cut = [state[:length] for length in range(len(state))]
+    changed = [state[:at] + bytes([state[at] ^ 1]) + state[at + 1 :] for at in range(len(state))]
+    for damaged in (*cut, *changed):  # 8.6 would crash on a null pointer: it gets a plugin that does not start
+        assert creator.deserialize_plugin("node", damaged).initialize() != 0
+        assert creator.deserialize_plugin("node", damaged).clone().initialize() != 0
     for bad in ({"in_features": -1}, {"in_features": 64, "activation": b"mish"}):
         assert creator.create_plugin("node", fields(trt, **bad)) is None
     print("created and refused in", trt.__version__)
 
 
+def load_library_8(trt: Any, library: str) -> bool:
+    """IPluginRegistry::loadLibrary, the way of trtexec --dynamicPlugins."""
+    nvinfer = ctypes.CDLL("libnvinfer.so.8")
+    if nvinfer.getInferLibVersion() != 8600:
+        return trt.get_plugin_registry().load_library(library) is not None
+    # NOTE: the registry of 8.6.0 has its virtual functions in another order than 8.6.1's headers and bindings, whose
+    # load_library calls something else there. Its loadLibrary is the sixth.
+    nvinfer.getPluginRegistry.restype = ctypes.c_void_p
+    registry = ctypes.c_void_p(nvinfer.getPluginRegistry())
+    functions = ctypes.cast(registry, ctypes.POINTER(ctypes.POINTER(ctypes.c_void_p))).contents
+    load = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(functions[5])
+    return load(registry, library.encode()) is not None
+
+
 def load_v2(trt: Any, library: str) -> None:
-    # The way of trtexec --dynamicPlugins.
     registry = trt.get_plugin_registry()
-    assert registry.load_library(library) is not None
+    assert load_library_8(trt, library)
     listed = [(c.name, c.plugin_namespace) for c in registry.plugin_creator_list if c.plugin_namespace == "hwkern"]
     assert {("LinearInt8", "hwkern"), ("Quantize", "hwkern")} <= set(listed), listed
     print("loaded in", trt.__version__)

@@ -22,7 +22,7 @@ using namespace nvinfer1;
 
 class Plugin final : public IPluginV2DynamicExt {
  public:
-  explicit Plugin(const Op& op) : op_(op) {}
+  explicit Plugin(const Op& op, bool is_damaged = false) : op_(op), is_damaged_(is_damaged) {}
 
   AsciiChar const* getPluginType() const noexcept override { return name(op_.kind); }
   AsciiChar const* getPluginVersion() const noexcept override { return kPluginVersion; }
@@ -65,16 +65,16 @@ class Plugin final : public IPluginV2DynamicExt {
   int32_t enqueue(PluginTensorDesc const* in, PluginTensorDesc const*, void const* const* inputs, void* const* outputs,
                   void* workspace, cudaStream_t stream) noexcept override {
     constexpr int32_t kModelChooses = 0;
-    return trt::check(op_, in, input_count(op_)) &&
+    return !is_damaged_ && trt::check(op_, in, input_count(op_)) &&
                    trt::enqueue(op_, kModelChooses, in, inputs, outputs, workspace, stream)
                ? 0
                : 1;
   }
 
-  int32_t initialize() noexcept override { return 0; }
+  int32_t initialize() noexcept override { return is_damaged_ ? 1 : 0; }
   void terminate() noexcept override {}
   void destroy() noexcept override { delete this; }
-  IPluginV2DynamicExt* clone() const noexcept override { return new (std::nothrow) Plugin(op_); }
+  IPluginV2DynamicExt* clone() const noexcept override { return new (std::nothrow) Plugin(op_, is_damaged_); }
 
   size_t getSerializationSize() const noexcept override { return kStateBytes; }
   void serialize(void* buffer) const noexcept override {
@@ -85,6 +85,7 @@ class Plugin final : public IPluginV2DynamicExt {
 
  private:
   const Op op_;
+  const bool is_damaged_;  // made from an engine's data that load() refused: it neither starts nor runs
 };
 
 class Creator final : public IPluginCreator {
@@ -102,8 +103,10 @@ class Creator final : public IPluginCreator {
     return parse(kind_, fields, &op) ? new (std::nothrow) Plugin(op) : nullptr;
   }
   IPluginV2* deserializePlugin(AsciiChar const*, void const* state, size_t bytes) noexcept override {
+    // NOTE: 8.6 crashes when it gets no plugin for what an engine holds (seen on an H100), so it always gets one.
     Op op;
-    return load(kind_, state, bytes, &op) ? new (std::nothrow) Plugin(op) : nullptr;
+    const bool is_good = load(kind_, state, bytes, &op);
+    return new (std::nothrow) Plugin(op, !is_good);
   }
 
  private:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def build(
     embed_plugin: bool = False,
     compute_capabilities: Sequence[str] = (),
     edit: Callable[[Any], object] | None = None,
+    configure: Callable[[Any], object] | None = None,
     verbose: bool = False,
     trt: ModuleType | str | None = None,
 ) -> Engine:
@@ -105,6 +107,7 @@ def build(
         compute_capabilities: TensorRT-RTX: e.g. ``("SM89", "SM120")``; default: the GPU that is here.
         edit: called with the parsed INetworkDefinition before anything is built, for changes of your own
             (``edit=ht.swap``); what it returns is kept until the engine is there.
+        configure: called with the IBuilderConfig last of all, for settings that have no name here.
         verbose: print TensorRT's messages to stderr.
         trt: which TensorRT module; default: see ``load_plugin``.
 
@@ -125,7 +128,7 @@ def build(
         model, source = _prepared(onnx, api, precision)
         library = load_plugin(api.module) if opdef.hwkern_nodes(model) else None
         builder, network, _keep = _parsed(api, model, source)
-        _kept = edit(network) if edit is not None else None  # ht.swap's report owns weights that TensorRT points to
+        _held = edit(network) if edit is not None else None  # ht.swap's report owns weights that TensorRT points to
         config = _config(api, builder, precision, workspace, optimization_level, compute_capabilities)
         if not api.strongly_typed and any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             config.set_flag(api.module.BuilderFlag.INT8)  # or TensorRT 8.6 refuses the model's Q/DQ nodes
@@ -134,6 +137,8 @@ def build(
             config.plugins_to_serialize = [str(library)]
         monitor = _monitor(api, config, progress)
         cache = _timing_cache(api, config, timing_cache)
+        if configure is not None:
+            configure(config)
         plan = builder.build_serialized_network(network, config)
         if monitor is not None and monitor.error is not None:
             raise monitor.error
@@ -207,7 +212,32 @@ def _parsed(api: TensorRT, model: ModelProto, source: Path | None) -> tuple[Any,
     return builder, network, parser  # the network points into the parser's weights
 
 
+_kept = threading.local()
+
+
+@contextlib.contextmanager
+def keep_builder() -> Iterator[None]:
+    """Builds of this thread inside it share one IBuilder: making one loads all of TensorRT's kernels (8.6: 1 GB)."""
+    if getattr(_kept, "builders", None) is not None:
+        yield
+        return
+    _kept.builders = {}
+    try:
+        yield
+    finally:
+        _kept.builders = None
+
+
 def _new_builder(api: TensorRT) -> Any:
+    builders = getattr(_kept, "builders", None)
+    if builders is None:
+        return _make_builder(api)
+    if api.name not in builders:
+        builders[api.name] = _make_builder(api)
+    return builders[api.name]
+
+
+def _make_builder(api: TensorRT) -> Any:
     try:
         builder = api.module.Builder(api.log)
     except TypeError as error:  # pybind's word for a null pointer

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--plan", type=Path, help="JSON: node name → scheme or float (see `plan`)")
     sub.add_argument("--scheme", default="w8a8_dynamic", choices=("w8a8_dynamic", "w8a16"))
     sub.add_argument("--fuse-residual", action="store_true", help="additions of the same shape go into the node")
+    sub.add_argument("--fuse-norm", action="store_true", default=None, help="LayerNormalizations before it, too")
     sub.add_argument("--no-merge", action="store_true", help="keep products of the same input apart")
     sub.add_argument("--no-functions", action="store_true", help="leave out the bodies for ONNX Runtime")
     sub.add_argument("--int32-weights", action="store_true", help="for trtexec of TensorRT 8.6 or 10.0")
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = action("plan", "measure on this GPU which linears gain from int8", _plan)
     sub.add_argument("source", type=Path)
     sub.add_argument("target", type=Path, help="the plan, JSON")
+    sub.add_argument("--quick", action="store_true", help="all linears or none: three builds")
     _build_arguments(sub)
 
     sub = action(
@@ -166,6 +168,7 @@ def _rewrite(arguments: argparse.Namespace) -> None:
         plan=arguments.plan,
         scheme=arguments.scheme,
         fuse_residual=arguments.fuse_residual,
+        fuse_norm=arguments.fuse_norm,
         merge=not arguments.no_merge,
         functions=not arguments.no_functions,
         int32_weights=arguments.int32_weights,
@@ -187,6 +190,7 @@ def _plan(arguments: argparse.Namespace) -> int | None:
         arguments.precision,
         timing_cache=arguments.timing_cache,
         workspace=arguments.workspace,
+        quick=arguments.quick,
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )
     plan.save(arguments.target)

@@ -403,9 +403,12 @@ def infer_shapes(model: ModelProto) -> dict[str, tuple[int, tuple[int | str | No
             graph.initializer.append(tensor)
         elif tensor.name not in known:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    # A model that ONNX cannot type (custom ops, broken shapes) is rewritten with what it tells itself.
-    with contextlib.suppress(Exception):
-        skeleton = onnx.shape_inference.infer_shapes(skeleton)
+    # A model that ONNX cannot type (custom ops, broken shapes) is rewritten with what it tells itself. With its shape
+    # arithmetic followed (data_prop), a tensor that was reshaped keeps the names of its dynamic axes.
+    for follow in (True, False):
+        with contextlib.suppress(Exception):
+            skeleton = onnx.shape_inference.infer_shapes(skeleton, data_prop=follow)
+            break
     found: dict[str, tuple[int, tuple[int | str | None, ...] | None]] = {}
     for inner in graphs(skeleton.graph):
         for value in (*inner.input, *inner.value_info, *inner.output):

@@ -95,7 +95,40 @@ def free(alive: Sequence[Any]) -> None:
 
 def graph_us(calls: Sequence[Callable[[int], None]], seconds: float = SECONDS) -> dict[str, float]:
     """µs per call inside a CUDA graph of all of them: median, p95 and p99 over the replays."""
+    return graphs_us([calls], seconds)[0]
+
+
+def graphs_us(several: Sequence[Sequence[Callable[[int], None]]], seconds: float = SECONDS) -> list[dict[str, float]]:
+    """:func:`graph_us` of several, replayed in turn: clock and temperature are the same for all."""
     stream = _cuda.Stream()
+    start, end = _cuda.Event(timing=True), _cuda.Event(timing=True)
+    graphs = [_captured(calls, stream) for calls in several]
+
+    def replay(graph: _cuda.Graph) -> float:
+        start.record(stream.value)
+        graph.launch(stream.value)
+        end.record(stream.value)
+        end.synchronize()
+        return end.milliseconds_since(start)
+
+    for graph, _ in graphs:
+        replay(graph)
+    slowest = max(replay(graph) for graph, _ in graphs)
+    repeats = max(7, min(300, math.ceil(seconds * 1e3 / max(1e-3, slowest))))
+    samples: list[list[float]] = [[] for _ in graphs]
+    for _ in range(repeats):
+        for found, (graph, count) in zip(samples, graphs, strict=True):
+            found.append(replay(graph) * 1e3 / count)
+    for graph, _ in graphs:
+        graph.free()
+    for event in (start, end):
+        event.free()
+    stream.free()
+    return [summary(found) for found in samples]
+
+
+def _captured(calls: Sequence[Callable[[int], None]], stream: _cuda.Stream) -> tuple[_cuda.Graph, int]:
+    """(a graph of at least GRAPH_CALLS calls, how many)."""
     for call in calls:  # whatever is lazy happens before the capture
         call(stream.value)
     _cuda.synchronize(stream.value)
@@ -107,21 +140,7 @@ def graph_us(calls: Sequence[Callable[[int], None]], seconds: float = SECONDS) -
                 call(stream.value)
     finally:
         graph = _cuda.end_capture(stream.value)
-    start, end = _cuda.Event(timing=True), _cuda.Event(timing=True)
-
-    def replay() -> float:
-        start.record(stream.value)
-        graph.launch(stream.value)
-        end.record(stream.value)
-        end.synchronize()
-        return end.milliseconds_since(start)
-
-    replay()
-    repeats = max(7, min(300, math.ceil(seconds * 1e3 / max(1e-3, replay()))))
-    samples = sorted(replay() * 1e3 / (rounds * len(calls)) for _ in range(repeats))
-    for thing in (graph, start, end, stream):
-        thing.free()
-    return summary(samples)
+    return graph, rounds * len(calls)
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

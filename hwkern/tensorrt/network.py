@@ -60,6 +60,16 @@ class _LeftError(Exception):
     """A layer stays as it is; the text is the reason."""
 
 
+def _dense(value: Any, shape: tuple[int, ...]) -> Array | None:
+    """A constant layer's weights in its shape; None where numpy has no such type (bfloat16, without ml_dtypes)."""
+    if not isinstance(value, np.ndarray) or value.size != math.prod(shape):
+        return None
+    # NOTE: TensorRT 8.6's bindings were compiled against numpy 1. Under numpy 2 they read the item size from the wrong
+    # place, and their arrays have the right address, type and length but strides of 0.
+    strides = [value.itemsize * math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return np.lib.stride_tricks.as_strided(value, shape, strides, writeable=False)
+
+
 class _Swap:
     def __init__(self, api: TensorRT, network: Any, choice: _Choice) -> None:
         self.api, self.trt, self.network, self.choice = api, api.module, network, choice
@@ -131,7 +141,7 @@ class _Swap:
             return None
         if layer.type == self.trt.LayerType.CONSTANT:
             layer.__class__ = self.trt.IConstantLayer
-            return np.asarray(layer.weights).reshape(tuple(layer.shape))
+            return _dense(layer.weights, tuple(layer.shape))
         if layer.type in (self.trt.LayerType.IDENTITY, getattr(self.trt.LayerType, "CAST", None)):
             return self._constant(layer.get_input(0))
         if layer.type == self.trt.LayerType.SHUFFLE and layer.num_inputs == 1:

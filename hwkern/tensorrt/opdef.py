@@ -12,6 +12,10 @@ residual        ``[..., N]`` of x's dtype
 y               ``[..., N]`` of x's dtype
 ==============  =============================================================================
 
+``NormLinearInt8(x[, skip], norm_weight[, norm_bias], weight, … as above) -> y[, normed][, sum]`` is LinearInt8 of
+``normed = LayerNorm(x + skip)``: the norm's own pass quantizes it. ``skip``, ``normed`` and
+``sum = x + skip`` are ``[..., K]`` of x's dtype; ``norm_weight`` and ``norm_bias`` ``[K]`` of any float type.
+
 Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell
 which are there. The mathematics is ``hwkern/reference.py``'s.
 
@@ -36,6 +40,7 @@ from hwkern.tensorrt.packing import ROW_ALIGNMENT
 NAMESPACE = "hwkern"
 PLUGIN_VERSION = "1"
 OP = "LinearInt8"
+NORM_OP = "NormLinearInt8"
 CHOOSE = -1  # hwkern.h kChoose: the kernels' cost model (or TensorRT's timing) picks the config
 SCHEMES = ("w8a8_dynamic", "w8a8_static", "w8a16")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -62,6 +67,36 @@ _ATTRIBUTES = (
 )
 
 
+_NORM_ATTRIBUTES = (
+    "norm",
+    "epsilon",
+    "norm_offset",
+    "has_norm_bias",
+    "has_skip",
+    "has_norm_output",
+    "has_sum_output",
+)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The LayerNorm of a NormLinearInt8; RMS norms have no operator in ONNX that old opsets know."""
+
+    has_bias: bool = False
+    has_skip: bool = False
+    has_output: bool = False
+    has_sum: bool = False
+
+    @property
+    def inputs(self) -> list[str]:
+        optional = [("skip", self.has_skip), ("norm_weight", True), ("norm_bias", self.has_bias)]
+        return [name for name, there in optional if there]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["normed"] * self.has_output + ["sum"] * self.has_sum
+
+
 @dataclass(frozen=True)
 class Variant:
     """What decides a function body: the node's dtype, options and inputs."""
@@ -72,6 +107,11 @@ class Variant:
     has_bias: bool = False
     has_residual: bool = False
     int32_weight: bool = False
+    norm: Norm | None = None
+
+    @property
+    def op(self) -> str:
+        return OP if self.norm is None else NORM_OP
 
     @property
     def has_input_scale(self) -> bool:
@@ -84,22 +124,44 @@ class Variant:
         parts += [self.activation] * (self.activation != "none")
         parts += ["residual"] * self.has_residual
         parts += ["int32"] * self.int32_weight
+        if self.norm is not None:
+            parts += ["norm", *self.norm.inputs, *self.norm.outputs]
         return ".".join(parts)
 
     @property
     def inputs(self) -> list[str]:
         optional = (("bias", self.has_bias), ("input_scale", self.has_input_scale), ("residual", self.has_residual))
-        return ["x", "weight", "weight_scale", *(name for name, there in optional if there)]
+        before = ["x"] if self.norm is None else ["x", *self.norm.inputs]
+        return [*before, "weight", "weight_scale", *(name for name, there in optional if there)]
+
+    @property
+    def outputs(self) -> list[str]:
+        return ["y"] if self.norm is None else ["y", *self.norm.outputs]
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return _ATTRIBUTES if self.norm is None else (*_ATTRIBUTES, *_NORM_ATTRIBUTES)
 
 
 def make_node(
-    variant: Variant, in_features: int, out_features: int, inputs: Sequence[str], output: str, name: str
+    variant: Variant,
+    in_features: int,
+    out_features: int,
+    inputs: Sequence[str],
+    outputs: str | Sequence[str],
+    name: str,
+    epsilon: float = 0.0,
 ) -> NodeProto:
-    """The node; ``inputs`` in the order of :attr:`Variant.inputs`."""
+    """The node; ``inputs`` and ``outputs`` in the order of the variant's. ``epsilon``: of the norm."""
+    fields: dict[str, Any] = {}
+    if (norm := variant.norm) is not None:
+        fields = {"norm": "layer", "epsilon": epsilon, "norm_offset": 0.0}
+        fields |= {"has_norm_bias": int(norm.has_bias), "has_skip": int(norm.has_skip)}
+        fields |= {"has_norm_output": int(norm.has_output), "has_sum_output": int(norm.has_sum)}
     return helper.make_node(
-        OP,
+        variant.op,
         list(inputs),
-        [output],
+        [outputs] if isinstance(outputs, str) else list(outputs),
         name=name,
         domain=variant.domain,
         in_features=in_features,
@@ -112,11 +174,18 @@ def make_node(
         config=CHOOSE,
         plugin_namespace=NAMESPACE,
         plugin_version=PLUGIN_VERSION,
+        **fields,
     )
 
 
 def is_hwkern(node: NodeProto) -> bool:
-    return node.op_type == OP and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
+    known = node.op_type in (OP, NORM_OP)
+    return known and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
+
+
+def inputs(node: NodeProto) -> dict[str, str]:
+    """What each input of a hwkern node is: "weight" → its name. A wrong number is for the plugin to refuse."""
+    return dict(zip(variant_of(node, TensorProto.FLOAT).inputs, node.input, strict=False))
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -135,6 +204,9 @@ def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Varia
         has_bias=bool(found["has_bias"]),
         has_residual=bool(found["has_residual"]),
         int32_weight=int32_weight,
+        norm=None
+        if node.op_type == OP
+        else Norm(*(bool(found[name]) for name in ("has_norm_bias", "has_skip", "has_norm_output", "has_sum_output"))),
     )
 
 
@@ -167,18 +239,22 @@ class _Body:
     def cast(self, x: str, element: int) -> str:
         return self.op("Cast", x, to=element)
 
-    def row_max(self, x: str) -> str:
+    def reduce(self, op_type: str, x: str) -> str:
+        """ReduceMax or ReduceMean over each row."""
         if self.opset >= 18:
-            return self.op("ReduceMax", x, self.integers(-1), keepdims=1)
-        return self.op("ReduceMax", x, axes=[-1], keepdims=1)
+            return self.op(op_type, x, self.integers(-1), keepdims=1)
+        return self.op(op_type, x, axes=[-1], keepdims=1)
+
+    def attribute(self, name: str, kind: str) -> str:
+        """The node's attribute as a scalar tensor; ``kind``: "value_int" or "value_float"."""
+        scalar = self.op("Constant")
+        element = AttributeProto.INT if kind == "value_int" else AttributeProto.FLOAT
+        self.nodes[-1].attribute.append(AttributeProto(name=kind, ref_attr_name=name, type=element))
+        return scalar
 
     def in_features(self) -> str:
         """The attribute as a tensor ``[1]``."""
-        scalar = self.op("Constant")
-        self.nodes[-1].attribute.append(
-            AttributeProto(name="value_int", ref_attr_name="in_features", type=AttributeProto.INT)
-        )
-        return self.op("Reshape", scalar, self.integers(1))
+        return self.op("Reshape", self.attribute("in_features", "value_int"), self.integers(1))
 
 
 def _int8_weight(body: _Body, variant: Variant) -> str:
@@ -205,7 +281,7 @@ def _quantized(body: _Body, variant: Variant, x: str) -> tuple[str, str]:
     if variant.has_input_scale:
         scale = "input_scale"
     else:
-        largest = body.op("Div", body.row_max(body.op("Abs", x)), body.floating(127.0))
+        largest = body.op("Div", body.reduce("ReduceMax", body.op("Abs", x)), body.floating(127.0))
         scale = body.op("Max", largest, body.floating(2.0**-126))
         # 0, or NaN for a row that holds NaN or ±inf.
         marker = body.op("ReduceSum", body.op("Mul", x, body.floating(0.0)), body.integers(-1), keepdims=1)
@@ -236,6 +312,8 @@ def function(variant: Variant, opset: int) -> FunctionProto:
     # No casts from float32 to itself: ONNX Runtime 1.32 loses the input of such a cast when it inlines a function.
     is_float = variant.dtype == TensorProto.FLOAT
     x = "x" if is_float else body.cast("x", TensorProto.FLOAT)
+    if variant.norm is not None:
+        x = _normed(body, variant, x)
     weight = _int8_weight(body, variant)
     if variant.scheme == "w8a16":
         w = body.cast(body.op("Transpose", weight, perm=[1, 0]), TensorProto.FLOAT)
@@ -260,9 +338,40 @@ def function(variant: Variant, opset: int) -> FunctionProto:
     if not is_float:
         body.cast(y, variant.dtype)
     body.nodes[-1].output[0] = "y"
+    imports = [helper.make_opsetid("", opset)]
     return helper.make_function(
-        variant.domain, OP, variant.inputs, ["y"], body.nodes, [helper.make_opsetid("", opset)], _ATTRIBUTES
+        variant.domain, variant.op, variant.inputs, variant.outputs, body.nodes, imports, variant.attributes
     )
+
+
+def _normed(body: _Body, variant: Variant, x: str) -> str:
+    """The norm of float32 ``x`` (+ skip), as float32; gives the outputs ``normed`` and ``sum`` on the way."""
+    assert variant.norm is not None
+    is_float = variant.dtype == TensorProto.FLOAT
+
+    def rounded(value: str, name: str, wanted: bool) -> str:
+        """``value`` as x's type holds it, which is also the output ``name``."""
+        if not is_float:
+            value = body.cast(value, variant.dtype)
+        if wanted:
+            body.nodes[-1].output[0] = value = name
+        return value if is_float else body.cast(value, TensorProto.FLOAT)
+
+    h = x
+    if variant.norm.has_skip:
+        skip = "skip" if is_float else body.cast("skip", TensorProto.FLOAT)
+        h = rounded(body.op("Add", x, skip), "sum", variant.norm.has_sum)
+    centred = body.op("Sub", h, body.reduce("ReduceMean", h))
+    variance = body.reduce("ReduceMean", body.op("Mul", centred, centred))
+    deviation = body.op("Sqrt", body.op("Add", variance, body.attribute("epsilon", "value_float")))
+
+    def parameter(name: str) -> str:
+        return name if is_float else body.cast(name, TensorProto.FLOAT)
+
+    y = body.op("Mul", body.op("Div", centred, deviation), parameter("norm_weight"))
+    if variant.norm.has_bias:
+        y = body.op("Add", y, parameter("norm_bias"))
+    return rounded(y, "normed", variant.norm.has_output)
 
 
 # ---- whole models --------------------------------------------------------------------------------------------------
@@ -294,7 +403,7 @@ def add_functions(model: ModelProto, variants: Sequence[Variant]) -> None:
     there = {(f.domain, f.name) for f in model.functions}
     domains = {entry.domain for entry in model.opset_import}
     for variant in dict.fromkeys(variants):
-        if (variant.domain, OP) not in there:
+        if (variant.domain, variant.op) not in there:
             model.functions.append(function(variant, opset_version(model)))
         if variant.domain not in domains:
             model.opset_import.append(helper.make_opsetid(variant.domain, 1))
@@ -304,7 +413,7 @@ def add_functions(model: ModelProto, variants: Sequence[Variant]) -> None:
 
 def strip_functions(model: ModelProto) -> None:
     """Remove the bodies: TensorRT 10.0 … 10.2 would import a body in the plugin's place."""
-    kept = [f for f in model.functions if not (f.name == OP and f.domain.startswith(NAMESPACE + "."))]
+    kept = [f for f in model.functions if not (f.name in (OP, NORM_OP) and f.domain.startswith(NAMESPACE + "."))]
     del model.functions[:]
     model.functions.extend(kept)
 
@@ -314,7 +423,7 @@ def view_weights_as_int32(model: ModelProto) -> int:
 
     For TensorRT before 10.1. Drops the function bodies, which are written for int8.
     """
-    names = {node.input[1] for node in hwkern_nodes(model)}
+    names = {inputs(node).get("weight") for node in hwkern_nodes(model)}
     changed = 0
     for graph in graphs(model.graph):
         for tensor in graph.initializer:

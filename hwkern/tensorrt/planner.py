@@ -1,10 +1,12 @@
 """``make_plan``: which matrix multiplies of a model become int8 on this GPU, by measuring.
 
-1. Every kind of linear in the model (sizes, bias, activation) is built alone, in the float precision and as int8,
+1. The float engine and those with all linears in int8, norms apart and norms fused, are built and timed at each
+   request (by default each profile's ``opt``).
+2. Every kind of linear in the model (sizes, bias, activation) is built alone, in the float precision and as int8,
    and timed for the number of rows that each profile gives it. Those that are faster in int8 are the winners.
-2. An engine of a few candidates (all linears, the winners, the clear winners) and the float engine are built whole and
-   timed at each profile's ``opt``. The plan is the fastest one that is nowhere slower than float; if there is none, the
-   plan keeps everything float. So a model that is rewritten by its plan is never slower than TensorRT's own.
+3. Engines with the winners and with the clear winners only are built whole and timed like the first. The plan is
+   the fastest of all that is nowhere slower than float; if there is none, the plan keeps everything float. So a model
+   that is rewritten by its plan is never slower than TensorRT's own.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from hwkern._console import plain_table
 from hwkern.tensorrt import graph, measure, opdef
-from hwkern.tensorrt.builder import Engine, build
+from hwkern.tensorrt.builder import Engine, build, keep_builder
 from hwkern.tensorrt.profiles import Profile, Shape
 from hwkern.tensorrt.rewriter import NodeReport, Selector, rewrite
 
@@ -35,14 +37,20 @@ Progress = Callable[[str], None]
 
 
 class Plan(dict[str, str]):
-    """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``."""
+    """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``.
 
-    def __init__(self, nodes: Mapping[str, str], measured: Mapping[str, Any] | None = None) -> None:
+    ``fuse_norm``: whether LayerNormalizations go into the products that read them.
+    """
+
+    def __init__(
+        self, nodes: Mapping[str, str], measured: Mapping[str, Any] | None = None, fuse_norm: bool = False
+    ) -> None:
         super().__init__(nodes)
         self.measured: dict[str, Any] = dict(measured or {})
+        self.fuse_norm = fuse_norm
 
     def to_dict(self) -> dict[str, Any]:
-        return {"nodes": dict(self), "measured": self.measured}
+        return {"nodes": dict(self), "fuse_norm": self.fuse_norm, "measured": self.measured}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, for ``rewrite(plan=path)``."""
@@ -57,7 +65,7 @@ class Plan(dict[str, str]):
             (name, *(f"{t:.1f}" for t in times), "chosen" if name == self.measured.get("chosen") else "")
             for name, times in self.measured.get("engines", {}).items()
         ]
-        columns = [f"profile {i}, us" for i in range(len(engines[0]) - 2)] if engines else []
+        columns = [f"request {i}, us" for i in range(len(engines[0]) - 2)] if engines else []
         return "\n\n".join(
             [
                 plain_table(
@@ -86,15 +94,23 @@ def make_plan(
     exclude: Selector | None = None,
     timing_cache: str | os.PathLike[str] | None = None,
     workspace: int | None = None,
+    optimization_level: int | None = None,
+    requests: Sequence[Mapping[str, Shape]] | None = None,
+    quick: bool = False,
     progress: Progress | None = None,
+    engines: dict[str, Engine] | None = None,
     trt: ModuleType | str | None = None,
 ) -> Plan:
-    """Measure on the GPU that is here which linears gain from int8. Takes about as long as five builds of the model.
+    """Measure on the GPU that is here which linears gain from int8. Takes about as long as six builds of the model.
 
     Args:
-        onnx: the float model. profiles, precision, timing_cache, workspace, trt: as for ``build``.
+        onnx: the float model. profiles, precision, timing_cache, workspace, optimization_level, trt: as for ``build``.
         include, exclude: as for ``rewrite``.
+        requests: input shapes at which whole engines are timed; default: each profile's ``opt``.
+        quick: leave out steps 2 and 3, so that all linears are int8 or none is: three builds.
         progress: called with a sentence at each step.
+        engines: takes the whole engines as they are built, by candidate ("float", "all", …; ``plan.measured["chosen"]``
+            names the plan's own), which saves building the chosen one again.
 
     Returns:
         A :class:`Plan` for ``rewrite(plan=…)``; print it for the measurements.
@@ -107,34 +123,50 @@ def make_plan(
         "precision": precision,
         "timing_cache": timing_cache,
         "workspace": workspace,
+        "optimization_level": optimization_level,
         "trt": trt,
     }
     model, _ = graph.load(onnx if isinstance(onnx, (bytes, ModelProto)) else os.fspath(onnx))
-    report = rewrite(_without_data(model), include=include, exclude=exclude)
+    report = rewrite(_without_data(model), include=include, exclude=exclude, fuse_norm=True)
     kinds = _kinds(model, report.swapped, profiles)
-    gains: dict[tuple[Any, ...], float] = {}
-    linears = []
-    for kind in kinds:
-        say(f"{kind.key[0]} x {kind.key[1]}, {len(kind.names)} times, {kind.rows} rows")
-        floats, ints = _time_alone(kind, settings)
-        gains[kind.key] = min(a / b for a, b in zip(floats, ints, strict=True))
-        linears += [(list(kind.key), m, a, b) for m, a, b in zip(kind.rows, floats, ints, strict=True)]
     schemes = {node.name: node.scheme for node in report.swapped}
     others = {node.name: "float" for node in report.nodes}
-    candidates: dict[str, dict[str, str]] = {}
-    for name, least in (("all", 0.0), ("winners", 1.0), ("clear winners", _CLEAR)):
-        nodes = {n: schemes[n] for kind in kinds if gains[kind.key] >= least for n in kind.names}
-        if nodes and nodes not in candidates.values():
-            candidates[name] = nodes
-    requests = [profile.opt for profile in profiles]
-    say("the float engine")
-    times = {"float": measure.engine_us(build(onnx, profiles, **settings), requests, copies=1)}
-    for name, nodes in candidates.items():
-        say(f"the engine with {name}: {len(nodes)} of {len(schemes)} linears")
-        times[name] = measure.engine_us(_engine(onnx, {**others, **nodes}, profiles, settings), requests, copies=1)
+    shapes = [profile.opt for profile in profiles] if requests is None else list(requests)
+    candidates: dict[str, tuple[dict[str, str], bool]] = {}
+    times: dict[str, list[float]] = {}
+
+    def measured(name: str, nodes: dict[str, str], norms: bool = False) -> None:
+        if (name != "float" and not nodes) or (nodes, norms) in candidates.values():
+            return
+        say(f"the engine {name!r}: {len(nodes)} of {len(schemes)} linears in int8")
+        source = onnx if name == "float" else _rewritten(onnx, Plan({**others, **nodes}, fuse_norm=norms))
+        engine = build(source, profiles, **settings)
+        times[name] = measure.engine_us(engine, shapes, copies=1)
+        candidates[name] = nodes, norms
+        if engines is not None:
+            engines[name] = engine
+
+    gains: dict[int, float] = {}
+    linears = []
+    with keep_builder():
+        measured("float", {})
+        measured("all", schemes)
+        if any(node.norm for node in report.nodes):
+            measured("all, norms fused", schemes, norms=True)
+        ints = {name: t for name, t in times.items() if name != "float"}
+        norms = bool(ints) and candidates[_fastest(ints, times["float"])][1]
+        for index, kind in enumerate(() if quick else kinds):
+            say(f"{kind.key[0]} x {kind.key[1]}, {len(kind.names)} times, {kind.rows} rows")
+            alone = list(zip(*_time_alone(kind, settings), strict=True))
+            gains[index] = min(a / b for a, b in alone)
+            linears += [(list(kind.key), m, a, b) for m, (a, b) in zip(kind.rows, alone, strict=True)]
+        for name, least in () if quick else (("winners", 1.0), ("clear winners", _CLEAR)):
+            won = [kind for index, kind in enumerate(kinds) if gains[index] >= least]
+            measured(name, {n: schemes[n] for kind in won for n in kind.names}, norms)
     chosen = choose(times)
-    nodes = {**others, **candidates.get(chosen, {})}
-    return Plan(nodes, {"linears": linears, "engines": times, "chosen": chosen, "precision": precision})
+    nodes, norms = candidates[chosen]
+    found = {"linears": linears, "engines": times, "chosen": chosen, "precision": precision}
+    return Plan({**others, **nodes}, found, norms)
 
 
 def choose(times: Mapping[str, Sequence[float]]) -> str:
@@ -145,13 +177,18 @@ def choose(times: Mapping[str, Sequence[float]]) -> str:
         for name, values in times.items()
         if name == "float" or all(v <= b * NOISE for v, b in zip(values, base, strict=True))
     ]
-    return min(fit, key=lambda name: sum(v / b for v, b in zip(times[name], base, strict=True)))
+    return _fastest({name: times[name] for name in fit}, base)
 
 
-def _engine(onnx: Any, plan: Mapping[str, str], profiles: Sequence[Profile], settings: Mapping[str, Any]) -> Engine:
+def _fastest(times: Mapping[str, Sequence[float]], base: Sequence[float]) -> str:
+    """The least sum of times relative to ``base``."""
+    return min(times, key=lambda name: sum(v / b for v, b in zip(times[name], base, strict=True)))
+
+
+def _rewritten(onnx: Any, plan: Plan) -> ModelProto:
     report = rewrite(onnx if isinstance(onnx, (bytes, ModelProto)) else _in_memory(os.fspath(onnx)), plan=plan)
     assert report.model is not None
-    return build(report.model, profiles, **settings)
+    return report.model
 
 
 def _in_memory(path: str) -> ModelProto:

@@ -36,10 +36,8 @@ class _Converter:
         self.scales = {
             name
             for node in opdef.hwkern_nodes(model)
-            for name in (
-                node.input[2],
-                *(node.input[3 + opdef.attributes(node)["has_bias"] :][:1] if _static(node) else ()),
-            )
+            for role, name in opdef.inputs(node).items()
+            if role in ("weight_scale", "input_scale")
         }
         self.changed = 0
 
@@ -135,10 +133,6 @@ class _Converter:
         copies = [NodeProto.FromString(node.SerializeToString()) for node in (*casts, *graph.node, *ends)]
         del graph.node[:]
         graph.node.extend(copies)
-
-
-def _static(node: NodeProto) -> bool:
-    return opdef.attributes(node)["scheme"] == "w8a8_static"
 
 
 def _kept_names(graph: GraphProto) -> set[str]:

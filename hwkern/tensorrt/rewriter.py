@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,7 @@ class NodeReport:
     weight: str = ""  # the initializer or Constant that holds the float weight
     output: str = ""  # name of the tensor that the hwkern node (or its part of a merged one) gives
     merged: tuple[str, ...] = ()  # nodes that share this one's product, itself included
+    norm: str = ""  # the LayerNormalization that went into the node
 
 
 @dataclass
@@ -100,6 +101,7 @@ class RewriteReport:
             extra = [node.scheme] if node.scheme else []
             extra += ["bias"] * node.bias + [node.activation] * (node.activation != "none")
             extra += ["residual"] * node.residual + [f"one of {len(node.merged)}"] * bool(node.merged)
+            extra += ["norm"] * bool(node.norm)
             rows.append((node.name, node.op, size, node.status, node.reason or ", ".join(extra)))
         title = (
             f"{len(self.swapped)} of {len(self.nodes)} matrix multiplies are int8 now; constants "
@@ -118,6 +120,7 @@ def rewrite(
     scheme: str = "w8a8_dynamic",
     fuse_activation: bool = True,
     fuse_residual: bool = False,
+    fuse_norm: bool | None = None,
     merge: bool = True,
     functions: bool = True,
     int32_weights: bool = False,
@@ -142,6 +145,8 @@ def rewrite(
             symmetric scale of x is kept as ``"w8a8_static"`` and int8 weights are taken as they are.
         fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node.
         fuse_residual: so does an addition of a tensor of the same shape.
+        fuse_norm: a LayerNormalization (and the addition before it) whose result the product reads goes into the node,
+            which gives the normalized tensor and the sum to whoever else reads them. None: as the plan says, else no.
         merge: merge products that share x.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
@@ -168,8 +173,10 @@ def rewrite(
             raise ValueError("This model keeps its weights outside its file (or is over 1.8 GB): give dst, a path.")
         data = DataFile(target.with_name(target.name + ".data"))
     try:
-        job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, merge, int32_weights)
-        job.choice = _Choice(include, exclude, _plan(plan), scheme)
+        nodes, norms = _plan(plan)
+        norms = norms if fuse_norm is None else fuse_norm
+        job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
+        job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
         if target is not None:
             save(model, target, data, reader)
@@ -199,9 +206,10 @@ def _at_least_opset_13(model: ModelProto) -> ModelProto:
 # ---- which nodes ---------------------------------------------------------------------------------------------------
 
 
-def _plan(plan: Plan | str | os.PathLike[str] | None) -> dict[str, str] | None:
+def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, bool]:
+    """(node name → scheme, whether norms are fused)."""
     if plan is None:
-        return None
+        return None, False
     if isinstance(plan, (str, os.PathLike)):
         plan = json.loads(Path(plan).read_text(encoding="utf-8"))
     if not isinstance(plan, Mapping):
@@ -209,10 +217,11 @@ def _plan(plan: Plan | str | os.PathLike[str] | None) -> dict[str, str] | None:
     entries = plan.get("nodes", plan)
     if not isinstance(entries, Mapping):
         raise ValueError('A plan is a mapping of node names to schemes, or a JSON object with one under "nodes".')
+    norms = getattr(plan, "fuse_norm", None) if entries is plan else plan.get("fuse_norm")
     for name, scheme in entries.items():
         if scheme not in (*opdef.SCHEMES, "float"):
             raise ValueError(f"plan: {name!r} → {scheme!r}: it must be 'float' or one of {', '.join(opdef.SCHEMES)}.")
-    return dict(entries)
+    return dict(entries), bool(norms)
 
 
 class _Choice:
@@ -311,8 +320,27 @@ class _Linear:
         )
 
 
+@dataclass
+class _Norm:
+    """A LayerNormalization that goes into the product which reads it."""
+
+    nodes: list[NodeProto]  # the norm, and the addition before it
+    x: str
+    skip: str
+    weight: str
+    bias: str
+    epsilon: float
+    output: str  # the normalized tensor, if somebody else reads it
+    sum: str  # x + skip, likewise
+
+    @property
+    def variant(self) -> opdef.Norm:
+        return opdef.Norm(bool(self.bias), bool(self.skip), bool(self.output), bool(self.sum))
+
+
 class _Rewriter:
     choice: _Choice
+    taken: set[int]  # ids of this graph's additions that are in a product as its residual
 
     def __init__(
         self,
@@ -322,11 +350,13 @@ class _Rewriter:
         scheme: str,
         fuse_activation: bool,
         fuse_residual: bool,
+        fuse_norm: bool,
         merge: bool,
         int32_weights: bool,
     ) -> None:
         self.model, self.reader, self.data = model, reader, data
-        self.fuse_activation, self.fuse_residual, self.merge = fuse_activation, fuse_residual, merge
+        self.fuse_activation, self.fuse_residual, self.fuse_norm = fuse_activation, fuse_residual, fuse_norm
+        self.merge = merge
         self.int32_weights = int32_weights
         self.constants = Constants(reader, overridable=model.ir_version < 4)
         self.types = infer_shapes(model)
@@ -362,7 +392,7 @@ class _Rewriter:
             for inner in subgraphs(node):
                 self._graph(inner, scope)
         found: list[_Linear] = []
-        reads = _Reads(graph)
+        reads, self.taken = _Reads(graph), set()
         for node in graph.node:
             if node.op_type in ("MatMul", "Gemm") and node.domain in ("", "ai.onnx"):
                 report = NodeReport(node.name or node.output[0], node.op_type, "left")
@@ -382,10 +412,16 @@ class _Rewriter:
             return
         removed: list[NodeProto] = []
         placed: dict[int, list[NodeProto]] = {}  # id of a node → the nodes that come in its place
+        normed: set[str] = set()  # a norm goes into one product
+        taken = {id(node) for linear in found for node in linear.nodes}
         for group in self._groups(found):
-            at, nodes = self._emit(group, scope)
+            norm = self._norm(group, scope, reads, taken) if self.fuse_norm and group[0].x not in normed else None
+            at, nodes = self._emit(group, norm)
             placed[id(at)] = nodes
             removed += [node for linear in group for node in linear.nodes]
+            if norm is not None:
+                normed.add(group[0].x)
+                removed += norm.nodes
         gone = {id(node) for node in removed}
         nodes = [new for node in graph.node for new in placed.get(id(node), () if id(node) in gone else (node,))]
         copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -565,10 +601,64 @@ class _Rewriter:
         kind, others = self.types.get(other, (0, None))
         if dims is None or dims != others or None in dims or kind != linear.dtype or other == linear.output:
             return
+        if id(node) in self.taken:  # the sum of two products: the first has it
+            return
         if self.constants.find(other, scope) is None:
             linear.residual = other
             linear.nodes.append(node)
+            self.taken.add(id(node))
             linear.output = node.output[0]
+
+    def _norm(self, group: list[_Linear], scope: Scope, reads: _Reads, taken: set[int]) -> _Norm | None:
+        """The LayerNormalization over the last dimension that gives x, in the same graph."""
+        first = group[0]
+        node = next((n for n in scope.graph.node if first.x in n.output), None)
+        if (
+            node is None
+            or (node.op_type, node.domain) not in (("LayerNormalization", ""), ("LayerNormalization", "ai.onnx"))
+            or first.x != node.output[0]
+            or any(name and (name in reads.consumers or reads.escapes(name)) for name in node.output[1:])
+            or first.scheme == "w8a16"
+            or first.residual  # made after the norm, perhaps
+            or self._element(node.input[0]) != first.dtype
+            or attribute(node, "stash_type", TensorProto.FLOAT) != TensorProto.FLOAT
+        ):
+            return None
+        rank, axis = self._rank(node.input[0]), attribute(node, "axis", -1)
+        if axis != -1 and (rank is None or axis != rank - 1):
+            return None
+        weight, bias = [*node.input[1:], ""][:2]
+        for name in filter(None, (weight, bias)):
+            value = self.constants.find(name, scope)
+            if value is None or tuple(value.shape) != (first.k,):
+                return None
+        products = [linear.product for linear in group]
+        output = self._also_read(first.x, products, reads)
+        norm = _Norm([node], node.input[0], "", weight, bias, attribute(node, "epsilon", 1e-5), output, "")
+        order = {id(n): i for i, n in enumerate(scope.graph.node)}
+        add = next((n for n in scope.graph.node if norm.x in n.output), None)
+        if (
+            add is not None
+            and add.op_type == "Add"
+            and add.domain in ("", "ai.onnx")
+            and id(add) not in taken  # by the product before it, as its bias or residual
+            and not any(order[id(n)] < order[id(node)] for n in reads.consumers[norm.x])
+        ):
+            (_, a), (_, b) = (self.types.get(name, (0, None)) for name in add.input)
+            constant = any(self.constants.find(name, scope) is not None for name in add.input)
+            if a is not None and a == b and None not in a and not constant:
+                norm.sum = self._also_read(norm.x, [node], reads)
+                norm.x, norm.skip = add.input
+                norm.nodes.append(add)
+        for linear in group:
+            linear.report.norm = node.name or node.output[0]
+        return norm
+
+    @staticmethod
+    def _also_read(name: str, readers: Sequence[NodeProto], reads: _Reads) -> str:
+        """The name, when others than these nodes read it."""
+        others = [n for n in reads.consumers.get(name, ()) if not any(n is reader for reader in readers)]
+        return name if others or reads.escapes(name) else ""
 
     def _groups(self, found: list[_Linear]) -> list[list[_Linear]]:
         """Linears of the same x and kind together, the rest alone; in graph order."""
@@ -585,13 +675,13 @@ class _Rewriter:
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
-    def _emit(self, group: list[_Linear], scope: Scope) -> tuple[NodeProto, list[NodeProto]]:
+    def _emit(self, group: list[_Linear], norm: _Norm | None) -> tuple[NodeProto, list[NodeProto]]:
         """The nodes for one product (or several of the same x), and the node that they take the place of."""
         first = group[0]
         variant = first.variant(self.int32_weights)
-        self.variants.append(variant)
         weight, scale = self._weight(group)
-        inputs = [first.x, weight, scale]
+        inputs = [first.x] if norm is None else [name for name in (norm.x, norm.skip, norm.weight, norm.bias) if name]
+        inputs += [weight, scale]
         if first.bias is not None:
             inputs.append(self._bias(group))
         if first.input_scale is not None:
@@ -600,19 +690,23 @@ class _Rewriter:
         if first.residual:
             inputs.append(first.residual)
         name = first.product.name or first.product.output[0]
-        if len(group) == 1:
-            return first.nodes[-1], [opdef.make_node(variant, first.k, first.n, inputs, first.output, name)]
-        total = sum(linear.n for linear in group)
-        merged = self._unique(f"{first.output}_merged")
-        sizes = self._store(
-            ("sizes", *(linear.n for linear in group)),
-            "split_sizes",
-            lambda: np.array([linear.n for linear in group], np.int64),
-        )
-        split = helper.make_node(
-            "Split", [merged, sizes], [linear.output for linear in group], name=self._unique(f"{name}_split"), axis=-1
-        )
-        return first.product, [opdef.make_node(variant, first.k, total, inputs, merged, name), split]
+        split: list[NodeProto] = []
+        outputs, n, at = [first.output], first.n, first.nodes[-1]
+        if len(group) > 1:
+            outputs, n, at = [self._unique(f"{first.output}_merged")], sum(linear.n for linear in group), first.product
+            sizes = self._store(
+                ("sizes", *(linear.n for linear in group)),
+                "split_sizes",
+                lambda: np.array([linear.n for linear in group], np.int64),
+            )
+            parts = [linear.output for linear in group]
+            split = [helper.make_node("Split", [*outputs, sizes], parts, name=self._unique(f"{name}_split"), axis=-1)]
+        epsilon = 0.0
+        if norm is not None:
+            variant, epsilon, at = replace(variant, norm=norm.variant), norm.epsilon, norm.nodes[0]
+            outputs += [name for name in (norm.output, norm.sum) if name]
+        self.variants.append(variant)
+        return at, [opdef.make_node(variant, first.k, n, inputs, outputs, name, epsilon), *split]
 
     def _weight(self, group: list[_Linear]) -> tuple[str, str]:
         parts_key = tuple((*linear.weight.key, linear.report.op, linear.factor, linear.n) for linear in group)

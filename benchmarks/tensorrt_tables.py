@@ -1,0 +1,108 @@
+"""The tables and the figure of benchmarks/tensorrt.py's results, for tables.py and plots.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Row = dict[str, Any]
+
+VARIANTS = {
+    "fp32": "TensorRT FP32", "fp16": "TensorRT FP16", "qdq": "TensorRT INT8 (Q/DQ)", "hwkern": "rewritten, all linears",
+    "norm": "rewritten, norms fused", "residual": "rewritten, residuals fused", "unmerged": "rewritten, not merged",
+    "plain": "rewritten, activations apart", "plan": "rewritten by plan",
+}  # fmt: skip
+COLOURS = {"hwkern": "#000000", "qdq": "#E69F00", "fp32": "#999999"}
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(columns) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+
+
+def tables(document: Row) -> str:
+    """Linears, the figures of merit, and a table for each model."""
+    rows = document["rows"]
+    parts = []
+    linears = sorted((r for r in rows if r["what"] == "linear"), key=lambda r: (r["n"], r["k"], r["m"]))
+    if linears:
+        parts += [_linears(linears), _merits(document["geomeans"])]
+    for name in dict.fromkeys(r["model"] for r in rows if r["what"] == "model"):
+        parts.append(_model(name, [r for r in rows if r.get("model") == name]))
+    return "\n\n".join(parts)
+
+
+def _linears(rows: list[Row]) -> str:
+    def time(row: Row, name: str) -> str:
+        return f"{row[name]['p50']:.1f}" if name in row else "–"
+
+    def ratio(row: Row, over: str, under: str, digits: int = 2) -> str:
+        return f"{row[over]['p50'] / row[under]['p50']:.{digits}f}×" if over in row and under in row else "–"
+
+    def error(row: Row, name: str) -> str:
+        return f"{100 * row['errors'][name]:.2f} %" if name in row["errors"] else "–"
+
+    columns = ["M×N×K", "FP16, µs", "INT8 Q/DQ, µs", "plugin, µs", "vs FP16", "vs INT8", "over the bare kernel",
+               "error of INT8", "error of the plugin"]  # fmt: skip
+    cells = []
+    for r in rows:
+        line = [f"{r['m']}×{r['n']}×{r['k']}", *(time(r, name) for name in ("fp16", "qdq", "hwkern"))]
+        line += [ratio(r, "fp16", "hwkern"), ratio(r, "qdq", "hwkern"), ratio(r, "hwkern", "kernel", 3)]
+        cells.append([*line, error(r, "qdq"), error(r, "hwkern")])
+    return markdown(columns, cells)
+
+
+def _merits(geomeans: dict[str, float]) -> str:
+    names = {"fp16": "TensorRT FP16", "qdq": "TensorRT INT8", "engine": "engine"}
+    said = []
+    for key, value in geomeans.items():
+        first, _, rest = key.partition(" / ")
+        if first == "engine":
+            said.append(f"the engine takes {value:.3f}× the bare kernel ({rest.removeprefix('kernel, ')})")
+        else:
+            said.append(f"{value:.2f}× {names[first]} at {rest.removeprefix('hwkern, ').replace('m ', 'M ')}")
+    return f"Geometric means: {'; '.join(said)}.".replace("<=", "≤").replace(">=", "≥")
+
+
+def _model(name: str, rows: list[Row]) -> str:
+    shapes = list(rows[0]["gpu_us"])
+    columns = [name, *(f"{s.replace('x', '×')}, GPU µs" for s in shapes)]
+    columns += [f"{s.replace('x', '×')}, numpy to numpy, p50 / p99 µs" for s in shapes]
+    columns += ["engine, MB", "device, MB"]
+    has_cosine = any("cosine" in row for row in rows)
+    columns += ["least cosine of a sentence, of a token"] * has_cosine
+    cells = []
+    for row in rows:
+        title = VARIANTS.get(row["variant"], row["variant"])
+        if "plan" in row:
+            title += f" ({row['plan']['chosen']})"
+        line = [title, *(f"{row['gpu_us'][s]['p50']:.0f}" for s in shapes)]
+        line += [f"{row['latency_us'][s]['p50']:.0f} / {row['latency_us'][s]['p99']:.0f}" for s in shapes]
+        line += [f"{row['engine_bytes'] / 1e6:.1f}", f"{row['device_bytes'] / 1e6:.0f}"]
+        if has_cosine:
+            found = row.get("cosine")
+            line.append(f"{found['sentence_min']:.4f}, {found['token_min']:.4f}" if found else "–")
+        cells.append(line)
+    return markdown(columns, cells)
+
+
+def figure(document: Row, plt: Any) -> Any:
+    """Speed against FP16 over M, one panel per linear."""
+    rows = [r for r in document["rows"] if r["what"] == "linear" and "fp16" in r]
+    shapes = sorted({(r["n"], r["k"]) for r in rows})
+    drawn, axes = plt.subplots(
+        1, max(1, len(shapes)), figsize=(5.5 * max(1, len(shapes)), 3.8), squeeze=False, sharey=True
+    )
+    for axis, shape in zip(axes[0], shapes, strict=False):
+        mine = sorted((r for r in rows if (r["n"], r["k"]) == shape), key=lambda r: r["m"])
+        for name, label in (("hwkern", "hwkern plugin"), ("qdq", VARIANTS["qdq"]), ("fp32", VARIANTS["fp32"])):
+            points = [(r["m"], r["fp16"]["p50"] / r[name]["p50"]) for r in mine if name in r]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=label, color=COLOURS[name])
+        axis.axhline(1.0, color="#56B4E9", linewidth=1, label="TensorRT FP16")
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="rows (M)", title=f"{shape[0]} × {shape[1]}")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("times as fast as TensorRT FP16")
+    if shapes:
+        axes[0][0].legend(frameon=False, fontsize=9)
+    return drawn

@@ -1,0 +1,167 @@
+"""make_plan and the builder's shared parts, without a GPU: engines and times are made up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+np = pytest.importorskip("numpy")
+onnx = pytest.importorskip("onnx", reason="onnx is not installed", exc_type=ImportError)
+
+from onnx_helpers import model, node, normal  # noqa: E402
+
+import hwkern.tensorrt as ht  # noqa: E402
+from hwkern.tensorrt import builder, opdef, planner  # noqa: E402
+from hwkern.tensorrt.network import _dense  # noqa: E402
+
+PROFILES = [ht.Profile({"x": (1, s, 512)}, {"x": (1, s, 512)}, {"x": (1, s, 512)}) for s in (16, 256)]
+
+
+def two_linears() -> Any:
+    """up: 512 → 1024, down: 1024 → 512."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["t"], name="up"), node("Relu", ["t"], ["u"]),
+        node("MatMul", ["u", "v"], ["y"], name="down"),
+    ]  # fmt: skip
+    return model(
+        nodes, {"w": normal(512, 1024), "v": normal(1024, 512)}, ("batch", "length", 512), ("batch", "length", 512)
+    )
+
+
+class Machine:
+    """A GPU whose int8 linears take ``factors[K]`` of the float ones' time and ``extra`` µs, and whose norms 3 µs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, factors: dict[int, float], extra: float = 0.0) -> None:
+        self.factors, self.extra, self.built = factors, extra, []
+        monkeypatch.setattr(planner, "build", self.build)
+        monkeypatch.setattr(planner.measure, "engine_us", self.engine_us)
+
+    def build(self, source: Any, profiles: Any, **_: Any) -> ht.Engine:
+        self.built.append(source)
+        return ht.Engine(str(len(self.built) - 1).encode(), {})
+
+    def engine_us(self, engine: ht.Engine, requests: Any, copies: int | None = None) -> list[float]:
+        source = self.built[int(engine.data)]
+        weights = {t.name: tuple(t.dims) for t in source.graph.initializer}
+        times = []
+        for request in requests:
+            rows = math.prod(request["x"][:-1])
+            time = 0.0
+            for each in source.graph.node:
+                if each.op_type == "MatMul":
+                    time += rows / 10 * math.prod(weights[each.input[1]]) / 2**19
+            for each in opdef.hwkern_nodes(source):
+                n, k = weights[opdef.inputs(each)["weight"]]
+                time += rows / 10 * n * k / 2**19 * self.factors[k] + self.extra
+            time += 3 * sum(each.op_type == "LayerNormalization" for each in source.graph.node)
+            times.append(time)
+        return times
+
+
+def test_the_plan_takes_what_is_faster_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+    engines: dict[str, ht.Engine] = {}
+    plan = ht.make_plan(two_linears(), PROFILES, engines=engines)
+    assert plan == {"up": "w8a8_dynamic", "down": "float"}
+    assert plan.measured["chosen"] == "winners"
+    # float, all, then 2 kinds in 2 precisions, then the winners; the clear winners are the same
+    assert len(machine.built) == 2 + 4 + 1
+    assert set(engines) == {"float", "all", "winners"}
+    assert opdef.metadata(machine.built[-1])["nodes"] == plan
+    text = str(plan)
+    assert "512 x 1024" in text
+    assert "chosen" in text
+    report = ht.rewrite(two_linears(), plan=plan)
+    assert [n.status for n in report.nodes] == ["int8", "left"]
+
+
+def test_the_plan_is_all_float_when_every_int8_engine_is_slower_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Twice as fast, but 2 µs more for each: too much for the 16 rows of the first profile (3.2 µs of work).
+    Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
+    plan = ht.make_plan(two_linears(), PROFILES)
+    assert set(plan.values()) == {"float"}
+    assert plan.measured["chosen"] == "float"
+
+
+def test_the_plan_takes_all_when_all_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
+    plan = ht.make_plan(two_linears(), PROFILES)
+    assert set(plan.values()) == {"w8a8_dynamic"}
+    assert len(machine.built) == 2 + 4  # winners and clear winners are all
+
+
+def normed() -> Any:
+    """As two_linears, with a norm before the first."""
+    made = two_linears()
+    made.graph.node[0].input[0] = "n"
+    made.graph.node.insert(0, node("LayerNormalization", ["x", "g"], ["n"]))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(512), "g"))
+    return made
+
+
+def test_the_plan_says_whether_norms_are_fused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+    plan = ht.make_plan(normed(), PROFILES)
+    assert plan == {"up": "w8a8_dynamic", "down": "float"}
+    assert plan.fuse_norm
+    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused", "winners"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[-1])] == ["NormLinearInt8"]
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json"):
+        assert [bool(n.norm) for n in ht.rewrite(normed(), plan=given).nodes] == [True, False]
+        assert not any(n.norm for n in ht.rewrite(normed(), plan=given, fuse_norm=False).nodes)
+
+
+def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1 µs more each: too much for 16 rows (3.2 µs of work), nothing for 256.
+    machine = Machine(monkeypatch, {512: 0.9, 1024: 0.9}, extra=1.0)
+    profile = ht.Profile({"x": (1, 1, 512)}, {"x": (1, 256, 512)}, {"x": (1, 256, 512)})
+    assert set(ht.make_plan(two_linears(), [profile], quick=True).values()) == {"w8a8_dynamic"}
+    assert len(machine.built) == 2
+    requests = [{"x": (1, 16, 512)}, {"x": (1, 256, 512)}]
+    assert set(ht.make_plan(two_linears(), [profile], quick=True, requests=requests).values()) == {"float"}
+
+
+def test_a_progress_that_stops_leaves_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch, {512: 0.5, 1024: 0.5})
+    engines: dict[str, ht.Engine] = {}
+
+    def stop(text: str) -> None:
+        if "times" in text:
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        ht.make_plan(two_linears(), PROFILES, progress=stop, engines=engines)
+    assert set(engines) == {"float", "all"}
+    assert getattr(builder._kept, "builders", None) is None
+
+
+def test_choose_allows_noise_and_no_more() -> None:
+    assert planner.choose({"float": [10.0, 10.0], "all": [5.0, 10.0 * planner.NOISE]}) == "all"
+    assert planner.choose({"float": [10.0, 10.0], "all": [1.0, 10.1]}) == "float"
+    assert planner.choose({"float": [10.0], "all": [9.0], "winners": [8.0]}) == "winners"
+
+
+def test_a_builder_is_kept_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(builder, "_make_builder", lambda api: made.append(object()) or made[-1])
+    api: Any = type("Api", (), {"name": "trt"})
+    assert builder._new_builder(api) is not builder._new_builder(api)
+    with builder.keep_builder():
+        first = builder._new_builder(api)
+        with builder.keep_builder():
+            assert builder._new_builder(api) is first
+        assert builder._new_builder(api) is first
+    assert builder._new_builder(api) is not first
+
+
+def test_weights_of_bindings_for_numpy_1() -> None:
+    value = np.arange(24, dtype=np.float32)
+    # What TensorRT 8.6 gives under numpy 2: the right address and length, strides of 0.
+    broken = np.lib.stride_tricks.as_strided(value, (24,), (0,))
+    assert np.array_equal(_dense(broken, (2, 3, 4)), value.reshape(2, 3, 4))
+    assert _dense(broken, (5, 5)) is None
+    assert _dense(object(), (24,)) is None  # TensorRT's own Weights: no numpy type for bfloat16
+    assert _dense(np.float32([7.0]), ()) == 7.0
