@@ -1,6 +1,7 @@
 // Linear: quantize the activations per token into the workspace, then the GEMM.
 #include "core/status.h"
 #include "hwkern.h"
+#include "quant/kernels.h"
 
 namespace hwkern {
 
@@ -18,11 +19,12 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
   const int64_t k16 = round_up(p.k, kRowAlignment);
   int8_t* q = static_cast<int8_t*>(workspace);
   float* scale = reinterpret_cast<float*>(q + p.m * k16);
-  const Status status = quantize_per_token({p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype}, stream);
+  const Quantize quantize{p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype};
+  const Status status = quantize_per_token(quantize, /*release_early=*/p.weight_is_constant, stream);
   if (!status.ok()) return status;
   Gemm problem{q,   p.weight, scale, p.weight_scale, p.bias,    p.y,          k16,        p.ldb, p.ldy,
                p.m, p.n,      p.k,   p.bias_dtype,   p.y_dtype, p.activation, p.residual, p.ldr, p.residual_dtype};
-  problem.b_is_constant = true;  // the kernel before the GEMM is quantize's
+  problem.b_is_constant = true;  // the kernel before the GEMM is quantize's; before that one: weight_is_constant
   return gemm(problem, config_id, stream);
 }
 

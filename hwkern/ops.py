@@ -42,7 +42,7 @@ from hwkern._cuda import current_stream as _current_stream
 from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
-from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._tensors import are_constant, contiguous, dtype_code, pointer, rows
 from hwkern._weight_only import weight_only_linear
 
 __all__ = [
@@ -349,7 +349,8 @@ def _linear_cuda(
     weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
     cell = LaunchCell()
     cell.read(weight, weight_scale, bias)
-    return _launch_cell(x, cell, weight, dtype, config, ACTIVATIONS[activation], residual)
+    constant = are_constant(weight, weight_scale, bias)
+    return _launch_cell(x, cell, weight, constant, dtype, config, ACTIVATIONS[activation], residual)
 
 
 class LaunchCell:
@@ -409,6 +410,7 @@ def _launch_cell(
     x: Tensor,
     cell: LaunchCell,
     weight: Tensor,
+    constant: bool,
     dtype: torch.dtype,
     config: int = CHOOSE,
     activation: int = 0,
@@ -444,7 +446,7 @@ def _launch_cell(
         x.data_ptr(), DTYPES[x_dtype], ldx, cell.weight_pointer, columns, cell.scale_pointer,
         cell.bias_pointer, 0 if cell.bias_dtype is None else DTYPES[cell.bias_dtype],
         y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
-        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device), *options,
+        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device), *options, constant,
     )  # fmt: skip
     return y
 
@@ -491,7 +493,7 @@ class _EagerLinear(torch.autograd.Function):
         remember(ctx, x, bias)
         if cell is None:
             return _cpu.linear_unchecked(x, *frozen, bias, x.dtype)
-        return _launch_cell(x, cell, frozen[0], x.dtype)
+        return _launch_cell(x, cell, frozen[0], False, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -575,7 +577,7 @@ def eager_linear(
             ):
                 if records:
                     return _apply(x, bias, (weight, weight_scale), cell)
-                return _launch_cell(x, cell, weight, x.dtype)
+                return _launch_cell(x, cell, weight, are_constant(weight, weight_scale, bias), x.dtype)
         elif x.is_cpu and not is_autocast_enabled("cpu") and _fits_cpu(weight, weight_scale, bias, k):
             if records:
                 return _apply(x, bias, (weight, weight_scale), None)
