@@ -464,3 +464,12 @@ def test_only_a_tensor_seen_before_counts_as_constant():
     del weight
     gc.collect()
     assert len(_tensors._seen) == known - 1
+
+
+def test_a_layer_is_constant_when_all_that_is_read_early_was_seen():
+    weight, scale, bias = torch.zeros(2, 16, dtype=torch.int8), torch.ones(2), torch.zeros(2)
+    assert not _tensors.are_constant(weight, scale, None)
+    assert _tensors.are_constant(weight, scale, None)
+    assert not _tensors.are_constant(weight, scale, bias)  # and from here on the bias is known too
+    assert _tensors.are_constant(weight, scale, bias)
+    assert not _tensors.are_constant(weight, torch.ones(2), bias)
