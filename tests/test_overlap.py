@@ -96,8 +96,8 @@ def test_a_layer_packed_right_before_its_first_call():
 @all_configs
 @pytest.mark.parametrize("m", [5] if REDUCED else [1, 40, 300])
 def test_a_layer_with_constant_weights_waits_for_all_else(config: int, m: int):
-    """Its GEMM may start before the kernel ahead of the layer has ended. That one, which is long, writes the layer's x and
-    reads what the layer overwrites: y (as its residual) and the workspace (as its A)."""
+    """Its GEMM may start before the kernel ahead of the layer has ended. That one, which is long, writes the layer's x
+    and reads what the layer overwrites: y (as its residual) and the workspace (as its A)."""
     k, n, long = 208, 208, 1024 if REDUCED else 16384
     weight, weight_scale = ops.quantize(torch.randn(n, k, device="cuda"))
     bias = torch.randn(n, device="cuda")
