@@ -16,7 +16,7 @@
 // Overlap (programmatic dependent launch, compute capability 9.0 and newer): kernels of this library that follow each
 // other on a stream may start while their predecessor still runs. Each waits for it before it touches anything but
 // constant weights, and lets its own successor start only after that wait, so everything that was enqueued before the
-// predecessor has completed by then. One exception: the quantize kernel of a linear whose weights are constant lets its
+// predecessor has completed by then. One exception: the quantize kernel of a linear with constant weights lets its
 // GEMM start at once (see quantize_per_token_kernel).
 #pragma once
 
