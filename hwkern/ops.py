@@ -42,7 +42,7 @@ from hwkern._cuda import current_stream as _current_stream
 from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
-from hwkern._tensors import are_constant, contiguous, dtype_code, pointer, rows
+from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
 from hwkern._weight_only import weight_only_linear
 
 __all__ = [
@@ -569,7 +569,7 @@ def eager_linear(
         records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
             if (
-                (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
+                ((known := cell.holds(weight, weight_scale, bias)) or cell.read(weight, weight_scale, bias))
                 and 0 < k <= cell.columns < k + ROW_ALIGNMENT
                 and x.get_device() == cell.device
                 and (_is_only_gpu() or cell.device == _current_device())
@@ -577,7 +577,7 @@ def eager_linear(
             ):
                 if records:
                     return _apply(x, bias, (weight, weight_scale), cell)
-                return _launch_cell(x, cell, weight, are_constant(weight, weight_scale, bias), x.dtype)
+                return _launch_cell(x, cell, weight, known and is_constant(weight), x.dtype)
         elif x.is_cpu and not is_autocast_enabled("cpu") and _fits_cpu(weight, weight_scale, bias, k):
             if records:
                 return _apply(x, bias, (weight, weight_scale), None)
