@@ -16,7 +16,8 @@
 // Overlap (programmatic dependent launch, compute capability 9.0 and newer): kernels of this library that follow each
 // other on a stream may start while their predecessor still runs. Each waits for it before it touches anything but
 // constant weights, and lets its own successor start only after that wait, so everything that was enqueued before the
-// predecessor has completed by then.
+// predecessor has completed by then. One exception: the quantize kernel of a linear with constant weights lets its
+// GEMM start at once (see quantize_per_token_kernel).
 #pragma once
 
 #include <cstddef>
@@ -108,6 +109,7 @@ struct Gemm {
   // B was not written by the kernel that precedes this call on the stream, so its loads may start before that kernel
   // ends (see Overlap). True of weights; false is always safe.
   bool b_is_constant = false;
+  bool overlap = true;  // the kernel may start before the one that precedes it ends (see Overlap)
 };
 
 const GemmConfig* gemm_configs(int* count);
@@ -229,6 +231,9 @@ struct Linear {
   const void* residual = nullptr;  // [M, N] of residual_dtype, added after the activation; null for none
   int64_t ldr = 0;
   DType residual_dtype = DType::kFloat32;
+  // weight, weight_scale and bias were not written by the kernel that precedes this call, so that their loads may start
+  // before that kernel ends. True from a layer's second call on; false is always safe.
+  bool weight_is_constant = false;
 };
 
 // Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.

@@ -115,12 +115,8 @@ TORCH_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _apply_options(y: Tensor, activation: str, residual: Tensor | None) -> None:
     """activation and residual on the float32 ``y``, in place. Activations by torch: within 4 ulp of the GPU's."""
-    if activation == "relu":
-        y.masked_fill_(y < 0, 0.0)
-    elif activation == "silu":
-        torch.nn.functional.silu(y, inplace=True)
-    elif activation != "none":
-        y.copy_(torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
+    if activation != "none":
+        y.copy_(TORCH_ACTIVATIONS[activation](y))
     if residual is not None:
         y += residual  # to float32 is exact
 

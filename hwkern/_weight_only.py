@@ -12,7 +12,6 @@ in float32, and in bfloat16, where it is fast, it rounds the scale and the sum.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -23,7 +22,7 @@ from hwkern._autograd import linear_backward, setup_linear
 from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, ROW_ALIGNMENT, check, check_linear
 from hwkern._cpu import TORCH_ACTIVATIONS
 from hwkern._cuda import current_stream, extension, on_device
-from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._tensors import contiguous, dtype_code, is_constant, pointer, rows
 
 _CPU_BLOCK = 2**18  # weights that are widened at once: 1 MB of float32, which stays in a core's cache
 
@@ -103,22 +102,6 @@ def _fake(
 
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
-_seen: dict[int, weakref.ref[Tensor]] = {}
-
-
-def _is_constant(weight: Tensor) -> bool:
-    """Whether this very tensor was the weight of an earlier call.
-
-    Then the kernel may read it before the preceding kernel on the stream has ended (hwkern.h, weight_is_constant). The
-    first call must not: the kernel before it may be one of ours that writes the weight and has let us start early.
-    """
-    key = id(weight)
-    known = _seen.get(key)
-    if known is not None and known() is weight:
-        return True
-    _seen[key] = weakref.ref(weight, lambda _: _seen.pop(key, None))
-    return False
-
 
 @on_device
 def _cuda(
@@ -137,7 +120,7 @@ def _cuda(
     if y.numel() == 0:
         return y
     if weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0:
-        constant = _is_constant(weight)
+        constant = is_constant(weight)
     else:
         weight, constant = weight.clone(memory_format=torch.contiguous_format), False
     k = x.shape[-1]

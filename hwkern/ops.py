@@ -42,7 +42,7 @@ from hwkern._cuda import current_stream as _current_stream
 from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
-from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
 from hwkern._weight_only import weight_only_linear
 
 __all__ = [
@@ -350,7 +350,8 @@ def _linear_cuda(
     weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
     cell = LaunchCell()
     cell.read(weight, weight_scale, bias)
-    return _launch_cell(x, cell, weight, dtype, config, ACTIVATIONS[activation], residual)
+    constant = are_constant(weight, weight_scale, bias)
+    return _launch_cell(x, cell, weight, constant, dtype, config, ACTIVATIONS[activation], residual)
 
 
 class LaunchCell:
@@ -416,6 +417,7 @@ def _launch_cell(
     x: Tensor,
     cell: LaunchCell,
     weight: Tensor,
+    constant: bool,
     dtype: torch.dtype,
     config: int = CHOOSE,
     activation: int = 0,
@@ -451,7 +453,7 @@ def _launch_cell(
         x.data_ptr(), DTYPES[x_dtype], ldx, cell.weight_pointer, columns, cell.scale_pointer,
         cell.bias_pointer, 0 if cell.bias_dtype is None else DTYPES[cell.bias_dtype],
         y.data_ptr(), n, DTYPES[dtype], m, n, k, config,
-        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device), *options,
+        workspace.data_ptr(), workspace_bytes, _current_stream(cell.device), *options, constant,
     )  # fmt: skip
     return y
 
@@ -498,7 +500,7 @@ class _EagerLinear(torch.autograd.Function):
         remember(ctx, x, bias)
         if cell is None:
             return _cpu.linear_unchecked(x, *frozen, bias, x.dtype)
-        return _launch_cell(x, cell, frozen[0], x.dtype)
+        return _launch_cell(x, cell, frozen[0], False, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -562,10 +564,11 @@ def eager_linear(
     if _is_plain(x, weight_scale, k):
         records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
-            if _fits_cuda(x, weight, weight_scale, bias, k, cell):
+            known = cell.holds(weight, weight_scale, bias)
+            if (known or cell.read(weight, weight_scale, bias)) and _fits_cuda(x, k, cell):
                 if records:
                     return _apply(x, bias, (weight, weight_scale), cell)
-                return _launch_cell(x, cell, weight, x.dtype)
+                return _launch_cell(x, cell, weight, known and is_constant(weight), x.dtype)
         elif x.is_cpu and not is_autocast_enabled("cpu") and _fits_cpu(weight, weight_scale, bias, k):
             if records:
                 return _apply(x, bias, (weight, weight_scale), None)
@@ -592,7 +595,8 @@ def eager_weight_only(
         and x.is_cuda
         and x.dtype is not torch.float32
         and not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        and _fits_cuda(x, weight, weight_scale, bias, k, cell)
+        and (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
+        and _fits_cuda(x, k, cell)
     ):
         return None
     shape = x.shape
@@ -634,11 +638,10 @@ def _is_plain(x: Tensor, weight_scale: Tensor, k: int) -> bool:
     )
 
 
-def _fits_cuda(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, cell: LaunchCell) -> bool:
-    """Whether a launch can take the layer's tensors as ``cell`` knows them, or can come to know them."""
+def _fits_cuda(x: Tensor, k: int, cell: LaunchCell) -> bool:
+    """Whether a launch can take x and the layer's tensors as ``cell`` knows them."""
     return (
-        (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
-        and 0 < k <= cell.columns < k + ROW_ALIGNMENT
+        0 < k <= cell.columns < k + ROW_ALIGNMENT
         and x.get_device() == cell.device
         and (_is_only_gpu() or cell.device == _current_device())
         and not is_autocast_enabled("cuda")

@@ -146,20 +146,21 @@ def test_same_bits_in_every_run_and_on_every_tile(config: int):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_special_values_pass_through(device: str):
-    """NaN stays NaN, 1e30 stays, -1e30 becomes 0, as does relu(-inf); NaN and saturation in an int8 output."""
+    """NaN, inf and 1e30 stay, -1e30 becomes 0, as does relu(-inf); NaN and saturation in an int8 output."""
     a = torch.ones(1, 16, dtype=torch.int8, device=device)
-    b = torch.ones(4, 16, dtype=torch.int8, device=device)
-    bias = torch.tensor([math.nan, 1e30, -math.inf, -1e30], device=device)
+    b = torch.ones(5, 16, dtype=torch.int8, device=device)
+    bias = torch.tensor([math.nan, 1e30, -math.inf, -1e30, math.inf], device=device)
     for activation in ACTIVATIONS:
         y = ops.int8_matmul(a, b, bias=bias, activation=activation)[0]
         assert bool(y[0].isnan()), activation
         assert float(y[1]) == float(bias[1]), activation
         assert activation == "none" or float(y[3]) == 0, activation
+        assert float(y[4]) == math.inf, activation
     assert float(ops.int8_matmul(a, b, bias=bias, activation="relu")[0, 2]) == 0
     one = torch.ones(1, device=device)
     q = ops.int8_matmul(a, b, bias=bias, out_dtype=torch.int8, out_scale=one)
-    assert q.tolist() == [[0, 127, -127, -127]]
-    assert ops.int8_matmul(a, b, out_dtype=torch.int8, out_scale=one * math.nan).tolist() == [[0, 0, 0, 0]]
+    assert q.tolist() == [[0, 127, -127, -127, 127]]
+    assert ops.int8_matmul(a, b, out_dtype=torch.int8, out_scale=one * math.nan).tolist() == [[0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("device", DEVICES)

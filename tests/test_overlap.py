@@ -79,14 +79,42 @@ def test_weights_declared_constant_change_no_bit_and_the_rest_is_waited_for(conf
 
 
 def test_a_layer_packed_right_before_its_first_call():
-    """The kernel that writes the weights directly precedes the one that reads them, and takes longer to run than the
-    next two take to start."""
+    """The kernel that writes the weights directly precedes the layer, and takes longer to run than the next two take to
+    start. New tensors each time: from its second call on a layer's weights count as constant."""
     n = k = 1024 if REDUCED else 4096
-    weight, scale = torch.zeros(n, k, dtype=torch.int8, device="cuda"), torch.zeros(n, device="cuda")
     x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
     for _ in range(ROUNDS):
+        weight, scale = torch.zeros(n, k, dtype=torch.int8, device="cuda"), torch.zeros(n, device="cuda")
         source = torch.randn(n, k, device="cuda")
         torch.cuda.synchronize()
         quantize(source, weight, scale)
         y = ops.int8_linear(x, weight, scale)
         assert same_bits(y, reference.int8_linear(x, *reference.quantize(source)))
+
+
+@pytest.mark.sanitizer
+@all_configs
+@pytest.mark.parametrize("m", [5] if REDUCED else [1, 40, 300])
+def test_a_layer_with_constant_weights_waits_for_all_else(config: int, m: int):
+    """Its GEMM may start before the kernel ahead of the layer has ended. That one, which is long, writes the layer's x
+    and reads what the layer overwrites: y (as its residual) and the workspace (as its A)."""
+    k, n, long = 208, 208, 1024 if REDUCED else 16384
+    weight, weight_scale = ops.quantize(torch.randn(n, k, device="cuda"))
+    bias = torch.randn(n, device="cuda")
+    workspace = torch.zeros(m * max(long, k + 4), dtype=torch.int8, device="cuda")
+    a, b = workspace[: m * long].view(m, long), random_int8(k, long)
+    x, y = Guarded(m, k, torch.float32), torch.zeros(m, n, device="cuda")
+    for _ in range(ROUNDS):
+        first_a, first_y = random_int8(m, long), torch.randn(m, n, device="cuda")
+        a.copy_(first_a)
+        y.copy_(first_y)
+        torch.cuda.synchronize()
+        gemm(a, b, x, ops.CHOOSE, residual=y.data_ptr(), ldr=n, residual_dtype=DTYPES[y.dtype])
+        _native.extension().linear(
+            x.pointer(), DTYPES[torch.float32], k, weight.data_ptr(), k, weight_scale.data_ptr(), bias.data_ptr(),
+            DTYPES[bias.dtype], y.data_ptr(), n, DTYPES[y.dtype], m, n, k, config, workspace.data_ptr(),
+            workspace.numel(), torch.cuda.current_stream().cuda_stream, 0, 0, 0, 0, True,
+        )  # fmt: skip
+        want_x = reference.int8_matmul(first_a, b, residual=first_y)
+        assert same_bits(x.value, want_x)
+        assert same_bits(y, reference.int8_linear(want_x, weight, weight_scale, bias))

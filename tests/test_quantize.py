@@ -60,6 +60,15 @@ def test_a_row_with_nan_or_inf_gets_a_nan_scale_and_leaves_its_neighbours_alone(
 
 
 @dtypes
+@pytest.mark.parametrize("m", [1, 133, 300, 529])
+def test_every_way_to_share_out_a_row(device: str, dtype: torch.dtype, m: int):
+    """A warp or a block a row, one or four vectors a thread: on a GPU it depends on the rows, too (see RowShape)."""
+    for k in (96, 1024, 4096):
+        x = torch.randn(m, k).to(dtype)
+        assert_same(ops.quantize(x.to(device)), reference.quantize(x))
+
+
+@dtypes
 def test_an_all_zero_row_gives_zeros(device: str, dtype: torch.dtype):
     q, scale = ops.quantize(torch.zeros(3, 70, dtype=dtype, device=device))
     assert not q.any()

@@ -10,7 +10,7 @@ import torch
 from kernel_helpers import FLOATS, REDUCED, Guarded, random_int8, same_bits
 from torch import Tensor
 
-from hwkern import _native, _weight_only, ops, reference
+from hwkern import _native, _tensors, _weight_only, ops, reference
 
 HALVES = (torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -456,11 +456,20 @@ def test_autocast_casts_x_as_a_linear_layer_does(device: str, dtype: torch.dtype
 
 def test_only_a_tensor_seen_before_counts_as_constant():
     weight = torch.zeros(2, 16, dtype=torch.int8)
-    assert not _weight_only._is_constant(weight)
-    assert _weight_only._is_constant(weight)
-    assert not _weight_only._is_constant(weight[:])  # a view is another tensor, and may be of another's memory
+    assert not _tensors.is_constant(weight)
+    assert _tensors.is_constant(weight)
+    assert not _tensors.is_constant(weight[:])  # a view is another tensor, and may be of another's memory
     gc.collect()
-    known = len(_weight_only._seen)
+    known = len(_tensors._seen)
     del weight
     gc.collect()
-    assert len(_weight_only._seen) == known - 1
+    assert len(_tensors._seen) == known - 1
+
+
+def test_a_layer_is_constant_when_all_that_is_read_early_was_seen():
+    weight, scale, bias = torch.zeros(2, 16, dtype=torch.int8), torch.ones(2), torch.zeros(2)
+    assert not _tensors.are_constant(weight, scale, None)
+    assert _tensors.are_constant(weight, scale, None)
+    assert not _tensors.are_constant(weight, scale, bias)  # and from here on the bias is known too
+    assert _tensors.are_constant(weight, scale, bias)
+    assert not _tensors.are_constant(weight, torch.ones(2), bias)

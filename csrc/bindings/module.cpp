@@ -42,9 +42,9 @@ void py_gemm(uintptr_t a, int64_t lda, uintptr_t b, int64_t ldb, uintptr_t scale
 }
 
 // The one function on every layer's path, so without pybind11's dispatcher (1 µs for 18 arguments): a plain CPython
-// function of 22 integers, in the order of `problem` below.
+// function of 23 integers, in the order of `problem` below.
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  constexpr Py_ssize_t kCount = 22;
+  constexpr Py_ssize_t kCount = 23;
   if (count != kCount) return PyErr_Format(PyExc_TypeError, "linear takes %zd integers, not %zd", kCount, count);
   int64_t v[kCount];
   for (Py_ssize_t i = 0; i < kCount; ++i) {
@@ -69,7 +69,8 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
                        /*activation*/ static_cast<Activation>(v[18]),
                        /*residual*/ pointer<void>(v[19]),
                        /*ldr*/ v[20],
-                       /*residual_dtype*/ dtype(21)};
+                       /*residual_dtype*/ dtype(21),
+                       /*weight_is_constant*/ v[22] != 0};
   try {
     run([&] {
       return linear(problem, static_cast<int>(v[14]), pointer<void>(v[15]), static_cast<size_t>(v[16]),

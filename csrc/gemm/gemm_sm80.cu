@@ -209,7 +209,7 @@ Status launch_config(const Gemm& p, bool overlap, Stream stream) {
 }  // namespace
 
 Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream) {
-  const bool overlap = compute >= 90;
+  const bool overlap = problem.overlap && compute >= 90;
   switch (config_id) {
 #define HWKERN_CASE(ID, ...) \
   case ID: return launch_config<Config<__VA_ARGS__>>(problem, overlap, stream);

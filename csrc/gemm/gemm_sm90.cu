@@ -383,7 +383,7 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   while ((rows + 1) * (rows + 1) * C::BLOCK_M <= int64_t{sm_count} * C::BLOCK_N) ++rows;
   params.group_rows = static_cast<int>(ceil_div(tiles_m, ceil_div(tiles_m, rows)));
   const unsigned blocks = static_cast<unsigned>(tiles < sm_count ? tiles : sm_count);
-  return launch<gemm_sm90<C>>({dim3(blocks), dim3(THREADS), C::SHARED_BYTES, 1, /*overlap=*/true}, stream, params);
+  return launch<gemm_sm90<C>>({dim3(blocks), dim3(THREADS), C::SHARED_BYTES, 1, p.overlap}, stream, params);
 }
 
 }  // namespace

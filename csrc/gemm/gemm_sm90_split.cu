@@ -341,8 +341,7 @@ Status launch_config(const Gemm& p, Stream stream) {
   const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
   if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
   return launch<gemm_sm90_split<C>>(
-      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::SPLIT, /*overlap=*/true}, stream,
-      params);
+      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::SPLIT, p.overlap}, stream, params);
 }
 
 }  // namespace

@@ -28,23 +28,26 @@ static Status validate(const WeightOnlyLinear& p) {
   return kSuccess;
 }
 
-// Fitted by hand to times measured on an H100 SXM (Llama-3-8B shapes): rows 300 and 301 at M = 1 and 8, row 304 at M = 32
-// and 64, each within 6 %. Rows 302, 303 and 305 were not measured in this form, nor were other GPUs.
+// Fitted by hand to times measured on an H100 SXM (Llama-3-8B shapes): rows 300 and 301 at M = 1 and 8 within 6 %, rows
+// 302, 304, 305 and 306 at M = 16 … 64 within 28 %. Other GPUs were not measured.
 double predict_w8a16(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
   constexpr double kFixedUs = 2.1;             // launch, first x, last sums
   constexpr double kMemoryBytesPerUs = 2.71e6;
   constexpr double kLatencyUs = 2.0;           // loaded: one SM takes what its queues hold in so long
-  constexpr double kBusyBytesPerUs = 40e3;     // what one SM multiplies; a byte of x counts 1½
-  constexpr double kTileUs = 0.15, kClusterUs = 0.4;  // adding the sums of a tile, and over a cluster
+  constexpr double kBusyBytesPerUs = 40e3,
+                   kTwiceBusyBytesPerUs = 50e3;  // what one SM multiplies; a byte of x counts 1½
+  constexpr double kTileUs = 0.15;  // adding the sums of a tile
+  const double cluster_us = c.cluster > 1 ? 0.1 * c.cluster * c.block_m / 8 : 0;  // and over a cluster
   const int64_t tiles = ceil_div(m, c.block_m) * ceil_div(n, c.block_n);
   const int64_t rounds = ceil_div(tiles, std::max(1, device.sm_count / c.cluster));
   const double steps =
       double(rounds * ceil_div(k, int64_t(c.block_k) * c.warps_k * c.cluster));  // of the busiest block
   const double weights = double(c.block_n) * c.block_k * c.warps_k;  // of one step
   const double x = double(c.block_m) * c.block_k * 2 * c.warps_n * c.warps_k;
-  const double load_us = kLatencyUs / c.stages, multiply_us = (weights + 1.5 * x) / kBusyBytesPerUs;
-  const double sm_us =
-      steps * std::max(load_us, multiply_us) + double(rounds) * (kTileUs + (c.cluster > 1 ? kClusterUs : 0));
+  const bool two_blocks = m > 8 && c.cluster == 1 && c.blocks_per_sm > 1 && tiles > device.sm_count;
+  const double load_us = kLatencyUs / c.stages / (two_blocks ? 2 : 1);
+  const double multiply_us = (weights + 1.5 * x) / (two_blocks ? kTwiceBusyBytesPerUs : kBusyBytesPerUs);
+  const double sm_us = steps * std::max(load_us, multiply_us) + double(rounds) * (kTileUs + cluster_us);
   // The small last term prefers, of two rows that wait for memory, the one that has less to do.
   return kFixedUs + std::max(double(n) * double(k) / kMemoryBytesPerUs, sm_us) + 0.02 * sm_us;
 }

@@ -24,11 +24,13 @@ static Status validate(const Dequantize& p) {
   return kSuccess;
 }
 
-Status quantize_per_token(const Quantize& p, Stream stream) {
+Status quantize_per_token(const Quantize& p, bool release_early, Stream stream) {
   if (p.m == 0) return kSuccess;
   const Status status = validate(p);
-  return status.ok() ? launch_quantize_per_token(p, stream) : status;
+  return status.ok() ? launch_quantize_per_token(p, release_early, stream) : status;
 }
+
+Status quantize_per_token(const Quantize& p, Stream stream) { return quantize_per_token(p, false, stream); }
 
 Status quantize_static(const Quantize& p, ScaleAxis axis, Stream stream) {
   if (p.m == 0) return kSuccess;

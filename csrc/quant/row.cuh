@@ -232,9 +232,11 @@ struct RowShape {
   int vectors;  // a thread: 4 or 1
   dim3 block, grid;
 
-  RowShape(bool aligned_rows, int64_t m, int64_t row_vectors, int sm_count) {
+  // `few_rows`: up to how many rows are few, beyond one an SM, where a row takes a block.
+  RowShape(bool aligned_rows, int64_t m, int64_t row_vectors, int sm_count, int few_rows = 0) {
     whole = aligned_rows && row_vectors <= 4 * MAX_THREADS;
-    vectors = !whole || row_vectors <= 32 || (m <= sm_count && row_vectors <= MAX_THREADS) ? 1 : 4;
+    const bool few = m <= sm_count || (m <= few_rows && row_vectors > 4 * 32);
+    vectors = !whole || row_vectors <= 32 || (few && row_vectors <= MAX_THREADS) ? 1 : 4;
     if (row_vectors <= 32 * vectors) {
       block = dim3(32, 4);
     } else {
