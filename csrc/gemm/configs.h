@@ -16,13 +16,14 @@
   X(6, 128, 256, 64, 2, 4, 1, 4, 1)  \
   X(7, 256, 128, 64, 4, 2, 1, 4, 1)
 
-// X(id, BLOCK_N, STAGES, PINGPONG, BOXES): 128 rows and 128 bytes of K a tile; two consumer warpgroups share a tile, or each
-// has its own (ping-pong). Each has shared memory for so many boxes of D. 100 … 102 were clusters of two.
+// X(id, BLOCK_N, STAGES, PINGPONG, BOXES, CLUSTER): 128 rows and 128 bytes of K a tile; two consumer warpgroups share a
+// tile, or each has its own (ping-pong). Each has shared memory for so many boxes of D. The blocks of a cluster share B.
 #define HWKERN_SM90_CONFIGS(X) \
-  X(103, 256, 4, false, 2)     \
-  X(104, 128, 6, false, 2)     \
-  X(105, 128, 6, true, 2)      \
-  X(106, 192, 5, false, 1)
+  X(103, 256, 4, false, 2, 1)  \
+  X(104, 128, 6, false, 2, 1)  \
+  X(105, 128, 6, true, 2, 1)   \
+  X(106, 192, 5, false, 1, 1)  \
+  X(107, 192, 5, true, 1, 2)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \

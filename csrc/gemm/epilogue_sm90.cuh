@@ -66,8 +66,9 @@ __device__ __forceinline__ Vector<T, 2> finished(int32_t sum0, int32_t sum1, flo
 template <typename C, typename T, bool BIAS>
 __device__ __forceinline__ void store_boxes(const Sm90Params& params, const int32_t (&acc)[C::ACCUMULATORS],
                                             const Part& part, const float (&scale_n)[C::BLOCK_N / 4],
-                                            const float2* columns, uint32_t own, uint32_t borrowed, int consumer) {
-  const int lane_id = threadIdx.x % 32, warp_id = threadIdx.x / 32 % 4, pair = lane_id % 4 * 2;
+                                            const float2* columns, uint32_t own, int thread, uint32_t borrowed,
+                                            int consumer) {
+  const int lane_id = thread % 32, warp_id = thread / 32, pair = lane_id % 4 * 2;
   auto place = [&](int box) {
     return box < C::OWN_BOXES ? own + box * kSm90BoxBytes : borrowed + (box - C::OWN_BOXES) * kSm90BoxBytes;
   };
@@ -96,7 +97,7 @@ __device__ __forceinline__ void store_boxes(const Sm90Params& params, const int3
     if (box + 1 == C::OWN_BOXES || box + 1 == C::BOXES) {
       ptx::fence_proxy_async();
       ptx::named_barrier_sync<128>(2 + consumer);
-      if (threadIdx.x % 128 == 0) {
+      if (thread == 0) {
 #pragma unroll
         for (int ready = box < C::OWN_BOXES ? 0 : C::OWN_BOXES; ready <= box; ++ready) {
           if (params.streams) {
@@ -114,10 +115,10 @@ __device__ __forceinline__ void store_boxes(const Sm90Params& params, const int3
 // Everything else without options: a warp's rows of D through its staging. The stores are whole rows of 128 bytes and nobody waits for them.
 template <typename C, typename T, bool BIAS>
 __device__ __forceinline__ void store_rows(const Sm90Params& params, const int32_t (&acc)[C::ACCUMULATORS],
-                                           const Part& part, const float2* columns, uint8_t* staging) {
+                                           const Part& part, const float2* columns, uint8_t* staging, int lane_id) {
   constexpr int PACK = 16 / sizeof(T), PIECE = 8 * PACK;  // columns of a chunk, of a piece
   const Gemm& p = params.gemm;
-  const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2, chunk = lane_id % 8;
+  const int group = lane_id / 4, pair = lane_id % 4 * 2, chunk = lane_id % 8;
   const int columns_left = static_cast<int>(p.n - part.n0) - chunk * PACK;  // from the lane's chunk on
   const int rows_left = static_cast<int>(p.m) - part.m0 - lane_id / 8;
   T* d = static_cast<T*>(p.d) + int64_t{part.m0 + lane_id / 8} * p.ldd + part.n0 + chunk * PACK;
@@ -171,9 +172,9 @@ __device__ __forceinline__ void store_rows(const Sm90Params& params, const int32
 // the code, which is long, serves all of them (a register array cannot be indexed by a variable).
 template <typename C>
 __device__ __forceinline__ void store_any(const Gemm& p, int32_t (&acc)[C::ACCUMULATORS], const Part& part,
-                                          const float2* columns, uint8_t* staging) {
+                                          const float2* columns, uint8_t* staging, int lane_id) {
   constexpr int PIECE = 32, COUNT = 8;  // columns of a piece; values that a lane takes at a time
-  const int lane_id = threadIdx.x % 32, group = lane_id / 4, pair = lane_id % 4 * 2;
+  const int group = lane_id / 4, pair = lane_id % 4 * 2;
   const bool raw = p.d_dtype == DType::kInt32;
   const float inverse = inverse_d_scale(p);
 #pragma unroll 1
@@ -213,35 +214,38 @@ __device__ __forceinline__ void store_any(const Gemm& p, int32_t (&acc)[C::ACCUM
   }
 }
 
-// A consumer's part of the tile.
+// A consumer's part of the tile; `thread` of its 128.
 template <typename C>
 __device__ __forceinline__ void store(const Sm90Params& params, int32_t (&acc)[C::MMAS_M][C::ACCUMULATORS],
                                       const Part (&parts)[C::MMAS_M], const float (&scale_n)[C::BLOCK_N / 4],
-                                      const float2* columns, uint8_t* own, uint32_t borrowed, int consumer) {
+                                      const float2* columns, uint8_t* own, int thread, uint32_t borrowed,
+                                      int consumer) {
   const Gemm& p = params.gemm;
-  uint8_t* staging = own + threadIdx.x / 32 % 4 * C::OWN_BOXES * kPieceBytes;
+  uint8_t* staging = own + thread / 32 * C::OWN_BOXES * kPieceBytes;
   auto each = [&](auto store_part) {
 #pragma unroll
     for (int i = 0; i < C::MMAS_M; ++i) store_part(i);
   };
   if (!params.chunks || has_options(p))
-    return each([&](int i) { store_any<C>(p, acc[i], parts[i], columns, staging); });
+    return each([&](int i) { store_any<C>(p, acc[i], parts[i], columns, staging, thread % 32); });
   auto store_as = [&](auto type) {
     using T = decltype(type);
     if constexpr (!C::PINGPONG && sizeof(T) == 2) {
       if (p.bias) {
-        store_boxes<C, T, true>(params, acc[0], parts[0], scale_n, columns, ptx::shared_address(own), borrowed,
+        store_boxes<C, T, true>(params, acc[0], parts[0], scale_n, columns, ptx::shared_address(own), thread, borrowed,
                                 consumer);
       } else {
-        store_boxes<C, T, false>(params, acc[0], parts[0], scale_n, columns, ptx::shared_address(own), borrowed,
+        store_boxes<C, T, false>(params, acc[0], parts[0], scale_n, columns, ptx::shared_address(own), thread, borrowed,
                                  consumer);
       }
+    } else if constexpr (sizeof(T) == 4 && C::MMAS_M * C::ACCUMULATORS > 128) {
+      each([&](int i) { store_any<C>(p, acc[i], parts[i], columns, staging, thread % 32); });
     } else if constexpr (sizeof(T) == 4) {
-      each([&](int i) { store_rows<C, T, true>(params, acc[i], parts[i], columns, staging); });
+      each([&](int i) { store_rows<C, T, true>(params, acc[i], parts[i], columns, staging, thread % 32); });
     } else if (p.bias) {
-      each([&](int i) { store_rows<C, T, true>(params, acc[i], parts[i], columns, staging); });
+      each([&](int i) { store_rows<C, T, true>(params, acc[i], parts[i], columns, staging, thread % 32); });
     } else {
-      each([&](int i) { store_rows<C, T, false>(params, acc[i], parts[i], columns, staging); });
+      each([&](int i) { store_rows<C, T, false>(params, acc[i], parts[i], columns, staging, thread % 32); });
     }
   };
   switch (p.d_dtype) {

@@ -9,7 +9,10 @@
 //                 last, and the copy engine stores them under the next main loop. Large tiles: the fewest bytes, and so
 //                 the least energy, an operation.
 //   ping-pong     each has a tile of its own and multiplies while the other writes its tile. The accumulators of a tile
-//                 are one warpgroup's, so it has at most 128 × 128.
+//                 are one warpgroup's, so it has at most 128 × 192.
+//
+// Loads are what large problems wait for: 132 blocks with 128 × 192 tiles ask L2 for 53 bytes a cycle each at the peak
+// rate, more than it has. So those run in clusters of two, side by side along M, and each brings half of B for both: 37.
 //
 // Per k32 step a cooperative consumer's wgmma reads (64 + BLOCK_N)·32 bytes of shared memory for 2·64·BLOCK_N·32
 // operations: 80 bytes a cycle at the peak rate for BLOCK_N = 256, of the 128 that there are.
@@ -18,9 +21,11 @@
 #include "gemm/epilogue_sm90.cuh"
 #include "gemm/tensor_map.h"
 #include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -31,10 +36,11 @@ constexpr int MMA_M = 64, MMA_K = 32;
 constexpr int CONSUMERS = kSm90Consumers, THREADS = (CONSUMERS + 1) * 128;
 constexpr int64_t kStreamedBytes = 32 << 20;  // of D: the L2 of an H100 has 50 MB
 
-template <int BLOCK_N_, int STAGES_, bool PINGPONG_, int OWN_BOXES_>
+template <int BLOCK_N_, int STAGES_, bool PINGPONG_, int OWN_BOXES_, int CLUSTER_>
 struct Config {
   static constexpr int BLOCK_M = kSm90BlockM, BLOCK_N = BLOCK_N_, BLOCK_K = kSm90BlockK, STAGES = STAGES_;
   static constexpr bool PINGPONG = PINGPONG_;
+  static constexpr int CLUSTER = CLUSTER_;  // blocks that work side by side along M and bring a part of B each for all
   static constexpr int SHARERS = PINGPONG ? 1 : CONSUMERS;  // consumers of one buffer, and of one tile
   static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
   static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each: 64 · BLOCK_N / 128
@@ -54,13 +60,14 @@ struct Config {
 
   static_assert(SHARED_BYTES <= 232448, "227 KB of shared memory a block");
   static_assert(BARRIERS + 16 * STAGES + 48 <= SHARED_BYTES);
-  static_assert(MMAS_M * ACCUMULATORS <= 128, "more accumulators do not fit beside the epilogue's registers");
+  static_assert(MMAS_M * ACCUMULATORS <= 192, "more accumulators do not fit beside the epilogue's registers");
   static_assert(STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
   static_assert(PINGPONG || MMAS_M == 1);
   static_assert(BORROWED >= 0 && CONSUMERS * BORROWED * kSm90BoxBytes <= STAGE_BYTES);
 };
 
-// The tiles of one block, in order: block, block + blocks, …
+// The tiles of one block, in order: block, block + blocks, … In clusters all of this counts clusters: a tile of a cluster
+// has its blocks' tiles one below the other.
 struct TileOrder {
   int tiles_m, tiles_n;
   int group_rows;  // rows of tiles that walk along N side by side, so that a wave of tiles is about square
@@ -110,16 +117,17 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
 
   // From a shuffle, so that the compiler knows it to be the same in all lanes: addresses stay in uniform registers.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  const int warp_id = threadIdx.x / 32 % 4, lane_id = threadIdx.x % 32;
-  const TileOrder order{static_cast<int>((p.m + C::BLOCK_M - 1) / C::BLOCK_M),
+  const int rank = C::CLUSTER > 1 ? static_cast<int>(blockIdx.x % C::CLUSTER) : 0;
+  constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
+  const TileOrder order{static_cast<int>((p.m + CLUSTER_M - 1) / CLUSTER_M),
                         static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N), params.group_rows};
-  const int first_tile = blockIdx.x, tile_step = gridDim.x, tiles = order.count();
+  const int first_tile = blockIdx.x / C::CLUSTER, tile_step = gridDim.x / C::CLUSTER, tiles = order.count();
   const int k_tiles = static_cast<int>((p.k + C::BLOCK_K - 1) / C::BLOCK_K);
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
-      ptx::mbarrier_init(empty + s * 8, C::SHARERS);
+      ptx::mbarrier_init(empty + s * 8, C::SHARERS * C::CLUSTER);  // B goes into all blocks' buffers
     }
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
@@ -131,12 +139,14 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
     ptx::tma_prefetch_map(&params.b);
   }
   __syncthreads();
+  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed(), ptx::cluster_wait();
   ptx::grid_wait();
   ptx::grid_release();
 
   RingPosition<C::STAGES> at;
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<40>();
+    const int lane_id = threadIdx.x % 32;
     if (threadIdx.x == 0) {
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         int tile_m, tile_n;
@@ -145,11 +155,17 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
           ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
           const uint32_t barrier = full + at.stage * 8, smem_a = base + at.stage * C::STAGE_BYTES;
           ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
-          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, tile_m * C::BLOCK_M);
-          ptx::tma_load(smem_a + C::BYTES_A, &params.b, barrier, k_tile * C::BLOCK_K, tile_n * C::BLOCK_N);
+          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, tile_m * CLUSTER_M + rank * C::BLOCK_M);
+          if (C::CLUSTER == 1) {
+            ptx::tma_load(smem_a + C::BYTES_A, &params.b, barrier, k_tile * C::BLOCK_K, tile_n * C::BLOCK_N);
+          } else {
+            constexpr int PART = C::BLOCK_N / C::CLUSTER;
+            ptx::tma_load_multicast(smem_a + C::BYTES_A + rank * PART * C::BLOCK_K, &params.b, barrier,
+                                    k_tile * C::BLOCK_K, tile_n * C::BLOCK_N + rank * PART, (1 << C::CLUSTER) - 1);
+          }
         }
       }
-    } else if (warp_id == 1) {
+    } else if (threadIdx.x / 32 == 1) {
       int buffer = 0;
       uint32_t parity = 0;
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
@@ -163,7 +179,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
         Terms<C>& terms = all_terms[buffer];
 #pragma unroll
         for (int i = 0; i < C::BLOCK_N / 32; ++i) terms.columns[i * 32 + lane_id] = columns[i];
-        if (lane_id == 0) terms.m0 = tile_m * C::BLOCK_M, terms.n0 = n0;
+        if (lane_id == 0) terms.m0 = tile_m * CLUSTER_M + rank * C::BLOCK_M, terms.n0 = n0;
         ptx::mbarrier_arrive(terms_full + buffer * 8);
         if (++buffer == C::TERM_BUFFERS) buffer = 0, parity ^= 1;
       }
@@ -174,9 +190,17 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
     const bool leader = threadIdx.x % 128 == 0;
     uint8_t* own = shared + C::STAGING + consumer * C::OWN_BOXES * kSm90BoxBytes;
     const Terms<C>& terms = all_terms[buffer];
+    auto release = [&](int stage) {
+      if constexpr (C::CLUSTER == 1) {
+        ptx::mbarrier_arrive(empty + stage * 8);
+      } else {
+#pragma unroll
+        for (int block = 0; block < C::CLUSTER; ++block) ptx::mbarrier_arrive_cluster(empty + stage * 8, block);
+      }
+    };
     int previous = -1;  // the buffer of the step before
-    int tile = first_tile;
-    if (C::PINGPONG && consumer == 1) tile += tile_step, at.skip(k_tiles);
+    int tile = first_tile + (C::PINGPONG ? consumer * tile_step : 0);
+    if (C::PINGPONG && consumer == 1) at.skip(k_tiles);
     for (uint32_t parity = 0; tile < tiles; tile += tile_step * (C::PINGPONG ? 2 : 1), parity ^= 1) {
       // NOTE: a wait on a buffer only tells odd fills from even ones, so the consumer whose tile is the next must not
       // look before the other one has seen all of its own.
@@ -198,10 +222,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
         ptx::wgmma_commit();
         if (k_tile > 0) {
           ptx::wgmma_wait<1>();
-          if (leader) ptx::mbarrier_arrive(empty + previous * 8);
+          if (leader) release(previous);
         } else if (!C::PINGPONG) {  // the boxes of the tile before have left: their memory is free again
           if (leader) ptx::bulk_wait_read<0>();
-          if (C::BORROWED > 0 && leader && previous >= 0) ptx::mbarrier_arrive(empty + previous * 8);
+          if (C::BORROWED > 0 && leader && previous >= 0) release(previous);
           ptx::named_barrier_sync<128>(2 + consumer);
         }
         previous = at.stage;
@@ -209,6 +233,9 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       }
       if (C::PINGPONG && leader) ptx::mbarrier_arrive(turn + (consumer ^ 1) * 8);
 
+      uint32_t thread = threadIdx.x % 128;
+      ptx::opaque(thread);  // nothing that the epilogue derives from it takes registers in the main loop
+      const int warp_id = thread / 32, lane_id = thread % 32;
       // What the epilogue reads first, while the last wgmmas run.
       ptx::mbarrier_wait(terms_full + buffer * 8, parity);
       float scale_n[C::BLOCK_N / 4];  // of the lane's columns
@@ -226,8 +253,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
         parts[i] = {m0, terms.n0, {row_scale(p, m0 + lane_id / 4), row_scale(p, m0 + lane_id / 4 + 8)}};
       }
       ptx::wgmma_wait<0>();
-      if (C::BORROWED == 0 && leader) ptx::mbarrier_arrive(empty + previous * 8);
-      store<C>(params, acc, parts, scale_n, terms.columns, own,
+      if (C::BORROWED == 0 && leader) release(previous);
+      store<C>(params, acc, parts, scale_n, terms.columns, own, thread,
                base + previous * C::STAGE_BYTES + consumer * C::BORROWED * kSm90BoxBytes, consumer);
       __syncwarp();
       if (lane_id == 0) ptx::mbarrier_arrive(terms_empty + buffer * 8);
@@ -235,6 +262,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
     }
     if (!C::PINGPONG && leader) ptx::bulk_wait_read<0>();  // shared memory lives as long as the block
   }
+  __syncwarp();
+  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed(), ptx::cluster_wait();  // the others' copies and arrivals reach here
 #endif
 }
 
@@ -247,19 +276,22 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   params.chunks = p.n % 8 == 0 && p.ldd * element % 16 == 0 && is_aligned(p.d, 16);
   params.streams = p.m * p.n * element > kStreamedBytes;
   if (!make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BLOCK_M, 128) ||
-      !make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::BLOCK_N, 128))
+      !make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::BLOCK_N / C::CLUSTER, 128))
     return kTensorMapRefused;
   if (!C::PINGPONG && params.chunks && element == 2 &&
       !make_map(&params.d, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.d, p.m, p.n, p.ldd, MMA_M, 128))
     return kTensorMapRefused;
-  const int64_t tiles_m = ceil_div(p.m, C::BLOCK_M), tiles = tiles_m * ceil_div(p.n, C::BLOCK_N);
-  if (tiles > INT32_MAX / 2 || p.m > INT32_MAX - C::BLOCK_M || p.n > INT32_MAX - C::BLOCK_N)
+  constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
+  const int64_t tiles_m = ceil_div(p.m, CLUSTER_M), clusters = sm_count / C::CLUSTER,
+                tiles = tiles_m * ceil_div(p.n, C::BLOCK_N);
+  if (tiles > INT32_MAX / 2 || p.m > INT32_MAX - CLUSTER_M || p.n > INT32_MAX - C::BLOCK_N)
     return invalid("gemm: M x N is too large for one launch");
   int64_t rows = 1;
-  while ((rows + 1) * (rows + 1) * C::BLOCK_M <= int64_t{sm_count} * C::BLOCK_N) ++rows;
+  while ((rows + 1) * (rows + 1) * CLUSTER_M <= clusters * C::BLOCK_N) ++rows;
   params.group_rows = static_cast<int>(ceil_div(tiles_m, ceil_div(tiles_m, rows)));
-  const unsigned blocks = static_cast<unsigned>(tiles < sm_count ? tiles : sm_count);
-  return launch<gemm_sm90<C>>({dim3(blocks), dim3(THREADS), C::SHARED_BYTES, 1, /*overlap=*/true}, stream, params);
+  const unsigned blocks = static_cast<unsigned>((tiles < clusters ? tiles : clusters) * C::CLUSTER);
+  return launch<gemm_sm90<C>>({dim3(blocks), dim3(THREADS), C::SHARED_BYTES, C::CLUSTER, /*overlap=*/true}, stream,
+                              params);
 }
 
 }  // namespace

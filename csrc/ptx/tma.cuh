@@ -18,6 +18,16 @@ __device__ __forceinline__ void tma_load(uint32_t smem, const void* map, uint32_
       : "memory");
 }
 
+// tma_load into every block of the cluster named in `blocks` (a bit each), at the same offsets of tile and barrier.
+__device__ __forceinline__ void tma_load_multicast(uint32_t smem, const void* map, uint32_t barrier, int column,
+                                                   int row, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;\n" ::"r"(smem),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
+      : "memory");
+}
+
 // tma_load, marked as the first to leave L2: for what is read once.
 __device__ __forceinline__ void tma_load_once(uint32_t smem, const void* map, uint32_t barrier, int column, int row) {
   asm volatile(
