@@ -32,22 +32,22 @@ constexpr int kAnyNewer = 999;
              sm90_shared_bytes(BN, STAGES, PINGPONG, BOXES),                   \
              1},
 // ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
-#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS) \
-  GemmConfig{ID,                                                       \
-             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES,   \
-             90,                                                       \
-             90,                                                       \
-             TOKENS,                                                   \
-             ROWS,                                                     \
-             kSm90BlockK,                                              \
-             1,                                                        \
-             ROWS / 16,                                                \
-             1,                                                        \
-             STAGES,                                                   \
-             1,                                                        \
-             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),     \
-             BLOCKS,                                                   \
-             Scheme::kW8A8,                                            \
+#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, EARLY) \
+  GemmConfig{ID,                                                              \
+             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES,          \
+             90,                                                              \
+             90,                                                              \
+             TOKENS,                                                          \
+             ROWS,                                                            \
+             kSm90BlockK,                                                     \
+             1,                                                               \
+             ROWS / 16,                                                       \
+             1,                                                               \
+             STAGES,                                                          \
+             1,                                                               \
+             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),            \
+             BLOCKS,                                                          \
+             Scheme::kW8A8,                                                   \
              SPLIT},
 // A cluster or the copy engine needs Hopper or newer.
 #define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS) \

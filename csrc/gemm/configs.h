@@ -25,23 +25,29 @@
   X(106, 192, 5, false, 1, 1)  \
   X(107, 192, 5, true, 1, 2)
 
-// X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K
+// X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
+// EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
+// missing had other ring sizes, or were slower than these.
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \
-  X(200, 128, 8, 1, 6, 2)            \
-  X(201, 64, 16, 4, 7, 3)            \
-  X(202, 64, 16, 4, 5, 4)            \
-  X(203, 64, 16, 2, 7, 3)            \
-  X(204, 64, 16, 1, 11, 2)           \
-  X(205, 64, 32, 4, 5, 3)            \
-  X(206, 64, 32, 2, 9, 2)            \
-  X(207, 64, 32, 1, 9, 2)            \
-  X(208, 64, 64, 2, 6, 2)            \
-  X(209, 64, 64, 1, 7, 2)            \
-  X(210, 128, 128, 2, 7, 1)          \
-  X(211, 64, 256, 2, 5, 1)           \
-  X(212, 128, 64, 2, 8, 1)           \
-  X(213, 64, 128, 2, 8, 1)           \
-  X(214, 64, 192, 2, 6, 1)
+  X(201, 64, 16, 4, 7, 3, true)      \
+  X(206, 64, 32, 2, 9, 2, false)     \
+  X(209, 64, 64, 1, 7, 2, true)      \
+  X(210, 128, 128, 2, 7, 1, false)   \
+  X(215, 128, 16, 1, 6, 2, true)     \
+  X(216, 128, 48, 1, 5, 2, true)     \
+  X(217, 128, 64, 2, 9, 1, false)    \
+  X(218, 128, 80, 2, 8, 1, false)    \
+  X(219, 64, 96, 1, 5, 2, true)      \
+  X(220, 128, 96, 1, 8, 1, false)    \
+  X(221, 64, 128, 2, 9, 1, false)    \
+  X(222, 64, 128, 1, 9, 1, false)    \
+  X(223, 128, 128, 1, 7, 1, false)   \
+  X(224, 64, 160, 2, 8, 1, false)    \
+  X(225, 128, 160, 1, 6, 1, false)   \
+  X(226, 128, 160, 2, 6, 1, false)   \
+  X(227, 64, 192, 2, 7, 1, false)    \
+  X(228, 128, 192, 2, 5, 1, false)   \
+  X(229, 128, 224, 2, 5, 1, false)
 
 namespace hwkern {
 
@@ -68,13 +74,21 @@ constexpr int sm90_shared_bytes(int block_n, int stages, bool pingpong, int boxe
 constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;
 constexpr bool is_sm90_split(int id) { return id >= kFirstSm90SplitId && id <= kLastSm90SplitId; }
 
+constexpr bool sm90_split_releases_early(int id) {
+#define HWKERN_EARLY(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, EARLY) \
+  if (id == ID) return EARLY;
+  HWKERN_SM90_SPLIT_CONFIGS(HWKERN_EARLY)
+#undef HWKERN_EARLY
+  return false;
+}
+
 // The other blocks' sums of one block's share of the tile: in memory of their own while that is little, so that they can
 // arrive while the ring is in use; else over the ring.
 constexpr int sm90_split_receive_bytes(int rows, int tokens, int split) {
   return rows * tokens * 4 / split * (split - 1);
 }
 constexpr bool sm90_split_own_receive(int rows, int tokens, int split) {
-  return sm90_split_receive_bytes(rows, tokens, split) <= 24 * 1024;
+  return sm90_split_receive_bytes(rows, tokens, split) <= 8 * 1024;
 }
 // The ring, over it the block's own sums, and what it receives.
 constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages) {

@@ -3,8 +3,7 @@
 // Constants were fitted to times measured on an H100 SXM (Llama-3-8B and BERT-base shapes, cold L2, graph replays):
 //   mma.sync rows             45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at
 //                             worst; used before Hopper and after it
-//   wgmma and split-K rows    114 shapes (M 1 … 8192), constant B, whole tiles of tokens: 1.2 %; 23 % at worst, at
-//                             128×2304×768, where that is 0.6 µs
+//   wgmma and split-K rows    161 shapes (M 1 … 8192, tails of tokens too), constant B: 1.2 %
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -49,58 +48,64 @@ double predict_mma_sync(const GemmConfig& c, int64_t m, int64_t n, int64_t k, co
   return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
 }
 
+// Operand bytes from L2 into all SMs: each tile of A's rows takes all of B, each tile of B's rows all of A.
+double l2_bytes(const GemmConfig& c, int64_t m, int64_t n, int64_t k) {
+  const double a = double(ceil_div(n, c.block_n)) * m, b = double(ceil_div(m, int64_t{c.block_m} * c.cluster)) * n;
+  return double(k) * (a + b);
+}
+
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kOpsPerCycle = 8192;
-  constexpr double kL2BytesPerCycle = 248;  // what an operand byte costs while all SMs load: energy, so clock
-  constexpr double kEpilogueCyclesPerColumn = 11.5, kHiddenEpilogue = 0.34;  // the latter in ping-pong
-  // Few rows of A leave too little under way for the whole bandwidth: 28672×4096 takes 51 µs at 64 rows, 48 at 128.
-  const double memory_bytes_per_us = m > 256 ? 3.2e6 : 2.65e6;
-  constexpr double kFixedUs = 2.11;
-  const double operations = 2.0 * c.block_m * c.block_n * c.block_k;
-  const double bytes = double(c.block_m + c.block_n) * c.block_k;
-  const int64_t tiles = ceil_div(m, c.block_m) * ceil_div(n, c.block_n);
-  const int64_t waves = ceil_div(tiles, device.sm_count);
-  auto step = [&](int64_t busy_blocks) {
-    return operations / kOpsPerCycle + bytes / kL2BytesPerCycle * (double(busy_blocks) / device.sm_count);
-  };
-  const double steps = double(ceil_div(k, c.block_k));
-  const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * double(waves - 1) : double(waves);
-  const double cycles =
-      steps * (double(waves - 1) * step(device.sm_count) + step(tiles - (waves - 1) * device.sm_count)) +
-      kEpilogueCyclesPerColumn * c.block_n * exposed;
-  return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / memory_bytes_per_us);
+  constexpr double kMacsPerUs = 7.1e6, kWideMacsPerUs = 6.4e6;  // the latter with more than 128 columns a tile
+  constexpr double kL2BytesPerUs = 13e6, kMemoryBytesPerUs = 2.772e6;
+  constexpr double kOutBytes = 2.913;  // what an element of D costs, in bytes read
+  constexpr double kEpilogueUsPerColumn = 0.01056, kHiddenEpilogue = 0.2726;  // the latter in ping-pong
+  constexpr double kFixedUs = 2.23, kClusterUs = 0.7;
+  const int64_t tiles = ceil_div(m, int64_t{c.block_m} * c.cluster) * c.cluster * ceil_div(n, c.block_n);
+  const double waves = double(ceil_div(tiles, device.sm_count));
+  const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (waves - 1) : waves;
+  const double macs = double(c.block_m) * c.block_n * c.block_k * double(ceil_div(k, c.block_k));
+  const double tile_us = macs / (c.block_n > 128 ? kWideMacsPerUs : kMacsPerUs);
+  const double compute_us = waves * tile_us + kEpilogueUsPerColumn * c.block_n * exposed;
+  const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
+  return kFixedUs + (c.cluster > 1 ? kClusterUs : 0) +
+         smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), compute_us);
 }
 
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
 double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
-  constexpr double kFixedUs = 0.962;  // from the preceding kernel's end to the first wgmma, and the epilogue
-  constexpr double kMemoryBytesPerUs = 2.79e6, kL2BytesPerUs = 11.55e6;  // L2: into all SMs
-  constexpr double kSmBytesPerUs = 122e3;  // into one
-  constexpr double kOpsPerCycle = 6206;
-  constexpr double kBlockUs = 0.0515, kRoundUs = 0.922;  // start and end of a block; of all that run at once
-  constexpr double kOutUs = 1.2;  // a tile of 8192 sums that one block finishes
-  constexpr double kLateUs = 0.768;  // when the next launch does not fit beside this one, its blocks start late
-  constexpr double kTailUs = 0.588;  // constant weights: what they fill of this launch's tail in that case
-  constexpr double kClashUs = 0.51;  // otherwise all compete with this launch's and none fill its tail
-  const int64_t blocks = ceil_div(m, c.block_m) * ceil_div(n, c.block_n) * c.split_k;
+  constexpr double kFixedUs = 1.793;  // from the preceding kernel's end to the first wgmma, and the epilogue
+  constexpr double kMemoryBytesPerUs = 3.059e6, kL2BytesPerUs = 20.48e6;  // L2: into all SMs
+  constexpr double kOutBytes = 3.509;  // what an element of D costs, in bytes read
+  constexpr double kMacsPerUs = 5.688e6, kSmBytesPerUs = 132.3e3;  // of one SM
+  constexpr double kBlockUs = -0.002238, kRoundUs = 3.009;  // start and end of a block; of all that run at once
+  constexpr double kOutUs = 0.08045, kExchangeUs = 0.4685;  // of 8192 sums: finished, received
+  constexpr double kTokenTilesUs = -0.01867, kSplitTokenTilesUs = 0.5684;  // more than one tile of tokens
+  // The next launch's first loads: early with slots for all of them, they compete with this launch's (kClash of their
+  // time); early with too few, they fill this one's tail; late with too few, they come later.
+  constexpr double kClash = 0.2347, kTailUs = 0.2632, kLateUs = 0.04431;
+  const int64_t tiles_m = ceil_div(m, c.block_m), blocks = tiles_m * ceil_div(n, c.block_n) * c.split_k;
   const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
   // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
   const int64_t at_once = c.split_k < 4 ? slots : slots - slots / 16;
   const double on_one_sm = double(ceil_div(blocks, device.sm_count)), rounds = double(ceil_div(blocks, at_once));
-  const double steps = double(ceil_div(ceil_div(k, c.block_k), c.split_k));
-  const double bytes = double(c.block_m + c.block_n) * c.block_k * steps;
-  const double operations = 2.0 * c.block_m * c.block_n * c.block_k * steps;
-  const double sm_us =
-      on_one_sm * (std::max(bytes / kSmBytesPerUs, operations / kOpsPerCycle / kCyclesPerUs) + kBlockUs * c.split_k);
-  const double stream_us =
-      smooth_max(smooth_max(bytes_moved(m, n, k) / kMemoryBytesPerUs, double(blocks) * bytes / kL2BytesPerUs), sm_us);
-  const double out_us =
-      kOutUs * c.block_m * c.block_n / c.split_k / 8192 * std::min<double>(on_one_sm, c.blocks_per_sm);
-  const bool next_fits = 2 * blocks <= slots;
-  const double early_us = next_fits ? kClashUs : m <= c.block_m ? -kTailUs : 0;
-  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + (next_fits ? 0 : kLateUs) +
-         (b_is_constant ? early_us : 0);
+  const double steps = double(ceil_div(ceil_div(k, c.block_k), c.split_k)),
+               tokens = double(std::min<int64_t>(m, c.block_m));
+  const double macs = double(c.block_m) * c.block_n * c.block_k * steps;
+  const double bytes = (tokens + c.block_n) * c.block_k * steps;
+  const double sm_us = on_one_sm * (std::max(bytes / kSmBytesPerUs, macs / kMacsPerUs) + kBlockUs * c.split_k);
+  const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
+  const double stream_us = smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), sm_us);
+  const double share = double(c.split_k - 1) / c.split_k;
+  const double out_us = (kOutUs * tokens + kExchangeUs * share * c.block_m) * c.block_n / 8192 *
+                        std::min<double>(on_one_sm, c.blocks_per_sm);
+  const double first_us =
+      double(blocks) * c.block_n * c.block_k * std::min<double>(c.stages, steps) / kMemoryBytesPerUs;
+  const bool next_fits = 2 * blocks <= slots, early = sm90_split_releases_early(c.id);
+  const double next_us = next_fits ? (early ? kClash * first_us : 0) : early ? -kTailUs : kLateUs;
+  const double busy = std::min(1.0, double(blocks) / device.sm_count);
+  const double tiles_us = tiles_m == 1 ? 0 : busy * (c.split_k > 1 ? kSplitTokenTilesUs : kTokenTilesUs);
+  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + (b_is_constant ? next_us : 0) + tiles_us;
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
+#include "gemm/tensor_map.h"
 #include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -22,7 +23,7 @@
 namespace hwkern {
 
 struct Sm90Params {
-  CUtensorMap a, b;
+  Boxes a, b;
   CUtensorMap d;  // where D has 16-bit elements and `chunks`
   Gemm gemm;
   int group_rows;  // of TileOrder

@@ -19,6 +19,7 @@
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue_sm90.cuh"
+#include "gemm/ring.cuh"
 #include "gemm/tensor_map.h"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
@@ -81,21 +82,6 @@ struct TileOrder {
   }
 };
 
-// A position in the ring: the buffer, and the parity of the phase that its barriers are in.
-template <int STAGES>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ void skip(int steps) {
-    stage += steps % STAGES;
-    parity ^= (steps / STAGES + stage / STAGES) & 1;
-    stage %= STAGES;
-  }
-};
-
 // What an epilogue needs of its tile, in shared memory.
 template <typename C>
 struct Terms {
@@ -135,8 +121,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init_fence();
-    ptx::tma_prefetch_map(&params.a);
-    ptx::tma_prefetch_map(&params.b);
+    ptx::tma_prefetch_map(&params.a.whole);
+    ptx::tma_prefetch_map(&params.b.whole);
   }
   __syncthreads();
   if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed(), ptx::cluster_wait();
@@ -151,17 +137,28 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         int tile_m, tile_n;
         order.locate(tile, &tile_m, &tile_n);
+        // This block's rows of A, and its part of B's, which all blocks of the cluster get. What there is of a box: all,
+        // the matrix's last rows, or nothing.
+        constexpr int PART = C::BLOCK_N / C::CLUSTER;
+        const int row_a = tile_m * CLUSTER_M + rank * C::BLOCK_M, row_b = tile_n * C::BLOCK_N + rank * PART;
+        const int64_t rows_a = p.m - row_a, rows_b = p.n - row_b, rows_all_b = p.n - tile_n * C::BLOCK_N;
+        const CUtensorMap *a = rows_a >= C::BLOCK_M ? &params.a.whole : &params.a.last,
+                          *b = rows_b >= PART ? &params.b.whole : &params.b.last;
+        const int bytes =
+            static_cast<int>(max(min(rows_a, int64_t{C::BLOCK_M}), int64_t{0}) + min(rows_all_b, int64_t{C::BLOCK_N})) *
+            C::BLOCK_K;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.advance()) {
           ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
           const uint32_t barrier = full + at.stage * 8, smem_a = base + at.stage * C::STAGE_BYTES;
-          ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
-          ptx::tma_load(smem_a, &params.a, barrier, k_tile * C::BLOCK_K, tile_m * CLUSTER_M + rank * C::BLOCK_M);
+          ptx::mbarrier_arrive_expect(barrier, bytes);
           if (C::CLUSTER == 1) {
-            ptx::tma_load(smem_a + C::BYTES_A, &params.b, barrier, k_tile * C::BLOCK_K, tile_n * C::BLOCK_N);
+            ptx::tma_load(smem_a, a, barrier, k_tile * C::BLOCK_K, row_a);
+            ptx::tma_load(smem_a + C::BYTES_A, b, barrier, k_tile * C::BLOCK_K, row_b);
           } else {
-            constexpr int PART = C::BLOCK_N / C::CLUSTER;
-            ptx::tma_load_multicast(smem_a + C::BYTES_A + rank * PART * C::BLOCK_K, &params.b, barrier,
-                                    k_tile * C::BLOCK_K, tile_n * C::BLOCK_N + rank * PART, (1 << C::CLUSTER) - 1);
+            if (rows_a > 0) ptx::tma_load(smem_a, a, barrier, k_tile * C::BLOCK_K, row_a);
+            if (rows_b > 0)
+              ptx::tma_load_multicast(smem_a + C::BYTES_A + rank * PART * C::BLOCK_K, b, barrier, k_tile * C::BLOCK_K,
+                                      row_b, (1 << C::CLUSTER) - 1);
           }
         }
       }
@@ -275,8 +272,8 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   const int64_t element = size_of(p.d_dtype);
   params.chunks = p.n % 8 == 0 && p.ldd * element % 16 == 0 && is_aligned(p.d, 16);
   params.streams = p.m * p.n * element > kStreamedBytes;
-  if (!make_map(&params.a, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::BLOCK_M, 128) ||
-      !make_map(&params.b, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::BLOCK_N / C::CLUSTER, 128))
+  if (!make_boxes(&params.a, p.a, p.m, p.k, p.lda, C::BLOCK_M) ||
+      !make_boxes(&params.b, p.b, p.n, p.k, p.ldb, C::BLOCK_N / C::CLUSTER))
     return kTensorMapRefused;
   if (!C::PINGPONG && params.chunks && element == 2 &&
       !make_map(&params.d, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.d, p.m, p.n, p.ldd, MMA_M, 128))

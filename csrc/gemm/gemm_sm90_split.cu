@@ -15,6 +15,7 @@
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
+#include "gemm/ring.cuh"
 #include "gemm/tensor_map.h"
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
@@ -31,10 +32,11 @@ constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
 constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_>
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, bool EARLY_>
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr bool EARLY = EARLY_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   static constexpr int THREADS = CONSUMER_THREADS + 32;
   static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
@@ -65,18 +67,8 @@ struct Config {
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
 };
 
-// A position in the ring: the buffer, and the parity of the phase that its barriers are in.
-template <int STAGES>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-};
-
 struct Params {
-  CUtensorMap weights, tokens;
+  Boxes weights, tokens;
   Gemm gemm;
   int tiles_m, k_tiles;
 };
@@ -177,20 +169,24 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
   const int tile = blockIdx.x / C::SPLIT, row_tile = params.tiles_m == 1 ? tile : tile / params.tiles_m;
   const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * C::TOKENS;
+  // How many there are of both: the last tile's boxes end with the matrices.
+  const int rows = static_cast<int>(min(p.n - row0, int64_t{C::ROWS}));
+  const int tokens = static_cast<int>(min(p.m - token0, int64_t{C::TOKENS}));
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
   auto load_weights = [&](int i, int stage) {
     const uint32_t barrier = full + stage * 8, smem = base + stage * C::STAGE_BYTES;
-    ptx::mbarrier_arrive_expect(barrier, C::STAGE_BYTES);
+    const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
+    ptx::mbarrier_arrive_expect(barrier, (rows + tokens) * BLOCK_K);
     if (params.tiles_m == 1) {
-      ptx::tma_load_once(smem, &params.weights, barrier, (k_first + i) * BLOCK_K, row0);
+      ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
     } else {
-      ptx::tma_load(smem, &params.weights, barrier, (k_first + i) * BLOCK_K, row0);
+      ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
     }
   };
   auto load_tokens = [&](int i, int stage) {
-    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, &params.tokens, full + stage * 8, (k_first + i) * BLOCK_K,
-                  token0);
+    const CUtensorMap* map = tokens < C::TOKENS ? &params.tokens.last : &params.tokens.whole;
+    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, map, full + stage * 8, (k_first + i) * BLOCK_K, token0);
   };
 
   int requested = 0;  // weights of the first buffers
@@ -213,7 +209,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   if (is_producer) {
     if (lane_id == 0) {
       ptx::grid_wait();
-      ptx::grid_release();
+      if (C::EARLY) ptx::grid_release();
       RingPosition<C::STAGES> at;
 #pragma unroll 1
       for (int i = 0; i < k_count; ++i, at.advance()) {
@@ -221,6 +217,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
         if (i >= requested) load_weights(i, at.stage);
         load_tokens(i, at.stage);
       }
+      if (!C::EARLY) ptx::grid_release();
     }
     __syncwarp();
     if (C::SPLIT > 1) {
@@ -336,8 +333,8 @@ Status launch_config(const Gemm& p, Stream stream) {
   if (!encode_tiled()) return kNoTensorMaps;
   Params params;
   params.gemm = p;
-  if (!make_map(&params.weights, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.b, p.n, p.k, p.ldb, C::ROWS, BLOCK_K) ||
-      !make_map(&params.tokens, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.a, p.m, p.k, p.lda, C::TOKENS, BLOCK_K))
+  if (!make_boxes(&params.weights, p.b, p.n, p.k, p.ldb, C::ROWS) ||
+      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, C::TOKENS))
     return kTensorMapRefused;
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));

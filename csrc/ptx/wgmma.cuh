@@ -22,91 +22,63 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 #define HWKERN_D4(i) "+r"(D[i]), "+r"(D[i + 1]), "+r"(D[i + 2]), "+r"(D[i + 3])
-#define HWKERN_D16(i) HWKERN_D4(i), HWKERN_D4(i + 4), HWKERN_D4(i + 8), HWKERN_D4(i + 12)
+#define HWKERN_D8(i) HWKERN_D4(i), HWKERN_D4(i + 4)
+#define HWKERN_D16(i) HWKERN_D8(i), HWKERN_D8(i + 8)
 #define HWKERN_D32(i) HWKERN_D16(i), HWKERN_D16(i + 16)
 #define HWKERN_D64(i) HWKERN_D32(i), HWKERN_D32(i + 32)
-#define HWKERN_D8(i) HWKERN_D4(i), HWKERN_D4(i + 4)
-#define HWKERN_REGS32                                                      \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define HWKERN_REGS64                                                                \
-  HWKERN_REGS32                                                                      \
-  ", "                                                                               \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define HWKERN_REGS96                                                                \
-  HWKERN_REGS64                                                                      \
-  ", "                                                                               \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define HWKERN_REGS128                                                                           \
-  HWKERN_REGS96                                                                                  \
-  ", "                                                                                           \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define HWKERN_REGS8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define HWKERN_REGS16 HWKERN_REGS8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define HWKERN_REGS24 HWKERN_REGS16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define HWKERN_REGS32 HWKERN_REGS24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define HWKERN_REGS40 HWKERN_REGS32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define HWKERN_REGS48 HWKERN_REGS40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define HWKERN_REGS64 HWKERN_REGS48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define HWKERN_REGS80 HWKERN_REGS64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define HWKERN_REGS96 HWKERN_REGS80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define HWKERN_REGS112 \
+  HWKERN_REGS96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define HWKERN_REGS128 \
+  HWKERN_REGS112 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // D[64×N] (+)= A[64×32] · B[N×32]ᵀ, int8 in, int32 out, both operands in shared memory; `accumulate` false starts anew.
-// D's layout in each of the four warps is that of N / 8 mma.sync m16n8 fragments in a row.
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[4], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%0, %1, %2, %3}, %4, %5, p;\n}\n"
-      : HWKERN_D4(0)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[8], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p;\n}\n"
-      : HWKERN_D8(0)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[16], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k32.s32.s8.s8 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, "
-      "%14, %15}, %16, %17, p;\n}\n"
-      : HWKERN_D16(0)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[32], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {" HWKERN_REGS32 "}, %32, %33, p;\n}\n"
-      : HWKERN_D32(0)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[64], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {" HWKERN_REGS64 "}, %64, %65, p;\n}\n"
-      : HWKERN_D64(0)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[96], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n192k32.s32.s8.s8 {" HWKERN_REGS96 "}, %96, %97, p;\n}\n"
-      : HWKERN_D64(0), HWKERN_D32(64)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
-__device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[128], uint64_t A, uint64_t B, bool accumulate) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k32.s32.s8.s8 {" HWKERN_REGS128 "}, %128, %129, p;\n}\n"
-      : HWKERN_D64(0), HWKERN_D64(64)
-      : "l"(A), "l"(B), "r"(int{accumulate}));
-}
+// D's layout in each of the four warps is that of N / 8 mma.sync m16n8 fragments in a row. A_, B_ and P_ name the
+// operands by their numbers, which follow the N / 2 registers of D.
+#define HWKERN_WGMMA(N, REGISTERS, A_, B_, P_, ...)                                                               \
+  __device__ __forceinline__ void wgmma_m64k32_s8(int32_t (&D)[N / 2], uint64_t A, uint64_t B, bool accumulate) { \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P_ ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N              \
+                 "k32.s32.s8.s8 {" REGISTERS "}, " A_ ", " B_ ", p;\n}\n"                                         \
+                 : __VA_ARGS__                                                                                    \
+                 : "l"(A), "l"(B), "r"(int{accumulate}));                                                         \
+  }
+HWKERN_WGMMA(16, HWKERN_REGS8, "%8", "%9", "%10", HWKERN_D8(0))
+HWKERN_WGMMA(32, HWKERN_REGS16, "%16", "%17", "%18", HWKERN_D16(0))
+HWKERN_WGMMA(48, HWKERN_REGS24, "%24", "%25", "%26", HWKERN_D16(0), HWKERN_D8(16))
+HWKERN_WGMMA(64, HWKERN_REGS32, "%32", "%33", "%34", HWKERN_D32(0))
+HWKERN_WGMMA(80, HWKERN_REGS40, "%40", "%41", "%42", HWKERN_D32(0), HWKERN_D8(32))
+HWKERN_WGMMA(96, HWKERN_REGS48, "%48", "%49", "%50", HWKERN_D32(0), HWKERN_D16(32))
+HWKERN_WGMMA(128, HWKERN_REGS64, "%64", "%65", "%66", HWKERN_D64(0))
+HWKERN_WGMMA(160, HWKERN_REGS80, "%80", "%81", "%82", HWKERN_D64(0), HWKERN_D16(64))
+HWKERN_WGMMA(192, HWKERN_REGS96, "%96", "%97", "%98", HWKERN_D64(0), HWKERN_D32(64))
+HWKERN_WGMMA(224, HWKERN_REGS112, "%112", "%113", "%114", HWKERN_D64(0), HWKERN_D32(64), HWKERN_D16(96))
+HWKERN_WGMMA(256, HWKERN_REGS128, "%128", "%129", "%130", HWKERN_D64(0), HWKERN_D64(64))
 
 #undef HWKERN_D4
 #undef HWKERN_D8
 #undef HWKERN_D16
 #undef HWKERN_D32
 #undef HWKERN_D64
+#undef HWKERN_REGS8
+#undef HWKERN_REGS16
+#undef HWKERN_REGS24
 #undef HWKERN_REGS32
+#undef HWKERN_REGS40
+#undef HWKERN_REGS48
 #undef HWKERN_REGS64
+#undef HWKERN_REGS80
 #undef HWKERN_REGS96
+#undef HWKERN_REGS112
 #undef HWKERN_REGS128
+#undef HWKERN_WGMMA
 
 // Moves registers between warpgroups. All warps of a warpgroup, once, with a register cap at kernel entry.
 template <int REGISTERS>
