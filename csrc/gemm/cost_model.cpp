@@ -56,7 +56,7 @@ double l2_bytes(const GemmConfig& c, int64_t m, int64_t n, int64_t k) {
 
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kMacsPerUs = 7.1e6, kWideMacsPerUs = 6.4e6;  // the latter with more than 128 columns a tile
+  constexpr double kMacsPerUs = 7.1e6, kWideMacsPerUs = 6.37e6;  // the latter with more than 128 columns a tile
   constexpr double kL2BytesPerUs = 13e6, kMemoryBytesPerUs = 2.772e6;
   constexpr double kOutBytes = 2.913;  // what an element of D costs, in bytes read
   constexpr double kEpilogueUsPerColumn = 0.01056, kHiddenEpilogue = 0.2726;  // the latter in ping-pong
