@@ -144,6 +144,21 @@ def test_more_tiles_than_the_gpu_runs_at_once(config: int):
 
 @pytest.mark.gpu
 @all_configs
+@pytest.mark.parametrize("k", [64, 400, 1100])
+def test_results_still_being_stored_outlive_the_next_tile_s_loads(config: int, k: int):
+    """16-bit results may wait in a buffer that the next tiles' operands want: one, a few, and more buffers a tile."""
+    m, n = 1900, 4104  # 15 × 17 tiles of 128 × 256: two a block on most GPUs, and ragged at both ends
+    a, b = random_int8(m, k), random_int8(n, k)
+    scale_m, scale_n = torch.rand(m, device="cuda") * 0.01, torch.rand(n, device="cuda") * 0.01
+    for bias in (None, torch.randn(n, device="cuda")):
+        d = Guarded(m, n, torch.bfloat16)
+        gemm(a, b, d, config, scale_m, scale_n, bias)
+        assert same_bits(d.value, reference.int8_matmul(a, b, scale_m, scale_n, bias, torch.bfloat16))
+        d.assert_untouched_outside()
+
+
+@pytest.mark.gpu
+@all_configs
 def test_same_bits_in_every_run(config: int):
     a, b = random_int8(300, 1000), random_int8(260, 1000)
     scale_m, scale_n = torch.rand(300, device="cuda"), torch.rand(260, device="cuda")

@@ -14,20 +14,22 @@ constexpr int kAnyNewer = 999;
   GemmConfig{ID, "sm80_" #BM "x" #BN "x" #BK "_s" #STAGES, 80,    kAnyNewer, BM, BN, BK, WM, WN, WK, STAGES, \
              1,  sm80_shared_bytes(BM, BN, BK, STAGES),    BLOCKS},
 // A ping-pong tile is four warps' alone.
-#define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG)                                                  \
-  GemmConfig{ID,                                                                                   \
-             PINGPONG ? "sm90_128x" #BN "x128_s" #STAGES "_pp" : "sm90_128x" #BN "x128_s" #STAGES, \
-             90,                                                                                   \
-             90,                                                                                   \
-             kSm90BlockM,                                                                          \
-             BN,                                                                                   \
-             kSm90BlockK,                                                                          \
-             PINGPONG ? 4 : 8,                                                                     \
-             1,                                                                                    \
-             1,                                                                                    \
-             STAGES,                                                                               \
-             1,                                                                                    \
-             sm90_shared_bytes(BN, STAGES, PINGPONG),                                              \
+#define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG, BOXES, CLUSTER)              \
+  GemmConfig{ID,                                                               \
+             !PINGPONG     ? "sm90_128x" #BN "x128_s" #STAGES                  \
+             : CLUSTER > 1 ? "sm90_128x" #BN "x128_s" #STAGES "_pp_c" #CLUSTER \
+                           : "sm90_128x" #BN "x128_s" #STAGES "_pp",           \
+             90,                                                               \
+             90,                                                               \
+             kSm90BlockM,                                                      \
+             BN,                                                               \
+             kSm90BlockK,                                                      \
+             PINGPONG ? 4 : 8,                                                 \
+             1,                                                                \
+             1,                                                                \
+             STAGES,                                                           \
+             CLUSTER,                                                          \
+             sm90_shared_bytes(BN, STAGES, PINGPONG, BOXES),                   \
              1},
 // ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
 #define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, EARLY) \

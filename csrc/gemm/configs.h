@@ -16,13 +16,14 @@
   X(6, 128, 256, 64, 2, 4, 1, 4, 1)  \
   X(7, 256, 128, 64, 4, 2, 1, 4, 1)
 
-// X(id, BLOCK_N, STAGES, PINGPONG): 128 rows and 128 bytes of K a tile; two consumer warpgroups share a tile, or each has
-// its own (ping-pong). 100 … 102 were clusters of two.
+// X(id, BLOCK_N, STAGES, PINGPONG, BOXES, CLUSTER): 128 rows and 128 bytes of K a tile; two consumer warpgroups share a
+// tile, or each has its own (ping-pong). Each has shared memory for so many boxes of D. The blocks of a cluster share B.
 #define HWKERN_SM90_CONFIGS(X) \
-  X(103, 256, 4, false)        \
-  X(104, 128, 6, false)        \
-  X(105, 128, 6, true)         \
-  X(106, 192, 5, false)
+  X(103, 256, 4, false, 2, 1)  \
+  X(104, 128, 6, false, 2, 1)  \
+  X(105, 128, 6, true, 2, 1)   \
+  X(106, 192, 5, false, 1, 1)  \
+  X(107, 192, 5, true, 1, 2)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
 // EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
@@ -59,23 +60,15 @@ constexpr int sm80_shared_bytes(int block_m, int block_n, int block_k, int stage
 
 constexpr int kFirstSm90Id = 100;
 constexpr int kSm90BlockM = 128, kSm90BlockK = 128;
-constexpr int kSm90PieceBytes = 16 * 128;  // what a warp lays out for its stores at a time: 16 rows of 128 bytes
+constexpr int kSm90Consumers = 2;
+constexpr int kSm90BoxBytes = 64 * 128;  // 64 rows of 128 bytes of D
 
-// The ring, the column terms of one or two tiles, two barriers a stage and six more.
-constexpr int sm90_ring_bytes(int block_n, int stages) { return stages * (kSm90BlockM + block_n) * kSm90BlockK; }
-constexpr int sm90_control_bytes(int block_n, int stages, bool pingpong) {
-  return (pingpong ? 2 : 1) * kColumnTermBytes * block_n + 16 * stages + 48;
-}
-// Pieces of staging for each of the eight warps: two where they fit into 227 KB.
-constexpr int sm90_pieces(int block_n, int stages) {
-  return sm90_ring_bytes(block_n, stages) + 8 * 2 * kSm90PieceBytes + sm90_control_bytes(block_n, stages, true) <=
-                 232448
-             ? 2
-             : 1;
-}
-constexpr int sm90_shared_bytes(int block_n, int stages, bool pingpong) {
-  return sm90_ring_bytes(block_n, stages) + 8 * sm90_pieces(block_n, stages) * kSm90PieceBytes +
-         sm90_control_bytes(block_n, stages, pingpong);
+// What an epilogue needs of its tile: the column terms, and the corner.
+constexpr int sm90_term_bytes(int block_n) { return kColumnTermBytes * block_n + 16; }
+// The ring, the boxes of D, the terms of one or two tiles, two barriers a stage and six more.
+constexpr int sm90_shared_bytes(int block_n, int stages, bool pingpong, int boxes) {
+  return stages * (kSm90BlockM + block_n) * kSm90BlockK + kSm90Consumers * boxes * kSm90BoxBytes +
+         (pingpong ? 2 : 1) * sm90_term_bytes(block_n) + 16 * stages + 48;
 }
 
 constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;
