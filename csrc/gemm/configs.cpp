@@ -100,6 +100,8 @@ int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is
     if (config.scheme != Scheme::kW8A8 || !gemm_runs_on(config, device)) continue;
     // On Hopper no mma.sync row was the fastest at any of 132 shapes; their predictions are for other GPUs.
     if (device.compute == 90 && config.id < kFirstSm90Id) continue;
+    // Tiles for few tokens were measured, and the model fitted, with at most four of them for a matrix.
+    if (is_sm90_split(config.id) && config.block_m < 64 && m > 4 * config.block_m) continue;
     const double us = gemm_predict_us(config, m, n, k, device, b_is_constant);
     if (best < 0 || us < best_us) best = config.id, best_us = us;
   }

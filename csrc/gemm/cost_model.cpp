@@ -3,7 +3,8 @@
 // Constants were fitted to times measured on an H100 SXM (Llama-3-8B and BERT-base shapes, cold L2, graph replays):
 //   mma.sync rows             45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at
 //                             worst; used before Hopper and after it
-//   wgmma and split-K rows    161 shapes (M 1 … 8192, tails of tokens too), constant B: 1.2 %
+//   wgmma and split-K rows    219 shapes (M 1 … 8192, tails of tokens too), constant B: 1.0 %; 18 % at worst, at
+//                             128×768×768, where that is 0.4 µs
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -48,42 +49,41 @@ double predict_mma_sync(const GemmConfig& c, int64_t m, int64_t n, int64_t k, co
   return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
 }
 
-// Operand bytes from L2 into all SMs: each tile of A's rows takes all of B, each tile of B's rows all of A.
+// Operand bytes from L2 into all SMs: the tiles of each block_m rows of A take all of B (once for all that are in one
+// cluster), those of each block_n rows of B all of A.
 double l2_bytes(const GemmConfig& c, int64_t m, int64_t n, int64_t k) {
-  const double a = double(ceil_div(n, c.block_n)) * m, b = double(ceil_div(m, int64_t{c.block_m} * c.cluster)) * n;
-  return double(k) * (a + b);
+  return double(k) * (double(ceil_div(m, c.block_m * c.cluster)) * n + double(ceil_div(n, c.block_n)) * m);
 }
 
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kMacsPerUs = 7.1e6, kWideMacsPerUs = 6.37e6;  // the latter with more than 128 columns a tile
-  constexpr double kL2BytesPerUs = 13e6, kMemoryBytesPerUs = 2.772e6;
-  constexpr double kOutBytes = 2.913;  // what an element of D costs, in bytes read
-  constexpr double kEpilogueUsPerColumn = 0.01056, kHiddenEpilogue = 0.2726;  // the latter in ping-pong
-  constexpr double kFixedUs = 2.23, kClusterUs = 0.7;
-  const int64_t tiles = ceil_div(m, int64_t{c.block_m} * c.cluster) * c.cluster * ceil_div(n, c.block_n);
+  constexpr double kMacsPerUs = 7.248e6, kL2BytesPerUs = 11.86e6, kMemoryBytesPerUs = 2.724e6;
+  constexpr double kOutBytes = 2.711;  // what an element of D costs, in bytes read
+  constexpr double kEpilogueUsPerColumn = 0.01197, kHiddenEpilogue = 0.5;  // the latter in ping-pong
+  constexpr double kFixedUs = 1.945;
+  constexpr double kPair = 1.09;  // blocks of a cluster wait for each other: longer tiles
+  const int64_t tiles = ceil_div(m, c.block_m * c.cluster) * c.cluster * ceil_div(n, c.block_n);
   const double waves = double(ceil_div(tiles, device.sm_count));
   const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (waves - 1) : waves;
-  const double macs = double(c.block_m) * c.block_n * c.block_k * double(ceil_div(k, c.block_k));
-  const double tile_us = macs / (c.block_n > 128 ? kWideMacsPerUs : kMacsPerUs);
+  const double tile_us = (c.cluster > 1 ? kPair : 1) * double(c.block_m) * c.block_n * c.block_k *
+                         double(ceil_div(k, c.block_k)) / kMacsPerUs;
   const double compute_us = waves * tile_us + kEpilogueUsPerColumn * c.block_n * exposed;
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
-  return kFixedUs + (c.cluster > 1 ? kClusterUs : 0) +
-         smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), compute_us);
+  return kFixedUs + smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), compute_us);
 }
 
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
 double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
-  constexpr double kFixedUs = 1.793;  // from the preceding kernel's end to the first wgmma, and the epilogue
-  constexpr double kMemoryBytesPerUs = 3.059e6, kL2BytesPerUs = 20.48e6;  // L2: into all SMs
-  constexpr double kOutBytes = 3.509;  // what an element of D costs, in bytes read
-  constexpr double kMacsPerUs = 5.688e6, kSmBytesPerUs = 132.3e3;  // of one SM
-  constexpr double kBlockUs = -0.002238, kRoundUs = 3.009;  // start and end of a block; of all that run at once
-  constexpr double kOutUs = 0.08045, kExchangeUs = 0.4685;  // of 8192 sums: finished, received
-  constexpr double kTokenTilesUs = -0.01867, kSplitTokenTilesUs = 0.5684;  // more than one tile of tokens
+  constexpr double kFixedUs = 1.746;  // from the preceding kernel's end to the first wgmma, and the epilogue
+  constexpr double kMemoryBytesPerUs = 3.14e6, kL2BytesPerUs = 13.44e6;  // L2: into all SMs
+  constexpr double kOutBytes = 4.368;  // what an element of D costs, in bytes read
+  constexpr double kMacsPerUs = 6.163e6, kSmBytesPerUs = 124.8e3;  // of one SM
+  constexpr double kBlockUs = 0.07603, kRoundUs = 2.898;  // start and end of a block; of all that run at once
+  constexpr double kOutUs = 0.1699, kExchangeUs = 0.2577;  // of 8192 sums: finished, received
+  constexpr double kTokenTilesUs = 0.03073, kSplitTokenTilesUs = 0.9365;  // more than one tile of tokens
   // The next launch's first loads: early with slots for all of them, they compete with this launch's (kClash of their
   // time); early with too few, they fill this one's tail; late with too few, they come later.
-  constexpr double kClash = 0.2347, kTailUs = 0.2632, kLateUs = 0.04431;
+  constexpr double kClash = 0.1983, kTailUs = 0.9043, kLateUs = 0.116;
   const int64_t tiles_m = ceil_div(m, c.block_m), blocks = tiles_m * ceil_div(n, c.block_n) * c.split_k;
   const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
   // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
