@@ -59,9 +59,9 @@ double l2_bytes(const GemmConfig& c, int64_t m, int64_t n, int64_t k) {
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
   constexpr double kMacsPerUs = 7.248e6, kL2BytesPerUs = 11.86e6, kMemoryBytesPerUs = 2.724e6;
   constexpr double kOutBytes = 2.711;  // what an element of D costs, in bytes read
-  constexpr double kEpilogueUsPerColumn = 0.01197, kHiddenEpilogue = 0.5;  // the latter in ping-pong
+  constexpr double kEpilogueUsPerColumn = 0.01197, kHiddenEpilogue = 0.8;  // the latter in ping-pong
   constexpr double kFixedUs = 1.945;
-  constexpr double kPair = 1.09;  // blocks of a cluster wait for each other: longer tiles
+  constexpr double kPair = 1.14;  // blocks of a cluster wait for each other: longer tiles
   const int64_t tiles = ceil_div(m, c.block_m * c.cluster) * c.cluster * ceil_div(n, c.block_n);
   const double waves = double(ceil_div(tiles, device.sm_count));
   const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (waves - 1) : waves;
