@@ -61,12 +61,15 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   constexpr double kOutBytes = 2.711;  // what an element of D costs, in bytes read
   constexpr double kEpilogueUsPerColumn = 0.01197, kHiddenEpilogue = 0.8;  // the latter in ping-pong
   constexpr double kFixedUs = 1.945;
-  constexpr double kPair = 1.14;  // blocks of a cluster wait for each other: longer tiles
+  constexpr double kPair = 1.20;  // blocks of a cluster wait for each other: longer tiles
+  constexpr double kWide = 1.12;  // more than 128 columns a tile, without a cluster: measured at M 512 … 8192
   const int64_t tiles = ceil_div(m, c.block_m * c.cluster) * c.cluster * ceil_div(n, c.block_n);
   const double waves = double(ceil_div(tiles, device.sm_count));
   const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (waves - 1) : waves;
-  const double tile_us = (c.cluster > 1 ? kPair : 1) * double(c.block_m) * c.block_n * c.block_k *
-                         double(ceil_div(k, c.block_k)) / kMacsPerUs;
+  const double tile_us = (c.cluster > 1     ? kPair
+                          : c.block_n > 128 ? kWide
+                                            : 1) *
+                         double(c.block_m) * c.block_n * c.block_k * double(ceil_div(k, c.block_k)) / kMacsPerUs;
   const double compute_us = waves * tile_us + kEpilogueUsPerColumn * c.block_n * exposed;
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
   return kFixedUs + smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), compute_us);
