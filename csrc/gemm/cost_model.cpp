@@ -61,8 +61,8 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   constexpr double kOutBytes = 2.711;  // what an element of D costs, in bytes read
   constexpr double kEpilogueUsPerColumn = 0.01197, kHiddenEpilogue = 0.8;  // the latter in ping-pong
   constexpr double kFixedUs = 1.945;
-  constexpr double kPair = 1.20;  // blocks of a cluster wait for each other: longer tiles
-  constexpr double kWide = 1.12;  // more than 128 columns a tile, without a cluster: measured at M 512 … 8192
+  constexpr double kPair = 1.25;  // blocks of a cluster wait for each other: longer tiles
+  constexpr double kWide = 1.14;  // more than 128 columns a tile, without a cluster: measured at M 512 … 8192
   const int64_t tiles = ceil_div(m, c.block_m * c.cluster) * c.cluster * ceil_div(n, c.block_n);
   const double waves = double(ceil_div(tiles, device.sm_count));
   const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (waves - 1) : waves;
