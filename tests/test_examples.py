@@ -66,8 +66,9 @@ def test_a_patched_model_is_exported_with_the_profiles_of_its_traffic(tmp_path):
     done = run("export_tensorrt.py", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model.onnx").is_file()
-    # float32 sums in another order: parts in ten million.
-    assert float(re.search(r"relative error of ([\d.e-]+)", done.stdout)[1]) < 1e-5
+    # float32 norms and GELUs in another order may move a value across a rounding boundary: one step of 1/127 of a row's
+    # largest, in one of 256 or 1024 inputs, is some 1e-4 of the output.
+    assert float(re.search(r"relative error of ([\d.e-]+)", done.stdout)[1]) < 1e-3
     assert "chosen" in done.stdout
     assert re.search(r"^(engine: |no engine here: )", done.stdout, re.MULTILINE)
 

@@ -231,7 +231,7 @@ class Comparison:
             status, rest = _failure(error)
             return Entry(path, None, status, rest["reason"])
         note: dict[str, Any] = {"prepared_s": round(time.perf_counter() - started, 2)}
-        if plan := module.__dict__.get("_bench_plan"):
+        if (plan := module.__dict__.get("_bench_plan")) is not None:
             note["plan"] = plan
         self._say(f"  {path.base}: {note}")
         return Entry(path, subject, accuracy=measured, note=note)
