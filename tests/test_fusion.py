@@ -863,7 +863,7 @@ def test_generate_with_a_static_cache(family: str, device: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_cuda_graph_replays_a_fused_model(family: str) -> None:
     model = FAMILIES[family][0]().cuda().bfloat16()
-    # transformers looks at the mask's values unless a stream captures, and then drops a mask of ones: with "sdpa" that is
+    # transformers looks at the mask unless a stream captures, and then drops a mask of ones: with "sdpa" that is
     # another kernel, with other last bits.
     model.set_attn_implementation("eager")
     patched(model)
