@@ -1,4 +1,4 @@
-"""The HTML page of a report: one file, no scripts, nothing fetched; plots are inline SVG drawn here.
+"""The HTML page of a report: one file, no scripts, nothing fetched; plots are inline SVG.
 
 Every plot names its lines and bars where they are drawn, takes its colours from the page (light or dark as the reader's
 system has it), and has a title and a description for those who do not see it.
@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
+from hwkern import _svg
+from hwkern._svg import WIDTH, bar, line, text
 from hwkern.report import (
     KEPT,
     LayerReport,
@@ -22,15 +24,9 @@ from hwkern.report import (
     total_us,
 )
 
-WIDTH = 760  # of every plot, in its own units; the page scales it to the column
 MOST = 40  # rows of a plot: the rest is summed up in a sentence
 
-# Okabe and Ito's blue and orange, which colour-blind readers tell apart; the dark theme has lighter ones.
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1a1d21; --soft: #5b6570; --line: #d9dee4; --paper: #ffffff; --card: #f5f7f9;
-  --was: #b3bcc6; --now: #0072b2; --mark: #c04a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8ebee; --soft: #9aa5b1; --line: #333b44; --paper: #14171a;
-  --card: #1d2227; --was: #5c6672; --now: #56b4e9; --mark: #ff9d5c; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 60rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -39,12 +35,8 @@ p { margin: .25rem 0; } .soft { color: var(--soft); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .75rem; margin: 1.5rem 0; }
 .tile { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.25; } .tile span { color: var(--soft); font-size: .85rem; }
-figure { margin: .75rem 0 0; overflow-x: auto; } svg { display: block; width: 100%; min-width: 38rem; height: auto; }
-svg text { fill: var(--ink); font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-svg .soft { fill: var(--soft); } svg .num { text-anchor: end; } svg .mid { text-anchor: middle; }
-svg .was { fill: var(--was); } svg .now { fill: var(--now); } svg .nowtext { fill: var(--now); font-weight: 600; }
-svg .mark { fill: var(--mark); } svg .rest { fill: var(--line); }
-svg line { stroke: var(--line); stroke-width: 1; } svg line.bound { stroke: var(--mark); stroke-dasharray: 5 4; }
+figure { margin: .75rem 0 0; overflow-x: auto; } svg { min-width: 38rem; }
+svg .nowtext { fill: var(--now); font-weight: 600; }
 i.was, i.now { display: inline-block; width: 1.6em; height: .55em; background: var(--was); border-radius: 1px; }
 i.now { background: var(--now); } td small { color: var(--soft); display: block; }
 .scroll { overflow-x: auto; }
@@ -62,9 +54,9 @@ def page(report: Report) -> str:
     parts = [
         f"<h1>{escape(report.model or 'Model')}</h1>",
         *(
-            f"<p>{escape(line)}</p>"
-            for line in (*report.where, *plan_lines(report), report.fusion, report.note)
-            if line
+            f"<p>{escape(words)}</p>"
+            for words in (*report.where, *plan_lines(report), report.fusion, report.note)
+            if words
         ),
         _tiles(report),
     ]
@@ -77,13 +69,7 @@ def page(report: Report) -> str:
     for heading, section, needs_times in _SECTIONS:
         if timed or not needs_times:
             parts += [f"<h2>{heading}</h2>", section(report)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return _svg.page(title, parts, _STYLE)
 
 
 # ---- at a glance ----------------------------------------------------------------------------------------------------
@@ -129,24 +115,7 @@ def _model_bytes(report: Report) -> tuple[int, int]:
 
 
 def _figure(height: float, title: str, description: str, body: Sequence[str]) -> str:
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}">'
-        f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{''.join(body)}</svg></figure>"
-    )
-
-
-def _text(x: float, y: float, words: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(words)}</text>'
-
-
-def _bar(x: float, y: float, width: float, height: float, kind: str, tip: str = "") -> str:
-    inside = f"<title>{escape(tip)}</title>" if tip else ""
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{max(0.5, width):.1f}" height="{height:.1f}"'
-    return f'<rect {place} class="{kind}">{inside}</rect>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str = "") -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+    return f"<figure>{_svg.drawing(height, title, description, body)}</figure>"
 
 
 def _latency(report: Report) -> str:
@@ -181,12 +150,12 @@ def _bars(rows: Sequence[tuple[str, int, float, float]], mode: str) -> str:
     for name, count, before, after in rows:
         number = f"{count} × " if count > 1 else ""
         faster = f"{before / after:.2f}×" if before != after else "float"
-        body.append(_text(0, y + 13, f"{number}{_shortened(name, 66)}"))
-        body.append(_text(WIDTH - 52, y + 13, f"{_us(before)} → {_us(after)}", "num soft"))
-        body.append(_text(WIDTH, y + 13, faster, "num nowtext" if after < before else "num soft"))
+        body.append(text(0, y + 13, f"{number}{_shortened(name, 66)}"))
+        body.append(text(WIDTH - 52, y + 13, f"{_us(before)} → {_us(after)}", "num soft"))
+        body.append(text(WIDTH, y + 13, faster, "num nowtext" if after < before else "num soft"))
         was, now = before / longest * WIDTH, after / longest * WIDTH
-        body.append(_bar(0, y + 19, was, 7, "was", f"float: {_us(before)}"))
-        body.append(_bar(0, y + 27, now, 7, "now", f"now: {_us(after)}"))
+        body.append(bar(0, y + 19, was, 7, "was", f"float: {_us(before)}"))
+        body.append(bar(0, y + 27, now, 7, "now", f"now: {_us(after)}"))
         y += 46
     return _figure(y, f"Time of the linear layers, {mode}", _spoken(rows), body)
 
@@ -213,9 +182,9 @@ def _accuracy(report: Report) -> str:
 
     body = []
     for db in range(low, high + 1, 10):
-        body += [_line(left, y(db), WIDTH, y(db)), _text(left - 6, y(db) + 4, f"{db} dB", "num soft")]
-    body += [_line(left, y(bound), WIDTH, y(bound), "bound")]
-    body += [_text(WIDTH, y(bound) + (14 if bound > low else -5), f"bound {bound:g} dB", "num mark")]
+        body += [line(left, y(db), WIDTH, y(db)), text(left - 6, y(db) + 4, f"{db} dB", "num soft")]
+    body += [line(left, y(bound), WIDTH, y(bound), "bound")]
+    body += [text(WIDTH, y(bound) + (14 if bound > low else -5), f"bound {bound:g} dB", "num mark")]
     for i, layer in measured:
         assert layer.snr_db is not None
         tip = escape(f"{layer.name}: {layer.snr_db:.1f} dB, {layer.scheme or 'planned'}")
@@ -226,19 +195,21 @@ def _accuracy(report: Report) -> str:
     end = "num" if x(worst_i) > WIDTH / 2 else ""
     shift = -8 if end else 8
     body.append(
-        _text(x(worst_i) + shift, y(worst.snr_db) + 14, f"{_shortened(worst.name, 60)}: {worst.snr_db:.1f} dB", end)
+        text(x(worst_i) + shift, y(worst.snr_db) + 14, f"{_shortened(worst.name, 60)}: {worst.snr_db:.1f} dB", end)
     )
     floats = len(report.layers) - len(measured)
-    body.append(_text(left, top + height + 20, "first layer", "soft"))
-    body.append(_text(WIDTH, top + height + 20, "last layer", "num soft"))
-    text = f"{len(measured)} int8 layers between {min(values):.1f} and {max(values):.1f} dB; the bound is {bound:g} dB"
+    body.append(text(left, top + height + 20, "first layer", "soft"))
+    body.append(text(WIDTH, top + height + 20, "last layer", "num soft"))
+    spoken = (
+        f"{len(measured)} int8 layers between {min(values):.1f} and {max(values):.1f} dB; the bound is {bound:g} dB"
+    )
     note = (
         "<p class='soft'>Signal-to-noise ratio of each int8 layer's output on the plan's data, in the model's order; "
         "20 dB is a relative error of 10 %, 40 dB of 1 %."
         + (f" {_many(floats, 'layer')} in float {'has' if floats == 1 else 'have'} no dot." if floats else "")
         + "</p>"
     )
-    return note + _figure(top + height + 28, "Accuracy of the int8 layers", text, body)
+    return note + _figure(top + height + 28, "Accuracy of the int8 layers", spoken, body)
 
 
 def _memory(report: Report) -> str:
@@ -251,19 +222,19 @@ def _memory(report: Report) -> str:
     for y, name, size, kind in ((0, "as a float model", before, "was"), (52, "now", after, "now")):
         scale = (WIDTH - 4) / max(before, after)
         linear = (size - rest) * scale
-        body.append(_text(0, y + 13, f"{name}: {readable_bytes(size)}"))
-        body.append(_bar(0, y + 19, linear, 22, kind, f"linear layers: {readable_bytes(size - rest)}"))
-        body.append(_bar(linear, y + 19, rest * scale, 22, "rest", f"everything else: {readable_bytes(rest)}"))
+        body.append(text(0, y + 13, f"{name}: {readable_bytes(size)}"))
+        body.append(bar(0, y + 19, linear, 22, kind, f"linear layers: {readable_bytes(size - rest)}"))
+        body.append(bar(linear, y + 19, rest * scale, 22, "rest", f"everything else: {readable_bytes(rest)}"))
     body.append(
-        _text(0, 110, f"coloured: linear layers, {readable_bytes(before - rest)} → {readable_bytes(linear_after)}; "
+        text(0, 110, f"coloured: linear layers, {readable_bytes(before - rest)} → {readable_bytes(linear_after)}; "
               f"pale: everything else, {readable_bytes(rest)}", "soft")
     )  # fmt: skip
     kept = ""
     if report.originals_bytes and report.originals != "drop":
         place = KEPT[report.originals]
         kept = f"<p class='soft'>Beside it {readable_bytes(report.originals_bytes)} {place}, for unpatch.</p>"
-    text = f"{readable_bytes(before)} as a float model, {readable_bytes(after)} now"
-    return kept + _figure(118, "Memory of weights and buffers", text, body)
+    spoken = f"{readable_bytes(before)} as a float model, {readable_bytes(after)} now"
+    return kept + _figure(118, "Memory of weights and buffers", spoken, body)
 
 
 def _light(report: Report) -> str:
@@ -320,13 +291,13 @@ def _tokens(report: Report) -> str:
     most, whole = max(calls.values()), sum(spent.values())
     step = WIDTH / len(sizes)
     width = min(90.0, step * 0.7)
-    body = [_line(0, 160, WIDTH, 160)]
+    body = [line(0, 160, WIDTH, 160)]
     for i, m in enumerate(sizes):
         x = (i + 0.5) * step
         tall = calls[m] / most * 120
         share = f"{_percent(spent[m] / whole)} of the time"
         body.append(
-            _bar(
+            bar(
                 x - width / 2,
                 160 - tall,
                 width,
@@ -335,15 +306,15 @@ def _tokens(report: Report) -> str:
                 f"{_many(m, 'token')}: {_many(calls[m], 'call')}, {share}",
             )
         )
-        body.append(_text(x, 152 - tall, _many(calls[m], "call"), "mid"))
-        body.append(_text(x, 177, _many(m, "token"), "mid"))
-        body.append(_text(x, 194, share, "mid soft"))
-    text = "; ".join(f"{_many(m, 'token')}: {_many(calls[m], 'call')}" for m in sizes)
+        body.append(text(x, 152 - tall, _many(calls[m], "call"), "mid"))
+        body.append(text(x, 177, _many(m, "token"), "mid"))
+        body.append(text(x, 194, share, "mid soft"))
+    spoken = "; ".join(f"{_many(m, 'token')}: {_many(calls[m], 'call')}" for m in sizes)
     note = (
         "<p class='soft'>Calls of linear layers in the plan's batches, by tokens in a call (M); below, their share of "
         "the float layers' time.</p>"
     )
-    return note + _figure(200, "Calls by number of tokens", text, body)
+    return note + _figure(200, "Calls by number of tokens", spoken, body)
 
 
 # ---- what ran where, and why ----------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def dot(x: float, y: float, kind: str, tip: str = "", radius: float = 4) -> str:
 
 def drawing(height: float, title: str, description: str, body: Sequence[str], alone: bool = False) -> str:
     """The SVG element; ``alone``: a file of its own, with its colours in it."""
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img"'
+    space = 'xmlns="http://www.w3.org/2000/svg" ' if alone else ""
+    head = f'<svg {space}viewBox="0 0 {WIDTH} {height:.0f}" role="img"'
     style = f'<style>{STYLE}</style><rect width="100%" height="100%" class="paper"/>' if alone else ""
     return (
         f'{head} aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title>'
@@ -91,12 +92,12 @@ def drawing(height: float, title: str, description: str, body: Sequence[str], al
     )
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML document of these parts."""
+def page(title: str, parts: Sequence[str], style: str = PAGE_STYLE) -> str:
+    """A whole HTML document of these parts; ``style`` is for what is no drawing."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{PAGE_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)
         + "\n</main>\n</body>\n</html>\n"
     )
