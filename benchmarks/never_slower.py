@@ -23,6 +23,7 @@ import transformers
 
 import hwkern
 from hwkern import _batches
+from hwkern._timing import warm_up_stream
 
 LIMIT = 1.02
 SHAPES = ((1, 16), (1, 128), (8, 64), (8, 256))
@@ -112,8 +113,7 @@ def batch(kind: str, config: Any, shape: tuple[int, int], device: str, dtype: to
 
 def graph(model: torch.nn.Module, inputs: Inputs) -> Callable[[], object]:
     """The replay of a CUDA graph of one call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = warm_up_stream()
     with torch.cuda.stream(stream), torch.no_grad():
         for _ in range(2):
             model(**inputs)

@@ -8,6 +8,7 @@ The benchmarks and the tuner measure with this and nothing else.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import statistics
@@ -33,13 +34,27 @@ def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTE
     return max(1, min(wanted, int(limit // max(1, bytes_per_call))))
 
 
+def warm_up_stream() -> torch.cuda.Stream:
+    """The current device's stream for calls ahead of a capture, behind all that was enqueued.
+
+    Always the same: cuBLAS keeps 32 MB of the device for every stream that a product ran on, and torch has 32 of them.
+    """
+    stream = _stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda.CUDAGraph, int]:
     """One CUDA graph that runs ``calls`` in order, again and again until there are ``least``; and how many.
 
     Fewer where so many would take longer than ``GRAPH_SECONDS``.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = warm_up_stream()
     with torch.cuda.stream(stream), torch.inference_mode():
         for call in calls:  # everything lazy (handles, workspaces, checks) happens before the capture
             call()

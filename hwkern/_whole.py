@@ -25,6 +25,7 @@ from hwkern._choose import NOISE as LAYER_NOISE
 from hwkern._console import progress
 from hwkern._observe import evaluating
 from hwkern._recipes import Recipe
+from hwkern._timing import warm_up_stream
 
 if TYPE_CHECKING:
     from hwkern.plan import Plan
@@ -246,8 +247,7 @@ def _graph(model: nn.Module, batch: Any, device: torch.device) -> Callable[[], o
     on the device. Whoever asks there whether a capture is under way is told yes: transformers then skips its own waits.
     """
     with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream = warm_up_stream()
         mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(stream):
             _batches.call(model, batch)

@@ -230,7 +230,7 @@ def test_family_is_fused_and_computes_what_the_unfused_one_does(family: str, dty
     want = run(model, inputs)
     # The norm's float32 sums have another order, so some int8 values are a step away (float32), and a 16-bit norm may
     # round the other way first. Two layers, a few such steps: within a hundredth; another formula is off by about 1.
-    assert (got - want).double().norm() / want.double().norm() < (1e-3 if dtype == torch.float32 else 0.04)
+    assert (got - want).double().norm() / want.double().norm() < (0.01 if dtype == torch.float32 else 0.04)
     assert [name for name, _ in model.named_modules()] == names
     patched_keys = list(model.state_dict())
     assert [key for key in patched_keys if not key.endswith("weight_scale")] == keys

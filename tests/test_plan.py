@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import json
 import math
@@ -17,7 +18,7 @@ from test_patch import Snapshot
 from torch import nn
 
 import hwkern
-from hwkern import _choose, _measure, _whole, metrics
+from hwkern import _choose, _measure, _timing, _whole, metrics
 from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
@@ -675,6 +676,41 @@ def test_a_plan_on_the_gpu_measures_both_ways_of_running() -> None:
     hwkern.patch(model, plan=found)
     y = model(batches[1].cuda())
     assert torch.cosine_similarity(y.float(), exact.float(), dim=-1).min() > 0.99
+
+
+@pytest.mark.gpu
+def test_a_plan_leaves_no_memory_of_the_gpu_behind() -> None:
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)).bfloat16().cuda()
+    batches = [torch.randn(m, 1024, dtype=torch.bfloat16) for m in (1, 512)]
+    taken = []
+    for _ in range(3):
+        hwkern.plan(model, batches, show=False)
+        gc.collect()
+        taken.append(torch.cuda.memory_allocated())
+    assert taken[2] == taken[0]  # cuBLAS's workspace of a stream, 32 MB, came with the first
+
+
+def test_captures_are_warmed_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, device: int = 0) -> None:
+            self.device, self.waited = device, 0
+
+        def wait_stream(self, other: object) -> None:
+            self.waited += 1
+
+    device = 0
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    _timing._stream.cache_clear()
+    try:
+        first = _timing.warm_up_stream()
+        assert _timing.warm_up_stream() is first
+        assert first.waited == 2
+        device = 1
+        assert _timing.warm_up_stream().device == 1
+    finally:
+        _timing._stream.cache_clear()
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hwkern import _batches
+from hwkern import _batches, _timing
 from hwkern.bench import settings
 from hwkern.bench import traffic as queueing
 from hwkern.bench.models import Model
@@ -224,8 +224,7 @@ class TorchSubject:
 
 def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
     """Capture ``call``; what it returns then lives in the graph's memory."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = _timing.warm_up_stream()
     with torch.cuda.stream(stream):
         for _ in range(WARM_UP):
             call()
