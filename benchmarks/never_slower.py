@@ -23,7 +23,7 @@ import transformers
 
 import hwkern
 from hwkern import _batches
-from hwkern._timing import warm_up_stream
+from hwkern.bench.subjects import captured
 
 LIMIT = 1.02
 SHAPES = ((1, 16), (1, 128), (8, 64), (8, 256))
@@ -113,15 +113,8 @@ def batch(kind: str, config: Any, shape: tuple[int, int], device: str, dtype: to
 
 def graph(model: torch.nn.Module, inputs: Inputs) -> Callable[[], object]:
     """The replay of a CUDA graph of one call."""
-    stream = warm_up_stream()
-    with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(2):
-            model(**inputs)
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(captured):
-        model(**inputs)
-    return captured.replay
+    with torch.no_grad():
+        return captured(lambda: model(**inputs))
 
 
 def in_turn(calls: dict[str, Callable[[], object]], cuda: bool, longer: int = 1) -> dict[str, float]:

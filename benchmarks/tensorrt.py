@@ -18,7 +18,6 @@ import json
 import math
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ import hwkern  # noqa: E402
 import hwkern.tensorrt as ht  # noqa: E402
 from hwkern import _native  # noqa: E402
 from hwkern._console import print_table  # noqa: E402
+from hwkern.bench import record  # noqa: E402
 from hwkern.tensorrt import _api, _cuda, measure  # noqa: E402
 from hwkern.tensorrt.builder import keep_builder  # noqa: E402
 from hwkern.tensorrt.packing import padded, quantize_weight  # noqa: E402
@@ -485,12 +485,6 @@ def _show_models(rows: Rows, name: str, requests: Sequence[tuple[int, int]]) -> 
 def environment() -> dict[str, Any]:
     native = _native.extension()
     gpu = native.device_properties(0)
-    fields = ("driver_version", "clocks.max.sm", "power.limit")
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
-    try:
-        smi = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        smi = ""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "hwkern": hwkern.__version__,
@@ -499,7 +493,7 @@ def environment() -> dict[str, Any]:
         "gpu": gpu["name"],
         "compute": gpu["compute"],
         "wheel_cuda": native.cuda_version,
-        "nvidia_smi": dict(zip(fields, map(str.strip, smi.split(",")), strict=False)),
+        "nvidia_smi": record.nvidia_smi(0),
         "command": shlex.join(["python", "benchmarks/tensorrt.py", *(Path(a).name for a in sys.argv[1:])]),
     }
 
