@@ -1,6 +1,9 @@
 // The config table as data, and the choice from it.
 #include "gemm/configs.h"
 
+#include <algorithm>
+#include <numeric>
+
 #include "core/status.h"
 #include "gemm/w8a16.h"
 
@@ -14,7 +17,7 @@ constexpr int kAnyNewer = 999;
   GemmConfig{ID, "sm80_" #BM "x" #BN "x" #BK "_s" #STAGES, 80,    kAnyNewer, BM, BN, BK, WM, WN, WK, STAGES, \
              1,  sm80_shared_bytes(BM, BN, BK, STAGES),    BLOCKS},
 // A ping-pong tile is four warps' alone.
-#define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG, BOXES, CLUSTER)              \
+#define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG, BOXES, CLUSTER, NARROW)      \
   GemmConfig{ID,                                                               \
              !PINGPONG     ? "sm90_128x" #BN "x128_s" #STAGES                  \
              : CLUSTER > 1 ? "sm90_128x" #BN "x128_s" #STAGES "_pp_c" #CLUSTER \
@@ -91,6 +94,26 @@ const GemmConfig* gemm_config(int id) {
 bool gemm_runs_on(const GemmConfig& config, const Device& device) {
   return device.compute >= config.min_compute && device.compute <= config.max_compute &&
          device.shared_bytes >= config.shared_bytes;
+}
+
+// Narrow tiles fill the last round: 16 rows of tiles × 4096 columns on 66 clusters are six tiles of 192 for some (1152
+// columns), but four of 192 and two of 128 for each of 64 (1024) if a quarter of the columns is in narrow ones.
+Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns) {
+  const int64_t all = ceil_div(n, wide_columns);
+  Sm90Columns best{static_cast<int>(all), 0, ceil_div(tiles_m * all, clusters) * wide_columns};
+  if (narrow_columns == wide_columns) return best;
+  const int64_t step = std::gcd(wide_columns, narrow_columns), least = ceil_div(tiles_m * n, clusters * step) * step;
+  for (int64_t wide = all - 1; wide >= 0 && best.most > least; --wide) {
+    const int64_t narrow = ceil_div(n - wide * wide_columns, narrow_columns);
+    // `longer` clusters have a wide tile more than the others, which are the first to get narrow ones.
+    const int64_t each = tiles_m * wide / clusters, longer = tiles_m * wide % clusters, others = clusters - longer;
+    const int64_t narrow_tiles = tiles_m * narrow, left = std::max<int64_t>(0, narrow_tiles - others);
+    const int64_t most_others = each * wide_columns + ceil_div(narrow_tiles, clusters) * narrow_columns;
+    const int64_t most_longer = longer > 0 ? (each + 1) * wide_columns + ceil_div(left, clusters) * narrow_columns : 0;
+    const int64_t most = std::max(most_others, most_longer);
+    if (most < best.most) best = {static_cast<int>(wide), static_cast<int>(narrow), most};
+  }
+  return best;
 }
 
 int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {

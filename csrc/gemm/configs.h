@@ -16,14 +16,16 @@
   X(6, 128, 256, 64, 2, 4, 1, 4, 1)  \
   X(7, 256, 128, 64, 4, 2, 1, 4, 1)
 
-// X(id, BLOCK_N, STAGES, PINGPONG, BOXES, CLUSTER): 128 rows and 128 bytes of K a tile; two consumer warpgroups share a
-// tile, or each has its own (ping-pong). Each has shared memory for so many boxes of D. The blocks of a cluster share B.
-#define HWKERN_SM90_CONFIGS(X) \
-  X(103, 256, 4, false, 2, 1)  \
-  X(104, 128, 6, false, 2, 1)  \
-  X(105, 128, 6, true, 2, 1)   \
-  X(106, 192, 5, false, 1, 1)  \
-  X(107, 192, 5, true, 1, 2)
+// X(id, BLOCK_N, STAGES, PINGPONG, BOXES, CLUSTER, NARROW): 128 rows and 128 bytes of K a tile; two consumer warpgroups
+// share a tile, or each has its own (ping-pong). Each has shared memory for so many boxes of D. The blocks of a cluster
+// share B. The last tiles have NARROW columns where that lets all blocks end at about the same time.
+#define HWKERN_SM90_CONFIGS(X)     \
+  X(103, 256, 4, false, 2, 1, 256) \
+  X(104, 128, 6, false, 2, 1, 128) \
+  X(105, 128, 6, true, 2, 1, 128)  \
+  X(106, 192, 5, false, 1, 1, 192) \
+  X(107, 192, 5, true, 1, 2, 128)  \
+  X(108, 192, 5, true, 1, 1, 128)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
 // EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
@@ -69,6 +71,22 @@ constexpr int sm90_term_bytes(int block_n) { return kColumnTermBytes * block_n +
 constexpr int sm90_shared_bytes(int block_n, int stages, bool pingpong, int boxes) {
   return stages * (kSm90BlockM + block_n) * kSm90BlockK + kSm90Consumers * boxes * kSm90BoxBytes +
          (pingpong ? 2 : 1) * sm90_term_bytes(block_n) + 16 * stages + 48;
+}
+
+// N as columns of tiles: `wide` ones, then `narrow` ones; and how many columns of a row of tiles the busiest cluster gets
+// when all wide tiles and then all narrow ones are dealt out in turn.
+struct Sm90Columns {
+  int wide, narrow;
+  int64_t most;
+};
+Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns);
+
+constexpr int sm90_narrow(int id) {
+#define HWKERN_NARROW(ID, BLOCK_N, STAGES, PINGPONG, BOXES, CLUSTER, NARROW) \
+  if (id == ID) return NARROW;
+  HWKERN_SM90_CONFIGS(HWKERN_NARROW)
+#undef HWKERN_NARROW
+  return 0;
 }
 
 constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;

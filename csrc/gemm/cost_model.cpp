@@ -49,30 +49,35 @@ double predict_mma_sync(const GemmConfig& c, int64_t m, int64_t n, int64_t k, co
   return smooth_max(kFixedUs + cycles / kCyclesPerUs, kFixedUs + bytes_moved(m, n, k) / kMemoryBytesPerUs);
 }
 
-// Operand bytes from L2 into all SMs: the tiles of each block_m rows of A take all of B (once for all that are in one
-// cluster), those of each block_n rows of B all of A.
-double l2_bytes(const GemmConfig& c, int64_t m, int64_t n, int64_t k) {
-  return double(k) * (double(ceil_div(m, c.block_m * c.cluster)) * n + double(ceil_div(n, c.block_n)) * m);
+// Operand bytes from L2 into all SMs: each row of tiles takes all of B (once for all blocks of a cluster), each column all
+// of A.
+double l2_bytes(int64_t rows_of_tiles, int64_t columns_of_tiles, int64_t m, int64_t n, int64_t k) {
+  return double(k) * (double(rows_of_tiles) * n + double(columns_of_tiles) * m);
 }
 
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kMacsPerUs = 7.248e6, kL2BytesPerUs = 11.86e6, kMemoryBytesPerUs = 2.724e6;
-  constexpr double kOutBytes = 2.711;  // what an element of D costs, in bytes read
-  constexpr double kEpilogueUsPerColumn = 0.01197, kHiddenEpilogue = 0.8;  // the latter in ping-pong
-  constexpr double kFixedUs = 1.945;
-  constexpr double kPair = 1.25;  // blocks of a cluster wait for each other: longer tiles
-  constexpr double kWide = 1.14;  // more than 128 columns a tile, without a cluster: measured at M 512 … 8192
-  const int64_t tiles = ceil_div(m, c.block_m * c.cluster) * c.cluster * ceil_div(n, c.block_n);
-  const double waves = double(ceil_div(tiles, device.sm_count));
-  const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (waves - 1) : waves;
-  const double tile_us = (c.cluster > 1     ? kPair
+  constexpr double kMacsPerUs = 6.905e6, kL2BytesPerUs = 12.5e6, kMemoryBytesPerUs = 2.97e6;
+  constexpr double kOutBytes = 3.4;  // what an element of D costs, in bytes read
+  constexpr double kEpilogueUsPerColumn = 0.0055;
+  constexpr double kFixedUs = 2.415;
+  constexpr double kPair = 1.091;  // blocks of a cluster wait for each other
+  constexpr double kWide = 1.041;  // more than 128 columns a tile, without a cluster
+  constexpr double kNarrow = 1.016;  // some tiles are narrow
+  const int64_t tiles_m = ceil_div(m, c.block_m * c.cluster), clusters = device.sm_count / c.cluster;
+  const int narrow = sm90_narrow(c.id);
+  const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow);
+  const int64_t tiles_n = columns.wide + columns.narrow;
+  const double rounds = c.warps_m == 4 ? 1 : double(ceil_div(tiles_m * tiles_n, clusters));
+  const double loop_us = (c.cluster > 1     ? kPair
                           : c.block_n > 128 ? kWide
                                             : 1) *
-                         double(c.block_m) * c.block_n * c.block_k * double(ceil_div(k, c.block_k)) / kMacsPerUs;
-  const double compute_us = waves * tile_us + kEpilogueUsPerColumn * c.block_n * exposed;
+                         (columns.narrow > 0 ? kNarrow : 1) * double(columns.most) * c.block_m * c.block_k *
+                         double(ceil_div(k, c.block_k)) / kMacsPerUs;
+  const double epilogue_us = kEpilogueUsPerColumn * (columns.narrow > 0 ? narrow : c.block_n) * rounds;
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
-  return kFixedUs + smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), compute_us);
+  const double l2_us = l2_bytes(tiles_m, tiles_n, m, n, k) / kL2BytesPerUs;
+  return kFixedUs + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
 }
 
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
@@ -98,7 +103,8 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   const double bytes = (tokens + c.block_n) * c.block_k * steps;
   const double sm_us = on_one_sm * (std::max(bytes / kSmBytesPerUs, macs / kMacsPerUs) + kBlockUs * c.split_k);
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
-  const double stream_us = smooth_max(smooth_max(memory_us, l2_bytes(c, m, n, k) / kL2BytesPerUs), sm_us);
+  const double stream_us =
+      smooth_max(smooth_max(memory_us, l2_bytes(tiles_m, ceil_div(n, c.block_n), m, n, k) / kL2BytesPerUs), sm_us);
   const double share = double(c.split_k - 1) / c.split_k;
   const double out_us = (kOutUs * tokens + kExchangeUs * share * c.block_m) * c.block_n / 8192 *
                         std::min<double>(on_one_sm, c.blocks_per_sm);

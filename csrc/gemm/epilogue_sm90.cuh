@@ -23,9 +23,10 @@
 namespace hwkern {
 
 struct Sm90Params {
-  Boxes a, b;
+  Boxes a, b, b_narrow;  // b_narrow: where the config has narrow tiles
   CUtensorMap d;  // where D has 16-bit elements and `chunks`
   Gemm gemm;
+  Sm90Columns columns;
   int group_rows;  // of TileOrder
   bool chunks;  // D consists of whole 16-byte chunks
   bool streams;  // D does not fit in L2: it leaves first, so that A and B stay
@@ -35,7 +36,7 @@ constexpr int kPieceBytes = 16 * 128;  // a warp's rows of a box
 
 // Where one warp's 16 rows of D lie, and what scales them (of the lane's rows group and group + 8 of the fragments).
 struct Part {
-  int m0, n0;
+  int m0, n0, columns;  // the tile has so many columns: C::BLOCK_N or C::NARROW
   float scale_m[2];
 };
 
@@ -127,6 +128,7 @@ __device__ __forceinline__ void store_rows(const Sm90Params& params, const int32
   const uint32_t matrices = ptx::shared_address(staging) + staged(lane_id % 16, lane_id / 16);
 #pragma unroll
   for (int c = 0; c < C::BLOCK_N; c += PIECE) {
+    if (C::NARROW < C::BLOCK_N && c == C::NARROW && part.columns == C::NARROW) break;  // a narrow tile ends here
     const int piece = c / PIECE % C::OWN_BOXES * kPieceBytes;
     if (C::OWN_BOXES == 1) __syncwarp();  // the piece before has been read
 #pragma unroll
@@ -179,7 +181,7 @@ __device__ __forceinline__ void store_any(const Gemm& p, int32_t (&acc)[C::ACCUM
   const bool raw = p.d_dtype == DType::kInt32;
   const float inverse = inverse_d_scale(p);
 #pragma unroll 1
-  for (int c = 0; c < C::BLOCK_N; c += PIECE) {
+  for (int c = 0; c < (C::NARROW < C::BLOCK_N ? part.columns : C::BLOCK_N); c += PIECE) {
 #pragma unroll
     for (int j = 0; j < PIECE / 8; ++j) {
       const float4 terms = *reinterpret_cast<const float4*>(&columns[c + j * 8 + pair]);

@@ -9,7 +9,8 @@
 //                 last, and the copy engine stores them under the next main loop. Large tiles: the fewest bytes, and so
 //                 the least energy, an operation.
 //   ping-pong     each has a tile of its own and multiplies while the other writes its tile. The accumulators of a tile
-//                 are one warpgroup's, so it has at most 128 × 192.
+//                 are one warpgroup's, so it has at most 128 × 192. The last tiles of a block may have 128 columns, so
+//                 that all blocks end at about the same time (sm90_columns).
 //
 // Loads are what large problems wait for: 132 blocks with 128 × 192 tiles ask L2 for 53 bytes a cycle each at the peak
 // rate, more than it has. So those run in clusters of two, side by side along M, and each brings half of B for both: 37.
@@ -37,9 +38,10 @@ constexpr int MMA_M = 64, MMA_K = 32;
 constexpr int CONSUMERS = kSm90Consumers, THREADS = (CONSUMERS + 1) * 128;
 constexpr int64_t kStreamedBytes = 32 << 20;  // of D: the L2 of an H100 has 50 MB
 
-template <int BLOCK_N_, int STAGES_, bool PINGPONG_, int OWN_BOXES_, int CLUSTER_>
+template <int BLOCK_N_, int STAGES_, bool PINGPONG_, int OWN_BOXES_, int CLUSTER_, int NARROW_>
 struct Config {
   static constexpr int BLOCK_M = kSm90BlockM, BLOCK_N = BLOCK_N_, BLOCK_K = kSm90BlockK, STAGES = STAGES_;
+  static constexpr int NARROW = NARROW_;  // columns of the last tiles: BLOCK_N, or fewer (sm90_columns)
   static constexpr bool PINGPONG = PINGPONG_;
   static constexpr int CLUSTER = CLUSTER_;  // blocks that work side by side along M and bring a part of B each for all
   static constexpr int SHARERS = PINGPONG ? 1 : CONSUMERS;  // consumers of one buffer, and of one tile
@@ -65,20 +67,26 @@ struct Config {
   static_assert(STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
   static_assert(PINGPONG || MMAS_M == 1);
   static_assert(BORROWED >= 0 && CONSUMERS * BORROWED * kSm90BoxBytes <= STAGE_BYTES);
+  static_assert(NARROW <= BLOCK_N && (NARROW == BLOCK_N || PINGPONG));
 };
 
 // The tiles of one block, in order: block, block + blocks, … In clusters all of this counts clusters: a tile of a cluster
-// has its blocks' tiles one below the other.
+// has its blocks' tiles one below the other. First come all tiles of BLOCK_N columns, then those of NARROW.
+template <typename C>
 struct TileOrder {
-  int tiles_m, tiles_n;
+  int tiles_m, wide, narrow;  // rows of tiles; columns of tiles of either kind
   int group_rows;  // rows of tiles that walk along N side by side, so that a wave of tiles is about square
 
-  __device__ int count() const { return tiles_m * tiles_n; }
-  __device__ void locate(int tile, int* tile_m, int* tile_n) const {
+  __device__ int count() const { return tiles_m * (wide + narrow); }
+  __device__ bool is_wide(int tile) const { return C::NARROW == C::BLOCK_N || tile < tiles_m * wide; }
+  __device__ void locate(int tile, int* tile_m, int* n0) const {
+    const bool in_wide = is_wide(tile);
+    const int tiles_n = in_wide ? wide : narrow;
+    if (!in_wide) tile -= tiles_m * wide;
     const int group = tile / (group_rows * tiles_n), in_group = tile % (group_rows * tiles_n);
     const int rows = min(tiles_m - group * group_rows, group_rows);
     *tile_m = group * group_rows + in_group % rows;
-    *tile_n = in_group / rows;
+    *n0 = in_wide ? in_group / rows * C::BLOCK_N : wide * C::BLOCK_N + in_group / rows * C::NARROW;
   }
 };
 
@@ -86,7 +94,7 @@ struct TileOrder {
 template <typename C>
 struct Terms {
   float2 columns[C::BLOCK_N];
-  int m0, n0, unused[2];
+  int m0, n0, columns_of_tile, unused;
 };
 
 template <typename C>
@@ -105,8 +113,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int rank = C::CLUSTER > 1 ? static_cast<int>(blockIdx.x % C::CLUSTER) : 0;
   constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
-  const TileOrder order{static_cast<int>((p.m + CLUSTER_M - 1) / CLUSTER_M),
-                        static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N), params.group_rows};
+  const TileOrder<C> order{static_cast<int>((p.m + CLUSTER_M - 1) / CLUSTER_M), params.columns.wide,
+                           params.columns.narrow, params.group_rows};
   const int first_tile = blockIdx.x / C::CLUSTER, tile_step = gridDim.x / C::CLUSTER, tiles = order.count();
   const int k_tiles = static_cast<int>((p.k + C::BLOCK_K - 1) / C::BLOCK_K);
 
@@ -135,17 +143,20 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
     const int lane_id = threadIdx.x % 32;
     if (threadIdx.x == 0) {
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
-        int tile_m, tile_n;
-        order.locate(tile, &tile_m, &tile_n);
+        int tile_m, n0;
+        order.locate(tile, &tile_m, &n0);
+        const bool is_wide = order.is_wide(tile);
         // This block's rows of A, and its part of B's, which all blocks of the cluster get. What there is of a box: all,
         // the matrix's last rows, or nothing.
-        constexpr int PART = C::BLOCK_N / C::CLUSTER;
-        const int row_a = tile_m * CLUSTER_M + rank * C::BLOCK_M, row_b = tile_n * C::BLOCK_N + rank * PART;
-        const int64_t rows_a = p.m - row_a, rows_b = p.n - row_b, rows_all_b = p.n - tile_n * C::BLOCK_N;
+        const int columns = is_wide ? C::BLOCK_N : C::NARROW, part = columns / C::CLUSTER;
+        const Boxes& boxes_b = is_wide ? params.b : params.b_narrow;
+        const int row_a = tile_m * CLUSTER_M + rank * C::BLOCK_M, row_b = n0 + rank * part;
+        const int64_t rows_a = p.m - row_a, rows_b = p.n - row_b, rows_all_b = p.n - n0;
         const CUtensorMap *a = rows_a >= C::BLOCK_M ? &params.a.whole : &params.a.last,
-                          *b = rows_b >= PART ? &params.b.whole : &params.b.last;
+                          *b = rows_b >= part ? &boxes_b.whole : &boxes_b.last;
+        const uint32_t part_b = C::BYTES_A + rank * part * C::BLOCK_K;
         const int bytes =
-            static_cast<int>(max(min(rows_a, int64_t{C::BLOCK_M}), int64_t{0}) + min(rows_all_b, int64_t{C::BLOCK_N})) *
+            static_cast<int>(max(min(rows_a, int64_t{C::BLOCK_M}), int64_t{0}) + min(rows_all_b, int64_t{columns})) *
             C::BLOCK_K;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile, at.advance()) {
           ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
@@ -153,12 +164,11 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
           ptx::mbarrier_arrive_expect(barrier, bytes);
           if (C::CLUSTER == 1) {
             ptx::tma_load(smem_a, a, barrier, k_tile * C::BLOCK_K, row_a);
-            ptx::tma_load(smem_a + C::BYTES_A, b, barrier, k_tile * C::BLOCK_K, row_b);
+            ptx::tma_load(smem_a + part_b, b, barrier, k_tile * C::BLOCK_K, row_b);
           } else {
             if (rows_a > 0) ptx::tma_load(smem_a, a, barrier, k_tile * C::BLOCK_K, row_a);
             if (rows_b > 0)
-              ptx::tma_load_multicast(smem_a + C::BYTES_A + rank * PART * C::BLOCK_K, b, barrier, k_tile * C::BLOCK_K,
-                                      row_b, (1 << C::CLUSTER) - 1);
+              ptx::tma_load_multicast(smem_a + part_b, b, barrier, k_tile * C::BLOCK_K, row_b, (1 << C::CLUSTER) - 1);
           }
         }
       }
@@ -166,9 +176,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       int buffer = 0;
       uint32_t parity = 0;
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
-        int tile_m, tile_n;
-        order.locate(tile, &tile_m, &tile_n);
-        const int n0 = tile_n * C::BLOCK_N;
+        int tile_m, n0;
+        order.locate(tile, &tile_m, &n0);
         float2 columns[C::BLOCK_N / 32];
 #pragma unroll
         for (int i = 0; i < C::BLOCK_N / 32; ++i) columns[i] = column_terms(p, n0 + i * 32 + lane_id);
@@ -176,7 +185,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
         Terms<C>& terms = all_terms[buffer];
 #pragma unroll
         for (int i = 0; i < C::BLOCK_N / 32; ++i) terms.columns[i * 32 + lane_id] = columns[i];
-        if (lane_id == 0) terms.m0 = tile_m * CLUSTER_M + rank * C::BLOCK_M, terms.n0 = n0;
+        if (lane_id == 0) {
+          terms.m0 = tile_m * CLUSTER_M + rank * C::BLOCK_M, terms.n0 = n0;
+          terms.columns_of_tile = order.is_wide(tile) ? C::BLOCK_N : C::NARROW;
+        }
         ptx::mbarrier_arrive(terms_full + buffer * 8);
         if (++buffer == C::TERM_BUFFERS) buffer = 0, parity ^= 1;
       }
@@ -204,29 +216,38 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       if (C::PINGPONG) ptx::mbarrier_wait(turn + consumer * 8, parity ^ (consumer == 0));
       int32_t acc[C::MMAS_M][C::ACCUMULATORS];
       // Invariant: on entry to step k_tile the wgmmas of step k_tile - 1 may still run; its buffer is not yet released.
-      for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-        ptx::mbarrier_wait(full + at.stage * 8, at.parity);
-        const uint32_t smem_a = base + at.stage * C::STAGE_BYTES + (C::PINGPONG ? 0 : consumer * MMA_M * C::BLOCK_K);
-        const uint64_t a = ptx::wgmma_descriptor(smem_a);
-        const uint64_t b = ptx::wgmma_descriptor(base + at.stage * C::STAGE_BYTES + C::BYTES_A);
-        ptx::wgmma_fence();
+      auto multiply = [&](auto columns) {
+        constexpr int ACCUMULATORS = decltype(columns)::value / 2;
+        for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+          ptx::mbarrier_wait(full + at.stage * 8, at.parity);
+          const uint32_t smem_a = base + at.stage * C::STAGE_BYTES + (C::PINGPONG ? 0 : consumer * MMA_M * C::BLOCK_K);
+          const uint64_t a = ptx::wgmma_descriptor(smem_a);
+          const uint64_t b = ptx::wgmma_descriptor(base + at.stage * C::STAGE_BYTES + C::BYTES_A);
+          ptx::wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < C::BLOCK_K / MMA_K; ++step)
+          for (int step = 0; step < C::BLOCK_K / MMA_K; ++step)
 #pragma unroll
-          for (int i = 0; i < C::MMAS_M; ++i)
-            ptx::wgmma_m64k32_s8(acc[i], a + (i * MMA_M * C::BLOCK_K + step * MMA_K) / 16, b + step * MMA_K / 16,
-                                 k_tile > 0 || step > 0);
-        ptx::wgmma_commit();
-        if (k_tile > 0) {
-          ptx::wgmma_wait<1>();
-          if (leader) release(previous);
-        } else if (!C::PINGPONG) {  // the boxes of the tile before have left: their memory is free again
-          if (leader) ptx::bulk_wait_read<0>();
-          if (C::BORROWED > 0 && leader && previous >= 0) release(previous);
-          ptx::named_barrier_sync<128>(2 + consumer);
+            for (int i = 0; i < C::MMAS_M; ++i)
+              ptx::wgmma_m64k32_s8(reinterpret_cast<int32_t (&)[ACCUMULATORS]>(acc[i]),
+                                   a + (i * MMA_M * C::BLOCK_K + step * MMA_K) / 16, b + step * MMA_K / 16,
+                                   k_tile > 0 || step > 0);
+          ptx::wgmma_commit();
+          if (k_tile > 0) {
+            ptx::wgmma_wait<1>();
+            if (leader) release(previous);
+          } else if (!C::PINGPONG) {  // the boxes of the tile before have left: their memory is free again
+            if (leader) ptx::bulk_wait_read<0>();
+            if (C::BORROWED > 0 && leader && previous >= 0) release(previous);
+            ptx::named_barrier_sync<128>(2 + consumer);
+          }
+          previous = at.stage;
+          at.advance();
         }
-        previous = at.stage;
-        at.advance();
+      };
+      if (C::NARROW < C::BLOCK_N && !order.is_wide(tile)) {
+        multiply(std::integral_constant<int, C::NARROW>{});
+      } else {
+        multiply(std::integral_constant<int, C::BLOCK_N>{});
       }
       if (C::PINGPONG && leader) ptx::mbarrier_arrive(turn + (consumer ^ 1) * 8);
 
@@ -247,7 +268,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
 #pragma unroll
       for (int i = 0; i < C::MMAS_M; ++i) {
         const int m0 = terms.m0 + (C::PINGPONG ? i : consumer) * MMA_M + warp_id * 16;
-        parts[i] = {m0, terms.n0, {row_scale(p, m0 + lane_id / 4), row_scale(p, m0 + lane_id / 4 + 8)}};
+        parts[i] = {
+            m0, terms.n0, terms.columns_of_tile, {row_scale(p, m0 + lane_id / 4), row_scale(p, m0 + lane_id / 4 + 8)}};
       }
       ptx::wgmma_wait<0>();
       if (C::BORROWED == 0 && leader) release(previous);
@@ -275,12 +297,15 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   if (!make_boxes(&params.a, p.a, p.m, p.k, p.lda, C::BLOCK_M) ||
       !make_boxes(&params.b, p.b, p.n, p.k, p.ldb, C::BLOCK_N / C::CLUSTER))
     return kTensorMapRefused;
+  if (C::NARROW != C::BLOCK_N && !make_boxes(&params.b_narrow, p.b, p.n, p.k, p.ldb, C::NARROW / C::CLUSTER))
+    return kTensorMapRefused;
   if (!C::PINGPONG && params.chunks && element == 2 &&
       !make_map(&params.d, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.d, p.m, p.n, p.ldd, MMA_M, 128))
     return kTensorMapRefused;
   constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
-  const int64_t tiles_m = ceil_div(p.m, CLUSTER_M), clusters = sm_count / C::CLUSTER,
-                tiles = tiles_m * ceil_div(p.n, C::BLOCK_N);
+  const int64_t tiles_m = ceil_div(p.m, CLUSTER_M), clusters = sm_count / C::CLUSTER;
+  params.columns = sm90_columns(tiles_m, p.n, clusters, C::BLOCK_N, C::NARROW);
+  const int64_t tiles = tiles_m * (params.columns.wide + params.columns.narrow);
   if (tiles > INT32_MAX / 2 || p.m > INT32_MAX - CLUSTER_M || p.n > INT32_MAX - C::BLOCK_N)
     return invalid("gemm: M x N is too large for one launch");
   int64_t rows = 1;
