@@ -60,36 +60,49 @@ class Machine:
         return times
 
 
-def test_the_plan_takes_what_is_faster_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+def three_linears() -> Any:
+    """two_linears with a square one of 512 in front: two sizes."""
+    made = two_linears()
+    made.graph.node[0].input[0] = "s"
+    made.graph.node.insert(0, node("MatMul", ["x", "z"], ["s"], name="square"))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(512, 512), "z"))
+    return made
+
+
+def test_the_plan_takes_the_largest_sizes_when_small_ones_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 16 rows: 1.6 µs for a large linear, 0.8 for the square one, so that 0.5 µs more each is too much for it alone.
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=0.5)
     engines: dict[str, ht.Engine] = {}
-    plan = ht.make_plan(two_linears(), PROFILES, engines=engines)
-    assert plan == {"up": "w8a8_dynamic", "down": "float"}
-    assert plan.measured["chosen"] == "winners"
-    # float, all, then 2 kinds in 2 precisions, then the winners; the clear winners are the same
-    assert len(machine.built) == 2 + 4 + 1
-    assert set(engines) == {"float", "all", "winners"}
+    plan = ht.make_plan(three_linears(), PROFILES[:1], engines=engines)
+    assert plan == {"square": "float", "up": "w8a8_dynamic", "down": "w8a8_dynamic"}
+    assert plan.measured["chosen"] == "largest"
+    assert len(machine.built) == 3
+    assert list(engines) == list(plan.measured["engines"]) == ["float", "all", "largest"]
     assert opdef.metadata(machine.built[-1])["nodes"] == plan
     text = str(plan)
-    assert "512 x 1024" in text
+    assert "times float" in text
     assert "chosen" in text
-    report = ht.rewrite(two_linears(), plan=plan)
-    assert [n.status for n in report.nodes] == ["int8", "left"]
+    report = ht.rewrite(three_linears(), plan=plan)
+    assert [n.status for n in report.nodes] == ["left", "int8", "int8"]
 
 
 def test_the_plan_is_all_float_when_every_int8_engine_is_slower_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     # Twice as fast, but 2 µs more for each: too much for the 16 rows of the first profile (3.2 µs of work).
-    Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
     plan = ht.make_plan(two_linears(), PROFILES)
     assert set(plan.values()) == {"float"}
     assert plan.measured["chosen"] == "float"
+    report = ht.rewrite(two_linears(), plan=plan)
+    assert not report.swapped
+    times = [machine.engine_us(ht.Engine(b"0", {}), [p.opt for p in PROFILES])]
+    assert plan.measured["engines"]["float"] == times[0]
 
 
 def test_the_plan_takes_all_when_all_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
-    plan = ht.make_plan(two_linears(), PROFILES)
+    plan = ht.make_plan(three_linears(), PROFILES)
     assert set(plan.values()) == {"w8a8_dynamic"}
-    assert len(machine.built) == 2 + 4  # winners and clear winners are all
+    assert len(machine.built) == 3
 
 
 def normed() -> Any:
@@ -102,16 +115,42 @@ def normed() -> Any:
 
 
 def test_the_plan_says_whether_norms_are_fused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
     plan = ht.make_plan(normed(), PROFILES)
-    assert plan == {"up": "w8a8_dynamic", "down": "float"}
     assert plan.fuse_norm
-    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused", "winners"]
-    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[-1])] == ["NormLinearInt8"]
+    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[-1])] == ["NormLinearInt8", "LinearInt8"]
     plan.save(tmp_path / "plan.json")
     for given in (plan, tmp_path / "plan.json"):
         assert [bool(n.norm) for n in ht.rewrite(normed(), plan=given).nodes] == [True, False]
         assert not any(n.norm for n in ht.rewrite(normed(), plan=given, fuse_norm=False).nodes)
+
+
+def shared_input() -> Any:
+    """Two products of the same x, added."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"], name="a"), node("MatMul", ["x", "v"], ["b"], name="b"),
+        node("Add", ["a", "b"], ["y"]),
+    ]  # fmt: skip
+    weights = {"w": normal(512, 512), "v": normal(512, 512)}
+    return model(nodes, weights, ("batch", "length", 512), ("batch", "length", 512))
+
+
+def test_the_plan_says_whether_products_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    machine = Machine(monkeypatch, {512: 0.5})
+    monkeypatch.setattr(machine, "extra", -0.1)  # each node gains: two are better than one
+    plan = ht.make_plan(shared_input(), PROFILES)
+    assert list(plan.measured["engines"]) == ["float", "all", "all, not merged"]
+    assert plan.measured["chosen"] == "all, not merged"
+    assert not plan.merge
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json"):
+        assert [n.merged for n in ht.rewrite(shared_input(), plan=given).nodes] == [(), ()]
+        assert [n.merged for n in ht.rewrite(shared_input(), plan=given, merge=True).nodes] == [("a", "b")] * 2
+    monkeypatch.setattr(machine, "extra", 0.1)
+    plan = ht.make_plan(shared_input(), PROFILES)
+    assert plan.merge
+    assert plan.measured["chosen"] == "all"
 
 
 def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,24 +163,48 @@ def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkey
     assert set(ht.make_plan(two_linears(), [profile], quick=True, requests=requests).values()) == {"float"}
 
 
+def test_a_plan_keeps_to_its_seconds_and_takes_engines_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
+    said: list[str] = []
+    plan = ht.make_plan(three_linears(), PROFILES, seconds=0.0, progress=said.append)
+    assert list(plan.measured["engines"]) == ["float", "all"]
+    assert len(machine.built) == 2
+    assert "no time for the engine 'largest'" in said
+    engines = {"float": ht.Engine(b"0", {}), "all": ht.Engine(b"1", {}), "largest": ht.Engine(b"1", {})}
+    again = ht.make_plan(three_linears(), PROFILES, seconds=0.0, engines=engines)
+    assert list(again.measured["engines"]) == ["float", "all", "largest"]
+    assert len(machine.built) == 2
+
+
 def test_a_progress_that_stops_leaves_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, {512: 0.5, 1024: 0.5})
     engines: dict[str, ht.Engine] = {}
 
     def stop(text: str) -> None:
-        if "times" in text:
+        if "largest" in text:
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        ht.make_plan(two_linears(), PROFILES, progress=stop, engines=engines)
+        ht.make_plan(three_linears(), PROFILES, progress=stop, engines=engines)
     assert set(engines) == {"float", "all"}
     assert getattr(builder._kept, "builders", None) is None
+
+
+def test_sizes_are_nested_and_the_largest_come_first() -> None:
+    found = planner.Candidates(three_linears())
+    assert list(found.sizes) == [512 * 1024, 512 * 512]
+    assert found.plan(0) == ("float", {"square": "float", "up": "float", "down": "float"})
+    assert found.plan(1)[0] == "largest"
+    name, plan = found.plan(None, fuse_norm=True, merge=False)
+    assert name == "all, norms fused, not merged"
+    assert (plan.fuse_norm, plan.merge) == (True, False)
+    assert not planner.Candidates(three_linears(), exclude="*").sizes
 
 
 def test_choose_allows_noise_and_no_more() -> None:
     assert planner.choose({"float": [10.0, 10.0], "all": [5.0, 10.0 * planner.NOISE]}) == "all"
     assert planner.choose({"float": [10.0, 10.0], "all": [1.0, 10.1]}) == "float"
-    assert planner.choose({"float": [10.0], "all": [9.0], "winners": [8.0]}) == "winners"
+    assert planner.choose({"float": [10.0], "all": [9.0], "largest": [8.0]}) == "largest"
 
 
 def test_a_builder_is_kept_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,15 +217,18 @@ _kept = threading.local()
 
 @contextlib.contextmanager
 def keep_builder() -> Iterator[None]:
-    """Builds of this thread inside it share one IBuilder: making one loads all of TensorRT's kernels (8.6: 1 GB)."""
+    """Builds of this thread inside it share one IBuilder: making one loads all of TensorRT's kernels (8.6: 1 GB).
+
+    They share their timing caches in memory too: 8.6 refuses to read back what it wrote about compiled regions.
+    """
     if getattr(_kept, "builders", None) is not None:
         yield
         return
-    _kept.builders = {}
+    _kept.builders, _kept.caches = {}, {}
     try:
         yield
     finally:
-        _kept.builders = None
+        _kept.builders = _kept.caches = None
 
 
 def _new_builder(api: TensorRT) -> Any:
@@ -368,12 +371,18 @@ def _timing_cache(api: TensorRT, config: Any, path: str | os.PathLike[str] | Non
     if api.rtx:
         raise ValueError("TensorRT-RTX tunes on the GPU that runs the engine: it has no timing cache.")
     file = Path(path)
+    caches = getattr(_kept, "caches", None)
+    key = (api.name, str(file.absolute()))
+    if caches is not None and key in caches and config.set_timing_cache(caches[key], False):
+        return caches[key]
     old = file.read_bytes() if file.is_file() else b""
     cache = config.create_timing_cache(old)
     # A cache of another GPU or TensorRT is refused: start a new one.
     if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
+    if caches is not None:
+        caches[key] = cache
     api.log.take()
     return cache
 

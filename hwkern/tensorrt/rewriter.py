@@ -121,7 +121,7 @@ def rewrite(
     fuse_activation: bool = True,
     fuse_residual: bool = False,
     fuse_norm: bool | None = None,
-    merge: bool = True,
+    merge: bool | None = None,
     functions: bool = True,
     int32_weights: bool = False,
 ) -> RewriteReport:
@@ -147,7 +147,7 @@ def rewrite(
         fuse_residual: so does an addition of a tensor of the same shape.
         fuse_norm: a LayerNormalization (and the addition before it) whose result the product reads goes into the node,
             which gives the normalized tensor and the sum to whoever else reads them. None: as the plan says, else no.
-        merge: merge products that share x.
+        merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
             (which does that by itself).
@@ -173,8 +173,9 @@ def rewrite(
             raise ValueError("This model keeps its weights outside its file (or is over 1.8 GB): give dst, a path.")
         data = DataFile(target.with_name(target.name + ".data"))
     try:
-        nodes, norms = _plan(plan)
+        nodes, norms, merges = _plan(plan)
         norms = norms if fuse_norm is None else fuse_norm
+        merge = merges if merge is None else merge
         job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
         job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
@@ -206,10 +207,10 @@ def _at_least_opset_13(model: ModelProto) -> ModelProto:
 # ---- which nodes ---------------------------------------------------------------------------------------------------
 
 
-def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, bool]:
-    """(node name → scheme, whether norms are fused)."""
+def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, bool, bool]:
+    """(node name → scheme, whether norms are fused, whether products of the same x are merged)."""
     if plan is None:
-        return None, False
+        return None, False, True
     if isinstance(plan, (str, os.PathLike)):
         plan = json.loads(Path(plan).read_text(encoding="utf-8"))
     if not isinstance(plan, Mapping):
@@ -217,11 +218,15 @@ def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | 
     entries = plan.get("nodes", plan)
     if not isinstance(entries, Mapping):
         raise ValueError('A plan is a mapping of node names to schemes, or a JSON object with one under "nodes".')
-    norms = getattr(plan, "fuse_norm", None) if entries is plan else plan.get("fuse_norm")
+    norms, merge = (
+        (getattr(plan, "fuse_norm", False), getattr(plan, "merge", True))
+        if entries is plan
+        else (plan.get("fuse_norm", False), plan.get("merge", True))
+    )
     for name, scheme in entries.items():
         if scheme not in (*opdef.SCHEMES, "float"):
             raise ValueError(f"plan: {name!r} → {scheme!r}: it must be 'float' or one of {', '.join(opdef.SCHEMES)}.")
-    return dict(entries), bool(norms)
+    return dict(entries), bool(norms), bool(merge)
 
 
 class _Choice:
