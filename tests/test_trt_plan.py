@@ -201,6 +201,17 @@ def test_sizes_are_nested_and_the_largest_come_first() -> None:
     assert not planner.Candidates(three_linears(), exclude="*").sizes
 
 
+def test_each_profile_has_its_fastest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 2 µs more for each linear: too much for the 16 rows of the first profile, nothing for the 256 of the second.
+    Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
+    plan = ht.make_plan(two_linears(), PROFILES)
+    assert plan.measured["chosen"] == "float"
+    assert plan.fastest == ["float", "all"]
+    only_small = ht.make_plan(two_linears(), PROFILES, requests=[PROFILES[0].opt])
+    assert only_small.fastest == ["float", "float"]  # nothing was measured at the second
+    assert ht.Plan({"up": "float"}).fastest == []
+
+
 def test_choose_allows_noise_and_no_more() -> None:
     assert planner.choose({"float": [10.0, 10.0], "all": [5.0, 10.0 * planner.NOISE]}) == "all"
     assert planner.choose({"float": [10.0, 10.0], "all": [1.0, 10.1]}) == "float"

@@ -41,7 +41,8 @@ class Plan(dict[str, str]):
     """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``.
 
     ``fuse_norm``: whether LayerNormalizations go into the products that read them. ``merge``: whether products of the
-    same x become one.
+    same x become one. ``fastest``: for each profile the candidate that is fastest there, "float" among them; for
+    ``Runners``.
     """
 
     def __init__(
@@ -55,6 +56,10 @@ class Plan(dict[str, str]):
         self.measured: dict[str, Any] = dict(measured or {})
         self.fuse_norm = fuse_norm
         self.merge = merge
+
+    @property
+    def fastest(self) -> list[str]:
+        return list(self.measured.get("fastest", []))
 
     def to_dict(self) -> dict[str, Any]:
         return {"nodes": dict(self), "fuse_norm": self.fuse_norm, "merge": self.merge, "measured": self.measured}
@@ -187,7 +192,8 @@ def make_plan(
                 measured(count, *best())
     chosen = choose(times)
     plan = plans[chosen]
-    plan.measured = {"engines": times, "chosen": chosen, "precision": precision}
+    fastest = _by_profile(times, shapes, profiles)
+    plan.measured = {"engines": times, "chosen": chosen, "fastest": fastest, "precision": precision}
     return plan
 
 
@@ -200,6 +206,22 @@ def choose(times: Mapping[str, Sequence[float]]) -> str:
         if name == FLOAT or all(v <= b * NOISE for v, b in zip(values, base, strict=True))
     ]
     return _fastest({name: times[name] for name in fit}, base)
+
+
+def _by_profile(
+    times: Mapping[str, Sequence[float]], shapes: Sequence[Mapping[str, Shape]], profiles: Sequence[Profile]
+) -> list[str]:
+    """For each profile the fastest at its requests; a profile without any gets what is never slower than float."""
+    of: dict[int, list[int]] = {}
+    for at, shape in enumerate(shapes):
+        fitting = [i for i, profile in enumerate(profiles) if profile.covers(shape)]
+        if fitting:  # as the Runner chooses
+            of.setdefault(min(fitting, key=lambda i: profiles[i].distance(shape)), []).append(at)
+    found = []
+    for index in range(len(profiles)):
+        mine = of.get(index) or list(range(len(shapes)))
+        found.append(choose({name: [values[i] for i in mine] for name, values in times.items()}))
+    return found
 
 
 def _fastest(times: Mapping[str, Sequence[float]], base: Sequence[float]) -> str:
