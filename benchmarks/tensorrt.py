@@ -144,6 +144,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hwkern": {},
     "linear": {"include": "*"},
     "norm": {"fuse_norm": True},
+    "between": {"fuse_norm": "between"},
     "residual": {"fuse_residual": True},
     "unmerged": {"merge": False},
     "plain": {"fuse_activation": False},
@@ -338,9 +339,9 @@ class BareLinear:
         for w in self.weights:
             at, y = self.put(x), self.put(np.empty((m, n), np.float16))
             scratch = self.put(np.empty(size, np.uint8))
-            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
+            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual, constant weights
             arguments = (at, 1, k, w, padded(k), self.scale, self.bias, 1, y, n, 1, m, n, k, -1, scratch, size)
-            made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0))
+            made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0, 1))
         return made
 
     def free(self, kept: int = 0) -> None:

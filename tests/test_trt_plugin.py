@@ -145,6 +145,7 @@ def test_creators(harness: Harness) -> None:
             "has_input_scale",
             "has_residual",
             "config",
+            "constant_weights",
         )
     }
     assert harness.field_names("Quantize") == []
@@ -444,7 +445,13 @@ def test_state_makes_the_same_plugin_again(harness: Harness, create: Create, op:
 
 
 def test_different_plugins_have_different_timing_cache_ids(create: Create) -> None:
-    variants = [[], [integer("has_bias", 1)], [text("activation", "relu")], [integer("config", 2)]]
+    variants = [
+        [],
+        [integer("has_bias", 1)],
+        [text("activation", "relu")],
+        [integer("config", 2)],
+        [integer("constant_weights", 1)],
+    ]
     ids = [create(*fields).cache_id for fields in variants] + [create(op="Quantize").cache_id]
     assert len(set(ids)) == len(ids)
 
@@ -489,8 +496,9 @@ def test_state_with_a_good_checksum_is_still_judged(harness: Harness, create: Cr
         (20, 0),
         (24, -1),
         (28, 5555),
-        (32, 3),
-        (44, 9),
+        (32, 2),
+        (36, 3),
+        (48, 9),
     ):
         bad = checksummed(state[:offset] + struct.pack("<i", value) + state[offset + 4 :])
         assert harness.restore("LinearInt8", bad) is None, (offset, value)

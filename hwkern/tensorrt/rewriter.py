@@ -39,6 +39,7 @@ from hwkern.tensorrt.packing import K_MAX, pack, quantize_weight
 
 Selector = str | Callable[[str], bool] | Sequence["str | Callable[[str], bool]"]
 Plan = Mapping[str, str]
+FuseNorm = Literal[True, False, "between"]
 
 # As hwkern.patch: below, quantizing x and rescaling y cost more than the product saves.
 MIN_WEIGHTS = 2**17
@@ -120,7 +121,7 @@ def rewrite(
     scheme: str = "w8a8_dynamic",
     fuse_activation: bool = True,
     fuse_residual: bool = False,
-    fuse_norm: bool | None = None,
+    fuse_norm: FuseNorm | None = None,
     merge: bool | None = None,
     functions: bool = True,
     int32_weights: bool = False,
@@ -146,7 +147,8 @@ def rewrite(
         fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node.
         fuse_residual: so does an addition of a tensor of the same shape.
         fuse_norm: a LayerNormalization (and the addition before it) whose result the product reads goes into the node,
-            which gives the normalized tensor and the sum to whoever else reads them. None: as the plan says, else no.
+            which gives the normalized tensor and the sum to whoever else reads them. "between": only when what is
+            normalized comes from an int8 product too. None: as the plan says, else no.
         merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
@@ -207,7 +209,7 @@ def _at_least_opset_13(model: ModelProto) -> ModelProto:
 # ---- which nodes ---------------------------------------------------------------------------------------------------
 
 
-def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, bool, bool]:
+def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, FuseNorm, bool]:
     """(node name → scheme, whether norms are fused, whether products of the same x are merged)."""
     if plan is None:
         return None, False, True
@@ -226,7 +228,10 @@ def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | 
     for name, scheme in entries.items():
         if scheme not in (*opdef.SCHEMES, "float"):
             raise ValueError(f"plan: {name!r} → {scheme!r}: it must be 'float' or one of {', '.join(opdef.SCHEMES)}.")
-    return dict(entries), bool(norms), bool(merge)
+    if norms not in (True, False, "between"):
+        raise ValueError(f'plan: fuse_norm is {norms!r}: it must be true, false or "between".')
+    chosen: FuseNorm = "between" if norms == "between" else bool(norms)
+    return dict(entries), chosen, bool(merge)
 
 
 class _Choice:
@@ -346,6 +351,7 @@ class _Norm:
 class _Rewriter:
     choice: _Choice
     taken: set[int]  # ids of this graph's additions that are in a product as its residual
+    made: set[str]  # what this graph's int8 products give
 
     def __init__(
         self,
@@ -355,7 +361,7 @@ class _Rewriter:
         scheme: str,
         fuse_activation: bool,
         fuse_residual: bool,
-        fuse_norm: bool,
+        fuse_norm: FuseNorm,
         merge: bool,
         int32_weights: bool,
     ) -> None:
@@ -415,6 +421,7 @@ class _Rewriter:
                 found.append(linear)
         if not found:
             return
+        self.made = {linear.output for linear in found}
         removed: list[NodeProto] = []
         placed: dict[int, list[NodeProto]] = {}  # id of a node → the nodes that come in its place
         normed: set[str] = set()  # a norm goes into one product
@@ -655,6 +662,8 @@ class _Rewriter:
                 norm.sum = self._also_read(norm.x, [node], reads)
                 norm.x, norm.skip = add.input
                 norm.nodes.append(add)
+        if self.fuse_norm == "between" and not {norm.x, norm.skip} & self.made:
+            return None
         for linear in group:
             linear.report.norm = node.name or node.output[0]
         return norm
