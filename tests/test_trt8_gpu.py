@@ -97,8 +97,8 @@ class Layer:
         node = onnx.helper.make_node(
             "LinearInt8", [x, *(c.name for c in constants)], [y], name=name, domain="hwkern", plugin_namespace="hwkern",
             plugin_version="1", in_features=self.k, out_features=self.n, activation="none", config=-1, has_residual=0,
-            constant_weights=1, scheme="w8a8_static" if self.static else "w8a8_dynamic", has_bias=int(self.bias is not None),
-            has_input_scale=int(self.static),
+            scheme="w8a8_static" if self.static else "w8a8_dynamic", has_bias=int(self.bias is not None),
+            has_input_scale=int(self.static), constant_weights=1,
         )  # fmt: skip
         return node, constants
 

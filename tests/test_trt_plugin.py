@@ -471,8 +471,8 @@ def test_no_truncated_or_changed_state_is_accepted(harness: Harness, create: Cre
 
 def test_a_newer_state_is_named_as_such(harness: Harness, create: Create) -> None:
     _, state = create().serialize()
-    assert harness.restore("LinearInt8", state[:4] + struct.pack("<I", 2) + state[8:] + b"more") is None
-    assert "holds format 2 of this op and this hwkern reads format 1" in harness.sentences[0]
+    assert harness.restore("LinearInt8", state[:4] + struct.pack("<I", 99) + state[8:] + b"more") is None
+    assert "holds format 99 of this op and this hwkern reads format 2" in harness.sentences[0]
 
 
 def checksummed(state: bytes) -> bytes:

@@ -331,6 +331,31 @@ def test_a_norm_goes_into_the_products_that_read_it(bias: bool) -> None:
     assert np.mean(np.abs(run(new, {"x": x})[0] - wanted) > 1e-4) < 0.05
 
 
+def test_norms_between_int8_products_alone() -> None:
+    """x → up → + x → norm → down → + → norm → side: the second norm's sum comes from down, which stays float."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"], name="up"), node("Add", ["a", "x"], ["s"]),
+        node("LayerNormalization", ["s", "g"], ["n"], name="first"), node("MatMul", ["n", "v"], ["b"], name="down"),
+        node("Add", ["b", "n"], ["t"]), node("LayerNormalization", ["t", "g"], ["o"], name="second"),
+        node("MatMul", ["o", "u"], ["y"], name="side"),
+    ]  # fmt: skip
+    weights = {name: normal(512, 512) for name in "wvu"} | {"g": normal(512)}
+    made = model(nodes, weights, ("m", 512), ("m", 512))
+
+    def norms(**options: Any) -> list[str]:
+        return [n.norm for n in ht.rewrite(made, **options).nodes]
+
+    assert norms(fuse_norm=True) == ["", "first", "second"]
+    assert norms(fuse_norm="between") == ["", "first", "second"]
+    assert norms(fuse_norm=True, exclude="down") == ["", "", "second"]
+    assert norms(fuse_norm="between", exclude="down") == ["", "", ""]
+    assert norms(fuse_norm="between", exclude="up") == ["", "", "second"]
+    plan = ht.Plan({"up": "w8a8_dynamic", "down": "w8a8_dynamic", "side": "float"}, fuse_norm="between")
+    assert norms(plan=plan) == ["", "first", ""]
+    with pytest.raises(ValueError, match="fuse_norm is 'never'"):
+        ht.rewrite(made, plan={"nodes": {"up": "float"}, "fuse_norm": "never"})  # type: ignore[dict-item]
+
+
 def test_a_norm_in_half_precision() -> None:
     made, _ = normed_model(dtype="float16")
     new, _ = rewritten(made, fuse_norm=True)
