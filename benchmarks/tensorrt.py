@@ -157,11 +157,11 @@ def candidate(variant: str, sizes: int) -> str | None:
     parts = variant.split("+")
     if variant == "fp16":
         return planner.FLOAT
-    if not set(parts) <= {"hwkern", "norm", "unmerged", *(f"largest{i}" for i in range(1, sizes))}:
+    if not set(parts) <= {"hwkern", "norm", "between", *(f"largest{i}" for i in range(1, sizes))}:
         return None
     count = next((int(p.removeprefix("largest")) for p in parts if p.startswith("largest")), sizes)
     name = "all" if count == sizes else "largest" if count == 1 else f"{count} largest"
-    return name + ", norms fused" * ("norm" in parts) + ", not merged" * ("unmerged" in parts)
+    return name + (", norms fused" if "norm" in parts else ", norms fused between" if "between" in parts else "")
 
 
 # ---- linears -------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class BareLinear:
         for w in self.weights:
             at, y = self.put(x), self.put(np.empty((m, n), np.float16))
             scratch = self.put(np.empty(size, np.uint8))
-            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual, constant weights
+            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1: float16; no activation or residual; constant weights
             arguments = (at, 1, k, w, padded(k), self.scale, self.bias, 1, y, n, 1, m, n, k, -1, scratch, size)
             made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0, 1))
         return made

@@ -136,21 +136,26 @@ def shared_input() -> Any:
     return model(nodes, weights, ("batch", "length", 512), ("batch", "length", 512))
 
 
-def test_the_plan_says_whether_products_are_merged(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    machine = Machine(monkeypatch, {512: 0.5})
-    monkeypatch.setattr(machine, "extra", -0.1)  # each node gains: two are better than one
-    plan = ht.make_plan(shared_input(), PROFILES)
-    assert list(plan.measured["engines"]) == ["float", "all", "all, not merged"]
-    assert plan.measured["chosen"] == "all, not merged"
-    assert not plan.merge
+def test_a_plan_can_say_that_products_stay_apart(tmp_path: Any) -> None:
+    scheme = "w8a8_dynamic"
+    plan = ht.Plan({"a": scheme, "b": scheme}, merge=False)
     plan.save(tmp_path / "plan.json")
     for given in (plan, tmp_path / "plan.json"):
         assert [n.merged for n in ht.rewrite(shared_input(), plan=given).nodes] == [(), ()]
         assert [n.merged for n in ht.rewrite(shared_input(), plan=given, merge=True).nodes] == [("a", "b")] * 2
-    monkeypatch.setattr(machine, "extra", 0.1)
-    plan = ht.make_plan(shared_input(), PROFILES)
-    assert plan.merge
-    assert plan.measured["chosen"] == "all"
+    assert [n.merged for n in ht.rewrite(shared_input(), plan=dict(plan)).nodes] == [("a", "b")] * 2
+
+
+def test_largest_sizes_have_their_norms_fused_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = three_linears()  # square, then up, with a norm between: square stays float, so the norm does too
+    made.graph.node[1].input[0] = "n"
+    made.graph.node.insert(1, node("LayerNormalization", ["s", "g"], ["n"]))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(512), "g"))
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=0.5)
+    plan = ht.make_plan(made, PROFILES[:1])
+    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused", "largest, norms fused between"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[2])] == ["LinearInt8", "NormLinearInt8", "LinearInt8"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[3])] == ["LinearInt8", "LinearInt8"]
 
 
 def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ TensorRT compiles what lies between two plugins as one, so a linear that is fast
 the model slower: only whole engines are compared. Candidates, each built and timed at each request (by default each
 profile's ``opt``):
 
-1. the float model; all linears in int8; the same with norms fused; with products of the same x apart; with both;
-2. in the best of these forms, the linears with the largest weights only, then those with the two largest sizes, ….
+1. the float model; all linears in int8; the same with norms fused;
+2. the linears with the largest weights only, those with the two largest sizes, …, norms fused between them: the rest,
+   attention and its small projections, stays one piece that TensorRT can compile.
 
 The plan is the fastest that is nowhere slower than float; if there is none, the plan keeps everything float. So a model
 that is rewritten by its plan is never slower than TensorRT's own.
@@ -28,7 +29,7 @@ from hwkern._console import plain_table
 from hwkern.tensorrt import graph, measure, opdef
 from hwkern.tensorrt.builder import Engine, build, keep_builder
 from hwkern.tensorrt.profiles import Profile, Shape
-from hwkern.tensorrt.rewriter import Selector, rewrite
+from hwkern.tensorrt.rewriter import FuseNorm, Selector, rewrite
 
 #: A whole engine counts as not slower while it is within the noise of two measurements of the same engine.
 NOISE = 1.005
@@ -40,16 +41,15 @@ Progress = Callable[[str], None]
 class Plan(dict[str, str]):
     """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``.
 
-    ``fuse_norm``: whether LayerNormalizations go into the products that read them. ``merge``: whether products of the
-    same x become one. ``fastest``: for each profile the candidate that is fastest there, "float" among them; for
-    ``Runners``.
+    ``fuse_norm``, ``merge``: as ``rewrite`` takes them. ``fastest``: for each profile the candidate that is fastest
+    there, "float" among them; for ``Runners``.
     """
 
     def __init__(
         self,
         nodes: Mapping[str, str],
         measured: Mapping[str, Any] | None = None,
-        fuse_norm: bool = False,
+        fuse_norm: FuseNorm = False,
         merge: bool = True,
     ) -> None:
         super().__init__(nodes)
@@ -93,9 +93,8 @@ class Candidates:
             self.sizes.setdefault(size, {})[node.name] = node.scheme
         self.sizes = dict(sorted(self.sizes.items(), reverse=True))
         self.has_norms = any(node.norm for node in report.swapped)
-        self.has_merged = any(node.merged for node in report.swapped)
 
-    def plan(self, count: int | None = None, fuse_norm: bool = False, merge: bool = True) -> tuple[str, Plan]:
+    def plan(self, count: int | None = None, fuse_norm: FuseNorm = False, merge: bool = True) -> tuple[str, Plan]:
         """The name and the plan with the ``count`` largest sizes in int8 (None: all, 0: everything float)."""
         count = len(self.sizes) if count is None else count
         nodes = {node.name: FLOAT for node in self.report.nodes}
@@ -104,7 +103,7 @@ class Candidates:
         if count == 0:
             return FLOAT, Plan(nodes)
         name = "all" if count >= len(self.sizes) else "largest" if count == 1 else f"{count} largest"
-        name += ", norms fused" * fuse_norm + ", not merged" * (not merge)
+        name += ", norms fused" * bool(fuse_norm) + " between" * (fuse_norm == "between") + ", not merged" * (not merge)
         return name, Plan(nodes, fuse_norm=fuse_norm, merge=merge)
 
 
@@ -125,7 +124,7 @@ def make_plan(
     engines: dict[str, Engine] | None = None,
     trt: ModuleType | str | None = None,
 ) -> Plan:
-    """Measure on the GPU that is here which linears gain from int8. Takes as long as four to eight builds of the model.
+    """Measure on the GPU that is here which linears gain from int8. Takes as long as three to seven builds.
 
     Args:
         onnx: the float model. profiles, precision, timing_cache, workspace, optimization_level, trt: as for ``build``.
@@ -159,9 +158,9 @@ def make_plan(
     times: dict[str, list[float]] = {}
     started, longest = time.monotonic(), 0.0
 
-    def measured(count: int | None, fuse_norm: bool = False, merge: bool = True) -> None:
+    def measured(count: int | None, fuse_norm: FuseNorm = False) -> None:
         nonlocal longest
-        name, plan = candidates.plan(count, fuse_norm, merge)
+        name, plan = candidates.plan(count, fuse_norm)
         at = time.monotonic()
         if seconds is not None and len(times) > 1 and name not in engines and at - started + longest > seconds:
             say(f"no time for the engine {name!r}")
@@ -174,22 +173,14 @@ def make_plan(
         plans[name] = plan
         longest = max(longest, time.monotonic() - at)
 
-    def best() -> tuple[bool, bool]:
-        """fuse_norm and merge of the fastest so far that is not float, wherever it is slower."""
-        ints = {name: t for name, t in times.items() if name != FLOAT}
-        found = plans[_fastest(ints, times[FLOAT])]
-        return found.fuse_norm, found.merge
-
     with keep_builder():
         measured(0)
         if candidates.sizes:
             measured(None)
             if candidates.has_norms:
                 measured(None, fuse_norm=True)
-            if candidates.has_merged and not quick:
-                measured(None, fuse_norm=best()[0], merge=False)
             for count in range(1, len(candidates.sizes)) if not quick else ():
-                measured(count, *best())
+                measured(count, "between" if candidates.has_norms else False)
     chosen = choose(times)
     plan = plans[chosen]
     fastest = _by_profile(times, shapes, profiles)
