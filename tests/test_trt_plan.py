@@ -236,6 +236,46 @@ def test_a_builder_is_kept_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     assert builder._new_builder(api) is not first
 
 
+def test_a_build_that_fails_with_einsums_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["q"], name="query"), node("Transpose", ["x"], ["k"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "k"], ["y"], name="scores"),
+    ]  # fmt: skip
+    shape = ("batch", "length", 512)
+    made = ht.rewrite(model(nodes, {"w": normal(512, 512)}, shape, ("batch", "length", "length"))).model
+    seen: list[list[str]] = []
+
+    class Fake:
+        """TensorRT 8.6 that cannot build an Einsum, if it is told so."""
+
+        name, version, rtx, lean, strongly_typed, takes_int8_constants = "trt", (8, 6), False, False, False, False
+        has_v3, refuses = False, True
+        module = type("Module", (), {"__version__": "8.6.0"})
+        log = type("Log", (), {"verbose": False, "take": lambda self: ""})()
+
+        def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+            seen.append([n.op_type for n in network.graph.node])
+            return None if self.refuses and "Einsum" in seen[-1] else b"engine"
+
+    fake = Fake()
+    monkeypatch.setattr(builder._api, "find", lambda trt=None: fake)
+    monkeypatch.setattr(builder, "load_plugin", lambda module: None)
+    monkeypatch.setattr(builder, "plugin_path", lambda module: None)
+    monkeypatch.setattr(builder, "last_error", lambda path: "")
+    monkeypatch.setattr(builder, "_parsed", lambda api, model, source: (fake, model, None))
+    monkeypatch.setattr(builder, "_config", lambda *_: None)
+    monkeypatch.setattr(builder, "_add_profiles", lambda *_: [])
+    assert ht.build(made).data == b"engine"
+    assert seen == [["LinearInt8", "Transpose", "Einsum"], ["LinearInt8", "Transpose", "MatMul"]]
+    fake.refuses = False
+    ht.build(made)
+    ht.build(made, einsum=False)
+    assert seen[2:] == [["LinearInt8", "Transpose", "Einsum"], ["LinearInt8", "Transpose", "MatMul"]]
+    fake.version = (10, 1)  # compiles all that lies between plugins by itself
+    ht.build(made)
+    assert seen[4:] == [["LinearInt8", "Transpose", "MatMul"]]
+
+
 def test_weights_of_bindings_for_numpy_1() -> None:
     value = np.arange(24, dtype=np.float32)
     # What TensorRT 8.6 gives under numpy 2: the right address and length, strides of 0.

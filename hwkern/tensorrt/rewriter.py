@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 import hwkern
 from hwkern._console import plain_table
-from hwkern.tensorrt import activations, opdef
+from hwkern.tensorrt import activations, einsums, opdef
 from hwkern.tensorrt.graph import (
     Array,
     Constant,
@@ -393,7 +393,9 @@ class _Rewriter:
 
     def _metadata(self) -> dict[str, Any]:
         plan = {node.name: node.scheme or "float" for node in self.report.nodes}
-        return {"hwkern": hwkern.__version__, "op_version": opdef.PLUGIN_VERSION, "nodes": plan}
+        # Types are those of the model as it was: nobody knows what a hwkern node gives.
+        products = einsums.find(self.model.graph, self.types)
+        return {"hwkern": hwkern.__version__, "op_version": opdef.PLUGIN_VERSION, "nodes": plan, "products": products}
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 
