@@ -14,9 +14,12 @@ call from numpy to numpy.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import platform
+import re
 import shlex
 import sys
 import time
@@ -30,6 +33,7 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _here]
 sys.path.append(str(_here))
 
 import numpy as np  # noqa: E402
+import onnx  # noqa: E402
 import tensorrt_models as models  # noqa: E402
 import tensorrt_tables  # noqa: E402
 
@@ -40,9 +44,10 @@ import hwkern.tensorrt as ht  # noqa: E402
 from hwkern import _native  # noqa: E402
 from hwkern._console import print_table  # noqa: E402
 from hwkern.bench import record  # noqa: E402
-from hwkern.tensorrt import _api, _cuda, measure  # noqa: E402
+from hwkern.tensorrt import _api, _cuda, measure, planner  # noqa: E402
 from hwkern.tensorrt.builder import keep_builder  # noqa: E402
 from hwkern.tensorrt.packing import padded, quantize_weight  # noqa: E402
+from hwkern.tensorrt.precision import convert  # noqa: E402
 
 Rows = list[dict[str, Any]]
 
@@ -63,25 +68,37 @@ class OutOfTime(Exception):  # noqa: N818
 class Builder:
     """Builds with one timing cache and says how long it took."""
 
-    def __init__(
-        self, cache: Path | None, budget: float, level: int | None, one_profile: bool = False, quick: bool = False
-    ) -> None:
-        self.cache, self.api, self.until, self.level = cache, _api.find(), time.monotonic() + budget, level
-        self.one_profile, self.quick = one_profile, quick
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.cache, self.api, self.level = arguments.cache, _api.find(), arguments.level
+        self.until = time.monotonic() + arguments.budget
+        self.folder, self.only = arguments.engines, arguments.build_only
+        self.one_profile, self.layers = arguments.one_profile, arguments.layers
 
     def __call__(
-        self, what: str, model: Any, profiles: Sequence[ht.Profile], precision: str, half_io: bool
+        self, what: str, model: Callable[[], Any], profiles: Sequence[ht.Profile], precision: str, half_io: bool
     ) -> ht.Engine:
+        """``model`` is called only when the engine is not in the folder."""
+        kept = self._file(what, profiles, precision, half_io)
+        if kept is not None and kept.is_file():
+            return ht.Engine.load(kept)
         self.check()
         start = time.perf_counter()
         edit = self._half_io if half_io and not self.api.strongly_typed else None
         cache = None if self.api.rtx else self.cache
         engine = ht.build(
-            model, profiles, precision, timing_cache=cache, edit=edit, optimization_level=self.level,
-            configure=self._configure if edit else None,
+            model(), profiles, precision, timing_cache=cache, edit=edit, optimization_level=self.level,
+            configure=self._configure if edit else None, path=kept,
         )  # fmt: skip
         print(f"built {what}: {time.perf_counter() - start:.1f} s, {len(engine.data) / 1e6:.1f} MB", flush=True)
         return engine
+
+    def _file(self, what: str, profiles: Sequence[ht.Profile], precision: str, half_io: bool) -> Path | None:
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told = json.dumps([what, [p.to_dict() for p in profiles], precision, half_io, self.level, str(self.api)])
+        digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+        return Path(self.folder, re.sub("[^A-Za-z0-9]+", "-", what) + f"-{digest}.engine")
 
     def check(self) -> None:
         if time.monotonic() > self.until:
@@ -103,28 +120,58 @@ class Builder:
 
 
 def variant_of(variant: str, model: Any, scales: dict[str, float]) -> Any:
-    """The ONNX model of one variant."""
+    """The ONNX model of one variant: fp32, fp16, qdq, or how it is rewritten, as in norm+unmerged or largest1."""
     if variant in ("fp32", "fp16"):
         return model
     if variant == "qdq":
         return models.with_qdq(model, scales)
-    options: dict[str, dict[str, Any]] = {
-        "hwkern": {},
-        "linear": {"include": "*"},
-        "norm": {"fuse_norm": True},
-        "residual": {"fuse_residual": True},
-        "unmerged": {"merge": False},
-        "plain": {"fuse_activation": False},
-    }
-    return ht.rewrite(model, **options[variant]).model
+    count, options = None, {}
+    for part in variant.split("+"):
+        if part.startswith("largest"):
+            count = int(part.removeprefix("largest"))
+        else:
+            options |= OPTIONS[part]
+    if count is not None:
+        options["plan"] = planner.Candidates(model).plan(count)[1]
+    if not options.pop("half", False):
+        return ht.rewrite(model, **options).model
+    rewritten = ht.rewrite(model, **options).model
+    convert(rewritten, onnx.TensorProto.FLOAT16)
+    return rewritten
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "hwkern": {},
+    "linear": {"include": "*"},
+    "norm": {"fuse_norm": True},
+    "between": {"fuse_norm": "between"},
+    "residual": {"fuse_residual": True},
+    "unmerged": {"merge": False},
+    "plain": {"fuse_activation": False},
+    "half": {"half": True},  # the ONNX model itself in float16, instead of TensorRT's flag
+}
+
+
+def candidate(variant: str) -> str | None:
+    """What make_plan calls this variant."""
+    parts = set(variant.split("+"))
+    if variant == "fp16":
+        return planner.FLOAT
+    counts = {part for part in parts if part.startswith("largest")}
+    if not parts <= {"hwkern", "norm", "between", *counts}:
+        return None
+    count = min(counts, default="all").removeprefix("largest")
+    name = count if count == "all" else "largest" if count == "1" else f"{count} largest"
+    return name + (", norms fused" if "norm" in parts else ", norms fused between" if "between" in parts else "")
 
 
 # ---- linears -------------------------------------------------------------------------------------------------------
 
 
 def bench_linears(
-    build: Builder, groups: Sequence[Sequence[int]], variants: Sequence[str], rows: Rows, done: Callable[[], None]
-) -> None:
+    build: Builder, linears: Sequence[tuple[int, int]], groups: Sequence[Sequence[int]], variants: Sequence[str],
+    rows: Rows, done: Callable[[], None],
+) -> None:  # fmt: skip
     """One engine for each group of M, with a profile for each M: when the budget ends, whole groups are there."""
     found: dict[tuple[int, int, int], dict[str, Any]] = {}
 
@@ -136,27 +183,37 @@ def bench_linears(
 
     try:
         for ms in groups:
-            for n, k in LINEARS:
-                model = models.linear(n, k)
-                x = np.random.default_rng(1).standard_normal((max(ms), k), dtype=np.float32).astype(np.float16)
+            for n, k in linears:
+                model = _linear(n, k)
+                some = np.random.default_rng(1).standard_normal((1024, k), dtype=np.float32).astype(np.float16)
                 # The best that a static scale can do: calibrated on the very data that is measured.
-                scale = float(np.abs(x[:1024]).max()) / 127
+                scale = float(np.abs(some).max()) / 127
+                x = np.resize(some, (max(ms), k))
                 for variant in variants:
                     try:
                         engine = _linear_engine(build, variant, model, n, k, ms, scale)
+                        if build.only:
+                            continue
                         _time_linear(engine, variant, model, n, k, ms, x, row)
+                    except OutOfTime:
+                        print(f"{variant} {n}x{k}: not built, the budget is used up", flush=True)
                     except RuntimeError as error:  # TensorRT cannot build or run it: the others count all the same
                         print(f"{variant} {n}x{k}: {error}", flush=True)
                     done()
     finally:
-        for n, k in LINEARS:
+        for n, k in linears if not build.only else ():
             _show_linears(rows, n, k)
+
+
+_linear = functools.cache(models.linear)
 
 
 def _linear_engine(
     build: Builder, variant: str, model: Any, n: int, k: int, ms: Sequence[int], scale: float
 ) -> ht.Engine:
-    made = variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
+    def made() -> Any:
+        return variant_of("linear" if variant == "hwkern" else variant, model, {"linear.matmul": scale})
+
     precision = "fp32" if variant == "fp32" else "fp16"
     profiles = [_fixed("x", (m, k)) for m in ms]
     what = f"{variant} {n}x{k}, M = {', '.join(map(str, ms))}"
@@ -210,24 +267,15 @@ def _fixed(name: str, shape: tuple[int, ...]) -> ht.Profile:
     return ht.Profile({name: shape}, {name: shape}, {name: shape})
 
 
-def _time_engine(
-    engine: ht.Engine,
-    data: dict[str, Any],
-    requests: Sequence[dict[str, tuple[int, ...]]],
-    keys: Sequence[Any],
-    copies: int | None = None,
-) -> dict[Any, dict[str, float]]:
-    held = measure.Copies(engine, copies)
+def _time_engine(engine: ht.Engine, feeds: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, float]]:
+    """One copy of the engine, for each request."""
+    held = measure.Copies(engine, 1)
     times = {}
     try:
         with held.runners[0].context.current():
-            for key, shapes in zip(keys, requests, strict=True):
-                fill = {
-                    name: np.ascontiguousarray(data[name][: s[0]] if data[name].shape != s else data[name])
-                    for name, s in shapes.items()
-                }
-                fill = {n: f.astype(held.runners[0].inputs[n].dtype, copy=False) for n, f in fill.items()}
-                calls, alive = held.enqueues(shapes, fill)
+            for key, feed in feeds.items():
+                wire = {n: np.ascontiguousarray(a.astype(held.runners[0].inputs[n].dtype)) for n, a in feed.items()}
+                calls, alive = held.enqueues({n: a.shape for n, a in wire.items()}, wire)
                 times[key] = measure.graph_us(calls, SECONDS)
                 measure.free(alive)
                 print(f"  {key}: {times[key]['p50']:.1f} us", flush=True)
@@ -283,9 +331,9 @@ class BareLinear:
         for w in self.weights:
             at, y = self.put(x), self.put(np.empty((m, n), np.float16))
             scratch = self.put(np.empty(size, np.uint8))
-            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1 is float16; no activation, no residual
+            # hwkern.h Linear: x, weight, scale, bias, y; dtype 1: float16; no activation or residual; constant weights
             arguments = (at, 1, k, w, padded(k), self.scale, self.bias, 1, y, n, 1, m, n, k, -1, scratch, size)
-            made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0))
+            made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0, 1))
         return made
 
     def free(self, kept: int = 0) -> None:
@@ -336,11 +384,14 @@ def geomeans(rows: Rows) -> dict[str, float]:
 
 
 def bench_model(
-    build: Builder, name: str, model: Any, inputs: Callable[[int, int], dict[str, Any]], scales: dict[str, float],
-    rows: Rows, requests: Sequence[tuple[int, int]], variants: Sequence[str], done: Callable[[], None],
-    wanted: dict[str, Any] | None = None,
+    build: Builder, name: str, model: Callable[[], Any], inputs: Callable[[int, int], dict[str, Any]],
+    scales: dict[str, float], rows: Rows, requests: Sequence[tuple[int, int]], variants: Sequence[str],
+    done: Callable[[], None], wanted: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``)."""
+    """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``).
+
+    The variant "plan" is chosen by make_plan among the variants that are there and what else it builds.
+    """
     feeds = {request: inputs(*request) for request in requests}
     profiles = [ht.profiles_from([feed])[0] for feed in feeds.values()]
     if build.one_profile:
@@ -349,43 +400,29 @@ def bench_model(
     if wanted is not None:
         check = _as_request(wanted, max(requests))
     made: dict[str, ht.Engine] = {}
-    plan = None
-    if "plan" in variants:
-        start = time.perf_counter()
 
-        def said(text: str) -> None:
-            print(f"  {time.perf_counter() - start:.1f} s: {text}", flush=True)
-            build.check()
+    def engine_of(variant: str) -> ht.Engine:
+        if variant not in made:
+            precision = "fp32" if variant == "fp32" else "fp16"
+            made[variant] = build(
+                f"{name} {variant}", lambda: variant_of(variant, model(), scales), profiles, precision, False
+            )
+        return made[variant]
 
-        try:
-            plan = ht.make_plan(
-                model, profiles, timing_cache=build.cache, optimization_level=build.level, requests=shapes,
-                quick=build.quick, progress=said, engines=made,
-            )  # fmt: skip
-            print(plan, f"\nplanned in {time.perf_counter() - start:.0f} s", flush=True)
-        except OutOfTime:
-            print(f"the plan was not finished; built are {', '.join(made) or 'no engines'}", flush=True)
-    known = {
-        "fp16": "float",
-        "hwkern": "all",
-        "norm": "all, norms fused",
-        "plan": plan.measured["chosen"] if plan is not None else "",
-    }
     for variant in variants:
-        if variant == "plan" and plan is None:
-            continue
         try:
-            engine = made.get(known.get(variant, ""))
-            if engine is None:
-                source = variant_of(variant, model, scales)
-                engine = build(f"{name} {variant}", source, profiles, "fp32" if variant == "fp32" else "fp16", False)
-            row: dict[str, Any] = {"what": "model", "model": name, "variant": variant, "engine_bytes": len(engine.data)}
-            if plan is not None and variant == "plan":
-                row["plan"] = plan.measured
-            times = {}
-            for feed, shape, request in zip(feeds.values(), shapes, requests, strict=True):
-                times.update(_time_engine(engine, feed, [shape], [request], copies=1))
-            row["gpu_us"] = {f"{b}x{s}": t for (b, s), t in times.items()}
+            row: dict[str, Any] = {"what": "model", "model": name, "variant": variant}
+            if variant == "plan":
+                if build.only:
+                    continue
+                known = {n: e for v, e in made.items() if (n := candidate(v)) is not None}
+                engine, row["plan"] = _planned(build, model(), profiles, shapes, known)
+            else:
+                engine = engine_of(variant)
+            if build.only:
+                continue
+            row["engine_bytes"] = len(engine.data)
+            row["gpu_us"] = {f"{b}x{s}": t for (b, s), t in _time_engine(engine, feeds).items()}
             free, _ = _memory()  # the kernels are loaded by now: what is left is the engine's own
             with ht.Runner(engine) as run:
                 row["latency_us"] = {f"{b}x{s}": _latency(run, feeds[b, s]) for b, s in requests}
@@ -396,11 +433,40 @@ def bench_model(
                     print(f"{name} {variant}: cosine to torch in float32 {row['cosine']}", flush=True)
             rows.append(row)
             done()
+            if build.layers:
+                _show_layers(f"{name} {variant}", engine, shapes, requests)
         except OutOfTime:
             print(f"{name} {variant}: not built, the budget is used up", flush=True)
         except RuntimeError as error:
             print(f"{name} {variant}: {error}", flush=True)
-    _show_models(rows, name, requests)
+    if not build.only:
+        _show_models(rows, name, requests)
+
+
+def _planned(
+    build: Builder, model: Any, profiles: Sequence[ht.Profile], shapes: Sequence[Any], engines: dict[str, ht.Engine]
+) -> tuple[ht.Engine, dict[str, Any]]:
+    """The engine that make_plan chooses, and what it measured."""
+    start = time.perf_counter()
+
+    def said(text: str) -> None:
+        print(f"  {time.perf_counter() - start:.1f} s: {text}", flush=True)
+
+    plan = ht.make_plan(
+        model, profiles, timing_cache=build.cache, optimization_level=build.level, requests=shapes,
+        seconds=max(0.0, build.until - time.monotonic()), progress=said, engines=engines,
+    )  # fmt: skip
+    print(plan, f"\nplanned in {time.perf_counter() - start:.0f} s", flush=True)
+    return engines[plan.measured["chosen"]], plan.measured
+
+
+def _show_layers(title: str, engine: ht.Engine, shapes: Sequence[Any], requests: Sequence[tuple[int, int]]) -> None:
+    """Where the time goes at the first and the last request."""
+    for request, shape in {requests[0]: shapes[0], requests[-1]: shapes[-1]}.items():
+        found = measure.layers_us(engine, shape)
+        total = sum(us for _, us in found)
+        table = [(f"{us:.1f}", layer[:150]) for layer, us in sorted(found, key=lambda e: -e[1])[:48]]
+        print_table(f"{title} {request}: {len(found)} layers, {total:.0f} us one by one", ("us", "layer"), table)
 
 
 def _as_request(wanted: dict[str, Any], request: tuple[int, int]) -> dict[str, Any]:
@@ -420,7 +486,7 @@ def _memory() -> tuple[int, int]:
         return _cuda.memory_info()
 
 
-def _latency(run: ht.Runner, feed: dict[str, Any], seconds: float = 0.4) -> dict[str, float]:
+def _latency(run: ht.Runner, feed: dict[str, Any], seconds: float = 0.3) -> dict[str, float]:
     """Wall-clock µs of a call from numpy to numpy."""
     for _ in range(5):
         run(feed)
@@ -519,10 +585,6 @@ def plot(document: dict[str, Any], path: Path) -> None:
     print(f"wrote {path}")
 
 
-def _builder(a: argparse.Namespace) -> Builder:
-    return Builder(a.cache, a.budget, a.level, a.one_profile, a.quick)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result here, after each section")
@@ -531,13 +593,19 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, help="timing cache file")
     parser.add_argument("--level", type=int, help="TensorRT's builder_optimization_level for all engines")
     parser.add_argument("--one-profile", action="store_true", help="models: one profile over all requests")
-    parser.add_argument("--quick", action="store_true", help="models: plans of all linears or none")
+    parser.add_argument("--engines", type=Path, help="folder of engines: those in it are not built again")
+    parser.add_argument("--build-only", action="store_true", help="fill --engines and measure nothing")
+    parser.add_argument("--layers", action="store_true", help="models: show the time of each layer")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no engine is started")
     parser.add_argument("--commit", help="commit to record")
     parser.add_argument("--sections", default="linears,minilm,bert", help="which to run")
     parser.add_argument("--m", default=M, help="rows of the linears: groups with an engine each, a;b, of rows, 1,2")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of fp32, fp16, qdq, hwkern")
-    parser.add_argument("--model-variants", default="fp16,qdq,hwkern,norm,plan", help="also residual, unmerged, fp32")
+    parser.add_argument(
+        "--model-variants", default="fp16,qdq,hwkern,norm,plan",
+        help="also fp32, and ways to rewrite: residual, unmerged, plain, half, largest1 …, joined by +",
+    )  # fmt: skip
+    parser.add_argument("--linears", default=";".join(f"{n}x{k}" for n, k in LINEARS), help="N x K")
     parser.add_argument("--requests", default=",".join(f"{b}x{s}" for b, s in REQUESTS), help="batch x length")
     parser.add_argument("--minilm", type=Path, help="folder with minilm.onnx, minilm.npz and scales.json")
     parser.add_argument("--bert-scales", type=Path, help="scales.json of the encoder, for Q/DQ")
@@ -549,7 +617,7 @@ def main() -> int:
         sys.exit(f"This benchmark needs an NVIDIA GPU: {problem}")
     sections = arguments.sections.split(",")
     requests = [(int(b), int(s)) for b, s in (r.split("x") for r in arguments.requests.split(","))]
-    build, rows = _builder(arguments), []
+    build, rows = Builder(arguments), []
     document = {
         "schema": 1,
         "benchmark": "tensorrt",
@@ -578,22 +646,21 @@ def main() -> int:
         with keep_builder():
             if "linears" in sections:
                 groups = [[int(m) for m in group.split(",")] for group in arguments.m.split(";")]
-                bench_linears(build, groups, arguments.variants.split(","), rows, done)
-                print(document["geomeans"], flush=True)
+                linears = [(int(n), int(k)) for n, k in (each.split("x") for each in arguments.linears.split(";"))]
+                bench_linears(build, linears, groups, arguments.variants.split(","), rows, done)
+                print(geomeans(rows), flush=True)
             chosen = arguments.model_variants.split(",")
             if "minilm" in sections and arguments.minilm:
-                import onnx
-
                 wanted = dict(np.load(arguments.minilm / "minilm.npz"))
                 scales = json.loads((arguments.minilm / "scales.json").read_text())
-                model = onnx.load(str(arguments.minilm / "minilm.onnx"))
-                names = [value.name for value in model.graph.input]
+                names = ["input_ids", "attention_mask", "token_type_ids"]
+                model = functools.cache(lambda: onnx.load(str(arguments.minilm / "minilm.onnx")))
                 bench_model(build, "MiniLM", model, ids(1000, names), scales, rows, requests, chosen, done, wanted)
             if "bert" in sections:
-                model = models.encoder()
+                model = functools.cache(models.encoder)
                 scales = json.loads(arguments.bert_scales.read_text()) if arguments.bert_scales else {}
                 kept = [v for v in chosen if v != "qdq" or scales]
-                names = [value.name for value in model.graph.input]
+                names = ["input_ids", "attention_mask"]
                 bench_model(
                     build, "BERT-base (random weights)", model, ids(1000, names), scales, rows, requests, kept, done
                 )

@@ -9,7 +9,8 @@ Row = dict[str, Any]
 VARIANTS = {
     "fp32": "TensorRT FP32", "fp16": "TensorRT FP16", "qdq": "TensorRT INT8 (Q/DQ)", "hwkern": "rewritten, all linears",
     "norm": "rewritten, norms fused", "residual": "rewritten, residuals fused", "unmerged": "rewritten, not merged",
-    "plain": "rewritten, activations apart", "plan": "rewritten by plan",
+    "between": "rewritten, norms fused between int8",
+    "plain": "rewritten, activations apart", "half": "rewritten, the model in float16", "plan": "rewritten by plan",
 }  # fmt: skip
 COLOURS = {"hwkern": "#000000", "qdq": "#E69F00", "fp32": "#999999"}
 
@@ -63,26 +64,42 @@ def _merits(geomeans: dict[str, float]) -> str:
     return f"Geometric means: {'; '.join(said)}.".replace("<=", "≤").replace(">=", "≥")
 
 
+def title(row: Row) -> str:
+    """What a variant is in words: fp16, plan, or parts such as norm+unmerged."""
+    if row["variant"] in VARIANTS:
+        return VARIANTS[row["variant"]] + (f" ({row['plan']['chosen']})" if "plan" in row else "")
+    parts = row["variant"].split("+")
+    sizes = next((p.removeprefix("largest") for p in parts if p.startswith("largest")), "")
+    words = [f"the {sizes if sizes != '1' else ''} largest".replace("  ", " ")] if sizes else []
+    words += [VARIANTS[p].removeprefix("rewritten, ") for p in parts if not p.startswith("largest") and p != "hwkern"]
+    return f"rewritten, {', '.join(words)}"
+
+
 def _model(name: str, rows: list[Row]) -> str:
+    """Two tables: on the GPU, and from numpy to numpy."""
     shapes = list(rows[0]["gpu_us"])
-    columns = [name, *(f"{s.replace('x', '×')}, GPU µs" for s in shapes)]
-    columns += [f"{s.replace('x', '×')}, numpy to numpy, p50 / p99 µs" for s in shapes]
-    columns += ["engine, MB", "device, MB"]
+    heads = [s.replace("x", "×") for s in shapes]
+    base = next((row["gpu_us"] for row in rows if row["variant"] == "fp16"), {})
     has_cosine = any("cosine" in row for row in rows)
-    columns += ["least cosine of a sentence, of a token"] * has_cosine
-    cells = []
+    gpu, calls = [], []
     for row in rows:
-        title = VARIANTS.get(row["variant"], row["variant"])
-        if "plan" in row:
-            title += f" ({row['plan']['chosen']})"
-        line = [title, *(f"{row['gpu_us'][s]['p50']:.0f}" for s in shapes)]
-        line += [f"{row['latency_us'][s]['p50']:.0f} / {row['latency_us'][s]['p99']:.0f}" for s in shapes]
+        line = [title(row)]
+        for s in shapes:
+            us = row["gpu_us"][s]["p50"]
+            line.append(f"{us:.0f}" + (f" ({base[s]['p50'] / us:.2f}×)" if s in base else ""))
         line += [f"{row['engine_bytes'] / 1e6:.1f}", f"{row['device_bytes'] / 1e6:.0f}"]
         if has_cosine:
             found = row.get("cosine")
             line.append(f"{found['sentence_min']:.4f}, {found['token_min']:.4f}" if found else "–")
-        cells.append(line)
-    return markdown(columns, cells)
+        gpu.append(line)
+        latency = row["latency_us"]
+        rates = [int(s.split("x")[0]) / latency[s]["p50"] * 1e6 for s in shapes]
+        walls = (" / ".join(f"{latency[s][p]:.0f}" for p in ("p50", "p95", "p99")) for s in shapes)
+        calls.append([title(row), *walls, f"{max(rates):.0f}"])
+    columns = [f"{name}, batch×length", *(f"{h}, GPU µs (times FP16)" for h in heads), "engine, MB", "device, MB"]
+    columns += ["least cosine of a sentence, of a token"] * has_cosine
+    wall = ["from numpy to numpy, p50 / p95 / p99", *(f"{h}, µs" for h in heads), "most sequences/s"]
+    return markdown(columns, gpu) + "\n\n" + markdown(wall, calls)
 
 
 def figure(document: Row, plt: Any) -> Any:

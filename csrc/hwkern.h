@@ -52,8 +52,9 @@ constexpr int64_t kMaxK = (int64_t{1} << 17) - 1;
 // Rows of A and B start at multiples of this many bytes: one cp.async or one ldmatrix row.
 constexpr int64_t kRowAlignment = 16;
 
-// What an epilogue may apply to y = sum · scales + bias. Computed in float32 with the GPU's exp, erf and tanh (2 ulp at
-// most), so with one of these the CPU path agrees to 4 float32 ulp before the rounding and not in every bit.
+// What an epilogue may apply to y = sum · scales + bias. Computed in float32 with the GPU's exp (GELU: a fit, to
+// 4 ulp of |y|; the others to 2), so with one of these the CPU path agrees to 4 float32 ulp before the rounding and not
+// in every bit.
 enum class Activation : int32_t {
   kNone = 0,
   kRelu = 1,      // max(y, 0); NaN stays NaN

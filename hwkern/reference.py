@@ -77,7 +77,7 @@ def int8_matmul(
     """``activation(((sum * scale_a) * scale_b) + bias) + residual``, ``sum[m, n] = Σ_k a[m, k]·b[n, k]`` exact.
 
     Rounded once to ``out_dtype``; int32 gives the raw sum, int8 the result quantized with ``out_scale``. The kernels
-    compute gelu and silu in float32, to 2 ulp of ``|y|``; everything else has these bits.
+    compute gelu (to 4 ulp of ``|y|``) and silu (to 2) in float32; everything else has these bits.
     """
     # float64 holds every integer up to 2⁵³, so this product is exact on every device.
     total = a.double() @ b.double().t()

@@ -476,6 +476,16 @@ DOCUMENTS = {
                     "latency_us": {"1x128": {"p50": 450.0, "p95": 1.0, "p99": 470.0}}, "engine_bytes": 1_500_000,
                     "device_bytes": 2_000_000, "plan": {"chosen": "all"},
                 },
+                {
+                    "what": "model", "model": "Some model", "variant": "fp16", "gpu_us": {"1x128": {"p50": 500.0}},
+                    "latency_us": {"1x128": {"p50": 500.0, "p95": 2.0, "p99": 3.0}}, "engine_bytes": 3_000_000,
+                    "device_bytes": 2_000_000,
+                },
+                {
+                    "what": "model", "model": "Some model", "variant": "largest1+norm",
+                    "gpu_us": {"1x128": {"p50": 400.0}}, "latency_us": {"1x128": {"p50": 1.0, "p95": 2.0, "p99": 3.0}},
+                    "engine_bytes": 3_000_000, "device_bytes": 2_000_000,
+                },
             ],
         },
         "| 16×4096×4096 | 20.0 | – | 10.0 | 2.00× | – | 1.010× | – | 1.23 % |",
@@ -521,7 +531,9 @@ def test_the_table_of_a_model_in_tensorrt(site):
     (root / "README.md").write_text(PAGE.format("tensorrt"), encoding="utf-8")
     assert start("tables", "--root", root).returncode == 0
     text = (root / "README.md").read_text(encoding="utf-8")
-    assert "| rewritten by plan (all) | 400 | 450 / 470 | 1.5 | 2 |" in text
+    assert "| rewritten by plan (all) | 400 (1.25×) | 1.5 | 2 |" in text
+    assert "| rewritten by plan (all) | 450 / 1 / 470 | 2222 |" in text
+    assert "| rewritten, the largest, norms fused | 400 (1.25×) | 3.0 | 2 |" in text
     assert "2.00× TensorRT FP16 at M ≤ 64; the engine takes 1.010× the bare kernel (worst)." in text
 
 

@@ -98,7 +98,7 @@ class Layer:
             "LinearInt8", [x, *(c.name for c in constants)], [y], name=name, domain="hwkern", plugin_namespace="hwkern",
             plugin_version="1", in_features=self.k, out_features=self.n, activation="none", config=-1, has_residual=0,
             scheme="w8a8_static" if self.static else "w8a8_dynamic", has_bias=int(self.bias is not None),
-            has_input_scale=int(self.static),
+            has_input_scale=int(self.static), constant_weights=1,
         )  # fmt: skip
         return node, constants
 
@@ -377,7 +377,7 @@ class Ops:
             )  # fmt: skip
 
     def _node(self, op: str, name: str, inputs: list[str], outputs: list[tuple[str, int]], **fields: Any) -> None:
-        common = {"in_features": K, "out_features": N, "config": -1, "has_bias": 1}
+        common = {"in_features": K, "out_features": N, "config": -1, "constant_weights": 1, "has_bias": 1}
         common |= {"domain": "hwkern", "plugin_namespace": "hwkern", "plugin_version": "1"}
         names = [f"{name}.{o}" for o, _ in outputs]
         self.nodes.append(onnx.helper.make_node(op, inputs, names, name=name, **common, **fields))
@@ -426,9 +426,8 @@ class Ops:
                 )
                 result = y.get()
             else:
-                native.linear(
-                    x, d, K, w, k16, s, b, 0, int(y), N, d, m, N, K, -1, int(scratch), size, 0, activation, r, N, d
-                )
+                more = (activation, r, N, d, 0)
+                native.linear(x, d, K, w, k16, s, b, 0, int(y), N, d, m, N, K, -1, int(scratch), size, 0, *more)
                 result = y.get()
             found[f"linear{number}.y"] = result
         for number, (norm, static, skip) in enumerate(self.norms):

@@ -60,36 +60,49 @@ class Machine:
         return times
 
 
-def test_the_plan_takes_what_is_faster_and_leaves_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+def three_linears() -> Any:
+    """two_linears with a square one of 512 in front: two sizes."""
+    made = two_linears()
+    made.graph.node[0].input[0] = "s"
+    made.graph.node.insert(0, node("MatMul", ["x", "z"], ["s"], name="square"))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(512, 512), "z"))
+    return made
+
+
+def test_the_plan_takes_the_largest_sizes_when_small_ones_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 16 rows: 1.6 µs for a large linear, 0.8 for the square one, so that 0.5 µs more each is too much for it alone.
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=0.5)
     engines: dict[str, ht.Engine] = {}
-    plan = ht.make_plan(two_linears(), PROFILES, engines=engines)
-    assert plan == {"up": "w8a8_dynamic", "down": "float"}
-    assert plan.measured["chosen"] == "winners"
-    # float, all, then 2 kinds in 2 precisions, then the winners; the clear winners are the same
-    assert len(machine.built) == 2 + 4 + 1
-    assert set(engines) == {"float", "all", "winners"}
+    plan = ht.make_plan(three_linears(), PROFILES[:1], engines=engines)
+    assert plan == {"square": "float", "up": "w8a8_dynamic", "down": "w8a8_dynamic"}
+    assert plan.measured["chosen"] == "largest"
+    assert len(machine.built) == 3
+    assert list(engines) == list(plan.measured["engines"]) == ["float", "all", "largest"]
     assert opdef.metadata(machine.built[-1])["nodes"] == plan
     text = str(plan)
-    assert "512 x 1024" in text
+    assert "times float" in text
     assert "chosen" in text
-    report = ht.rewrite(two_linears(), plan=plan)
-    assert [n.status for n in report.nodes] == ["int8", "left"]
+    report = ht.rewrite(three_linears(), plan=plan)
+    assert [n.status for n in report.nodes] == ["left", "int8", "int8"]
 
 
 def test_the_plan_is_all_float_when_every_int8_engine_is_slower_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     # Twice as fast, but 2 µs more for each: too much for the 16 rows of the first profile (3.2 µs of work).
-    Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
     plan = ht.make_plan(two_linears(), PROFILES)
     assert set(plan.values()) == {"float"}
     assert plan.measured["chosen"] == "float"
+    report = ht.rewrite(two_linears(), plan=plan)
+    assert not report.swapped
+    times = [machine.engine_us(ht.Engine(b"0", {}), [p.opt for p in PROFILES])]
+    assert plan.measured["engines"]["float"] == times[0]
 
 
 def test_the_plan_takes_all_when_all_is_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
-    plan = ht.make_plan(two_linears(), PROFILES)
+    plan = ht.make_plan(three_linears(), PROFILES)
     assert set(plan.values()) == {"w8a8_dynamic"}
-    assert len(machine.built) == 2 + 4  # winners and clear winners are all
+    assert len(machine.built) == 3
 
 
 def normed() -> Any:
@@ -102,16 +115,47 @@ def normed() -> Any:
 
 
 def test_the_plan_says_whether_norms_are_fused(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    machine = Machine(monkeypatch, {512: 0.5, 1024: 1.5})
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
     plan = ht.make_plan(normed(), PROFILES)
-    assert plan == {"up": "w8a8_dynamic", "down": "float"}
     assert plan.fuse_norm
-    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused", "winners"]
-    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[-1])] == ["NormLinearInt8"]
+    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[-1])] == ["NormLinearInt8", "LinearInt8"]
     plan.save(tmp_path / "plan.json")
     for given in (plan, tmp_path / "plan.json"):
         assert [bool(n.norm) for n in ht.rewrite(normed(), plan=given).nodes] == [True, False]
         assert not any(n.norm for n in ht.rewrite(normed(), plan=given, fuse_norm=False).nodes)
+
+
+def shared_input() -> Any:
+    """Two products of the same x, added."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"], name="a"), node("MatMul", ["x", "v"], ["b"], name="b"),
+        node("Add", ["a", "b"], ["y"]),
+    ]  # fmt: skip
+    weights = {"w": normal(512, 512), "v": normal(512, 512)}
+    return model(nodes, weights, ("batch", "length", 512), ("batch", "length", 512))
+
+
+def test_a_plan_can_say_that_products_stay_apart(tmp_path: Any) -> None:
+    scheme = "w8a8_dynamic"
+    plan = ht.Plan({"a": scheme, "b": scheme}, merge=False)
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json"):
+        assert [n.merged for n in ht.rewrite(shared_input(), plan=given).nodes] == [(), ()]
+        assert [n.merged for n in ht.rewrite(shared_input(), plan=given, merge=True).nodes] == [("a", "b")] * 2
+    assert [n.merged for n in ht.rewrite(shared_input(), plan=dict(plan)).nodes] == [("a", "b")] * 2
+
+
+def test_largest_sizes_have_their_norms_fused_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = three_linears()  # square, then up, with a norm between: square stays float, so the norm does too
+    made.graph.node[1].input[0] = "n"
+    made.graph.node.insert(1, node("LayerNormalization", ["s", "g"], ["n"]))
+    made.graph.initializer.append(onnx.numpy_helper.from_array(normal(512), "g"))
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=0.5)
+    plan = ht.make_plan(made, PROFILES[:1])
+    assert list(plan.measured["engines"]) == ["float", "all", "all, norms fused", "largest, norms fused between"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[2])] == ["LinearInt8", "NormLinearInt8", "LinearInt8"]
+    assert [n.op_type for n in opdef.hwkern_nodes(machine.built[3])] == ["LinearInt8", "LinearInt8"]
 
 
 def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,24 +168,59 @@ def test_a_quick_plan_takes_all_or_nothing_at_the_requests_that_are_named(monkey
     assert set(ht.make_plan(two_linears(), [profile], quick=True, requests=requests).values()) == {"float"}
 
 
+def test_a_plan_keeps_to_its_seconds_and_takes_engines_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
+    said: list[str] = []
+    plan = ht.make_plan(three_linears(), PROFILES, seconds=0.0, progress=said.append)
+    assert list(plan.measured["engines"]) == ["float", "all"]
+    assert len(machine.built) == 2
+    assert "no time for the engine 'largest'" in said
+    engines = {"float": ht.Engine(b"0", {}), "all": ht.Engine(b"1", {}), "largest": ht.Engine(b"1", {})}
+    again = ht.make_plan(three_linears(), PROFILES, seconds=0.0, engines=engines)
+    assert list(again.measured["engines"]) == ["float", "all", "largest"]
+    assert len(machine.built) == 2
+
+
 def test_a_progress_that_stops_leaves_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, {512: 0.5, 1024: 0.5})
     engines: dict[str, ht.Engine] = {}
 
     def stop(text: str) -> None:
-        if "times" in text:
+        if "largest" in text:
             raise TimeoutError
 
     with pytest.raises(TimeoutError):
-        ht.make_plan(two_linears(), PROFILES, progress=stop, engines=engines)
+        ht.make_plan(three_linears(), PROFILES, progress=stop, engines=engines)
     assert set(engines) == {"float", "all"}
     assert getattr(builder._kept, "builders", None) is None
+
+
+def test_sizes_are_nested_and_the_largest_come_first() -> None:
+    found = planner.Candidates(three_linears())
+    assert list(found.sizes) == [512 * 1024, 512 * 512]
+    assert found.plan(0) == ("float", {"square": "float", "up": "float", "down": "float"})
+    assert found.plan(1)[0] == "largest"
+    name, plan = found.plan(None, fuse_norm=True, merge=False)
+    assert name == "all, norms fused, not merged"
+    assert (plan.fuse_norm, plan.merge) == (True, False)
+    assert not planner.Candidates(three_linears(), exclude="*").sizes
+
+
+def test_each_profile_has_its_fastest_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 2 µs more for each linear: too much for the 16 rows of the first profile, nothing for the 256 of the second.
+    Machine(monkeypatch, {512: 0.5, 1024: 0.5}, extra=2.0)
+    plan = ht.make_plan(two_linears(), PROFILES)
+    assert plan.measured["chosen"] == "float"
+    assert plan.fastest == ["float", "all"]
+    only_small = ht.make_plan(two_linears(), PROFILES, requests=[PROFILES[0].opt])
+    assert only_small.fastest == ["float", "float"]  # nothing was measured at the second
+    assert ht.Plan({"up": "float"}).fastest == []
 
 
 def test_choose_allows_noise_and_no_more() -> None:
     assert planner.choose({"float": [10.0, 10.0], "all": [5.0, 10.0 * planner.NOISE]}) == "all"
     assert planner.choose({"float": [10.0, 10.0], "all": [1.0, 10.1]}) == "float"
-    assert planner.choose({"float": [10.0], "all": [9.0], "winners": [8.0]}) == "winners"
+    assert planner.choose({"float": [10.0], "all": [9.0], "largest": [8.0]}) == "largest"
 
 
 def test_a_builder_is_kept_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +234,46 @@ def test_a_builder_is_kept_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
             assert builder._new_builder(api) is first
         assert builder._new_builder(api) is first
     assert builder._new_builder(api) is not first
+
+
+def test_a_build_that_fails_with_einsums_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        node("MatMul", ["x", "w"], ["q"], name="query"), node("Transpose", ["x"], ["k"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "k"], ["y"], name="scores"),
+    ]  # fmt: skip
+    shape = ("batch", "length", 512)
+    made = ht.rewrite(model(nodes, {"w": normal(512, 512)}, shape, ("batch", "length", "length"))).model
+    seen: list[list[str]] = []
+
+    class Fake:
+        """TensorRT 8.6 that cannot build an Einsum, if it is told so."""
+
+        name, version, rtx, lean, strongly_typed, takes_int8_constants = "trt", (8, 6), False, False, False, False
+        has_v3, refuses = False, True
+        module = type("Module", (), {"__version__": "8.6.0"})
+        log = type("Log", (), {"verbose": False, "take": lambda self: ""})()
+
+        def build_serialized_network(self, network: Any, config: Any) -> bytes | None:
+            seen.append([n.op_type for n in network.graph.node])
+            return None if self.refuses and "Einsum" in seen[-1] else b"engine"
+
+    fake = Fake()
+    monkeypatch.setattr(builder._api, "find", lambda trt=None: fake)
+    monkeypatch.setattr(builder, "load_plugin", lambda module: None)
+    monkeypatch.setattr(builder, "plugin_path", lambda module: None)
+    monkeypatch.setattr(builder, "last_error", lambda path: "")
+    monkeypatch.setattr(builder, "_parsed", lambda api, model, source: (fake, model, None))
+    monkeypatch.setattr(builder, "_config", lambda *_: None)
+    monkeypatch.setattr(builder, "_add_profiles", lambda *_: [])
+    assert ht.build(made).data == b"engine"
+    assert seen == [["LinearInt8", "Transpose", "Einsum"], ["LinearInt8", "Transpose", "MatMul"]]
+    fake.refuses = False
+    ht.build(made)
+    ht.build(made, einsum=False)
+    assert seen[2:] == [["LinearInt8", "Transpose", "Einsum"], ["LinearInt8", "Transpose", "MatMul"]]
+    fake.version = (10, 1)  # compiles all that lies between plugins by itself
+    ht.build(made)
+    assert seen[4:] == [["LinearInt8", "Transpose", "MatMul"]]
 
 
 def test_weights_of_bindings_for_numpy_1() -> None:

@@ -145,6 +145,7 @@ def test_creators(harness: Harness) -> None:
             "has_input_scale",
             "has_residual",
             "config",
+            "constant_weights",
         )
     }
     assert harness.field_names("Quantize") == []
@@ -444,7 +445,13 @@ def test_state_makes_the_same_plugin_again(harness: Harness, create: Create, op:
 
 
 def test_different_plugins_have_different_timing_cache_ids(create: Create) -> None:
-    variants = [[], [integer("has_bias", 1)], [text("activation", "relu")], [integer("config", 2)]]
+    variants = [
+        [],
+        [integer("has_bias", 1)],
+        [text("activation", "relu")],
+        [integer("config", 2)],
+        [integer("constant_weights", 1)],
+    ]
     ids = [create(*fields).cache_id for fields in variants] + [create(op="Quantize").cache_id]
     assert len(set(ids)) == len(ids)
 
@@ -464,8 +471,8 @@ def test_no_truncated_or_changed_state_is_accepted(harness: Harness, create: Cre
 
 def test_a_newer_state_is_named_as_such(harness: Harness, create: Create) -> None:
     _, state = create().serialize()
-    assert harness.restore("LinearInt8", state[:4] + struct.pack("<I", 2) + state[8:] + b"more") is None
-    assert "holds format 2 of this op and this hwkern reads format 1" in harness.sentences[0]
+    assert harness.restore("LinearInt8", state[:4] + struct.pack("<I", 99) + state[8:] + b"more") is None
+    assert "holds format 99 of this op and this hwkern reads format 2" in harness.sentences[0]
 
 
 def checksummed(state: bytes) -> bytes:
@@ -489,8 +496,9 @@ def test_state_with_a_good_checksum_is_still_judged(harness: Harness, create: Cr
         (20, 0),
         (24, -1),
         (28, 5555),
-        (32, 3),
-        (44, 9),
+        (32, 2),
+        (36, 3),
+        (48, 9),
     ):
         bad = checksummed(state[:offset] + struct.pack("<i", value) + state[offset + 4 :])
         assert harness.restore("LinearInt8", bad) is None, (offset, value)

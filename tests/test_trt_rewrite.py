@@ -18,7 +18,7 @@ from onnx_helpers import ELEMENTS, evaluate, hwkern_ops, linear, model, node, no
 
 import hwkern.tensorrt as ht  # noqa: E402
 from hwkern.nn.pack import quantize_weight as torch_quantize_weight  # noqa: E402
-from hwkern.tensorrt import graph, opdef  # noqa: E402
+from hwkern.tensorrt import einsums, graph, opdef  # noqa: E402
 from hwkern.tensorrt.packing import as_int32, pack, quantize_weight  # noqa: E402
 from hwkern.tensorrt.precision import convert  # noqa: E402
 
@@ -329,6 +329,31 @@ def test_a_norm_goes_into_the_products_that_read_it(bias: bool) -> None:
     step = 2 * np.abs(n).max() / 127 * max(np.abs(w[name]).max() for name in ("w1", "w2"))
     check_both(new, x, wanted, rtol=1e-5, atol=step)
     assert np.mean(np.abs(run(new, {"x": x})[0] - wanted) > 1e-4) < 0.05
+
+
+def test_norms_between_int8_products_alone() -> None:
+    """x → up → + x → norm → down → + → norm → side: the second norm's sum comes from down, which stays float."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"], name="up"), node("Add", ["a", "x"], ["s"]),
+        node("LayerNormalization", ["s", "g"], ["n"], name="first"), node("MatMul", ["n", "v"], ["b"], name="down"),
+        node("Add", ["b", "n"], ["t"]), node("LayerNormalization", ["t", "g"], ["o"], name="second"),
+        node("MatMul", ["o", "u"], ["y"], name="side"),
+    ]  # fmt: skip
+    weights = {name: normal(512, 512) for name in "wvu"} | {"g": normal(512)}
+    made = model(nodes, weights, ("m", 512), ("m", 512))
+
+    def norms(**options: Any) -> list[str]:
+        return [n.norm for n in ht.rewrite(made, **options).nodes]
+
+    assert norms(fuse_norm=True) == ["", "first", "second"]
+    assert norms(fuse_norm="between") == ["", "first", "second"]
+    assert norms(fuse_norm=True, exclude="down") == ["", "", "second"]
+    assert norms(fuse_norm="between", exclude="down") == ["", "", ""]
+    assert norms(fuse_norm="between", exclude="up") == ["", "", "second"]
+    plan = ht.Plan({"up": "w8a8_dynamic", "down": "w8a8_dynamic", "side": "float"}, fuse_norm="between")
+    assert norms(plan=plan) == ["", "first", ""]
+    with pytest.raises(ValueError, match="fuse_norm is 'never'"):
+        ht.rewrite(made, plan={"nodes": {"up": "float"}, "fuse_norm": "never"})  # type: ignore[dict-item]
 
 
 def test_a_norm_in_half_precision() -> None:
@@ -789,3 +814,45 @@ def _feed(path: Path) -> dict[str, Any]:
         else:
             feed[value.name] = rng.integers(0, 256, dims).astype(dtype)
     return feed
+
+
+def attention(leading: tuple[str | int, ...] = ("batch", 2)) -> Any:
+    """y = (x·W) · xᵀ · x over [batch, heads, length, 512]."""
+    nodes = [
+        node("MatMul", ["x", "w"], ["q"], name="query"), node("Transpose", ["x"], ["k"], perm=[0, 1, 3, 2]),
+        node("MatMul", ["q", "k"], ["s"], name="scores"), node("MatMul", ["s", "x"], ["y"]),
+    ]  # fmt: skip
+    shape = (*leading, "length", 512)
+    return model(nodes, {"w": normal(512, 512)}, shape, shape)
+
+
+def test_products_of_computed_tensors_become_einsums_and_matmuls_again() -> None:
+    made = ht.rewrite(attention()).model
+    assert opdef.metadata(made)["products"] == {"scores": 4, "y": 4}
+    x = np.random.default_rng(0).standard_normal((3, 2, 5, 512), dtype=np.float32)
+    before = made.SerializeToString()
+    want = evaluate(made, {"x": x})
+    assert einsums.put(made) == 2
+    assert [n.op_type for n in made.graph.node] == ["LinearInt8", "Transpose", "Einsum", "Einsum"]
+    for got, one in zip(evaluate(made, {"x": x}), want, strict=True):
+        np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+    einsums.take_back(made)
+    assert made.SerializeToString() == before
+
+
+def test_products_that_a_norm_follows_stay_unless_it_is_in_a_hwkern_node() -> None:
+    made = attention()
+    made.graph.node[3].output[0] = "o"
+    made.graph.node.extend([node("LayerNormalization", ["o", "g"], ["n"]), node("MatMul", ["n", "v"], ["y"])])
+    made.graph.initializer.extend(
+        onnx.numpy_helper.from_array(normal(*s), n) for n, s in (("g", (512,)), ("v", (512, 512)))
+    )
+    assert einsums.put(ht.rewrite(made).model) == 0
+    assert einsums.put(ht.rewrite(made, fuse_norm=True).model) == 2
+
+
+def test_what_an_einsum_would_not_broadcast_stays() -> None:
+    types = {"a": (1, ("b", 1, "s", 8)), "c": (1, ("b", 4, 8, "s")), "d": (1, (4, 8, 9)), "e": (1, ("u", "v", 8, 9))}
+    nodes = [node("MatMul", [left, right], [left + right]) for left, right in ("ac", "ad", "ae", "ce", "aw")]
+    graph = onnx.helper.make_graph(nodes, "g", [], [], [onnx.numpy_helper.from_array(normal(8, 8), "w")])
+    assert einsums.find(graph, types) == {"ce": 4}  # 4 against a size that is not known, on both sides

@@ -16,6 +16,7 @@ import fake_tensorrt as fake
 
 from hwkern.tensorrt import _api, _cuda, measure
 from hwkern.tensorrt.runner import Runner
+from hwkern.tensorrt.runners import Runners
 
 # min, opt, max of x [batch, length]
 SHORT = ((1, 1), (4, 16), (8, 32))
@@ -256,3 +257,38 @@ def test_two_graphs_are_replayed_in_turn(driver: fake.Driver) -> None:
 def test_percentiles() -> None:
     found = measure.summary([float(i) for i in range(1, 101)])
     assert found == {"p50": 50.5, "p95": 95.0, "p99": 99.0}
+
+
+def test_each_request_runs_on_the_engine_that_is_fastest_at_its_profile(driver: fake.Driver) -> None:
+    engines = {name: fake.ICudaEngine(driver, [SHORT, LONG]) for name in ("float", "all", "unused")}
+    with Runners(engines, ["all", "float"]) as run:
+        assert set(run.runners) == {"all", "float"}
+        for length in (3, 200, 16, 100):
+            x = some(2, length, length)
+            assert run.choose({"x": x}) is run.runners["all" if length <= 16 else "float"]
+            check(x, run({"x": x}))
+            check(x, run(x))
+        lengths = (3, 4, 200, 5, 100, 200)
+        found = list(run.map([some(1, length)] for length in lengths))
+        assert [tuple(y["y"].shape) for y in found] == [(1, length) for length in lengths]
+        for length, outputs in zip(lengths, found, strict=True):
+            check(some(1, length), outputs)
+        assert list(run.map([])) == []
+        with pytest.raises(ValueError, match="No profile of this engine covers"):
+            run(some(2, 1000))
+        with pytest.raises(KeyError, match="lacks x"):
+            run({})
+        assert [sum(c.enqueued for c in e.contexts) > 0 for e in engines.values()] == [True, True, False]
+    assert all(runner.engine is None for runner in run.runners.values())
+
+
+def test_runners_that_do_not_belong_together_are_refused(driver: fake.Driver) -> None:
+    engines = {"a": fake.ICudaEngine(driver, [SHORT, LONG]), "b": fake.ICudaEngine(driver, [SHORT])}
+    with pytest.raises(ValueError, match="No engine 'c' among a, b"):
+        Runners(engines, ["a", "c"])
+    with pytest.raises(ValueError, match="other inputs, outputs or profiles"):
+        Runners(engines, ["a", "b"])
+    with pytest.raises(ValueError, match="1 names for 2 profiles"):
+        Runners(engines, ["a"])
+    with pytest.raises(ValueError, match="empty"):
+        Runners(engines, [])

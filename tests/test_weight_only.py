@@ -50,7 +50,7 @@ def allowed(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, exact
 
     K products, each exact in float32, summed in any order: at most (K - 1) · 2⁻²⁴ · Σ|x·w|. (Tensor cores add a group
     of at least 8 products with one truncation, 2⁻²³ of their size: K / 8 of those, so less in total.) The product with
-    the scale, the bias, the activation (2 ulp, derivative below 1.13) and the residual: fewer than 8 · 2⁻²⁴ of their
+    the scale, the bias, the activation (4 ulp, derivative below 1.13) and the residual: fewer than 12 · 2⁻²⁴ of their
     sizes. Then half an ulp of the output's type.
     """
     k = weight.shape[1]
@@ -58,7 +58,7 @@ def allowed(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, exact
     if bias is not None:
         size = size + bias.double().abs()
     info = torch.finfo(dtype)
-    before = 1.13 * (k + 8) * 2.0**-24 * (size + exact.abs())
+    before = 1.13 * (k + 12) * 2.0**-24 * (size + exact.abs())
     return before + info.eps / 2 * (exact.abs() + before) + info.smallest_normal * info.eps / 2
 
 

@@ -121,7 +121,7 @@ def model(dtype: int, k: int = 100, n: int = 64, int32: bool = False, **attribut
     constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
     constants.append(helper.make_tensor("bias", dtype, [n], np.ones(n)))
     common = {"plugin_namespace": "hwkern", "plugin_version": "1", "domain": "hwkern", "has_residual": 0}
-    common |= {"activation": "none", "out_features": n, "config": -1}
+    common |= {"activation": "none", "out_features": n, "config": -1, "constant_weights": 1}
     dynamic = {"in_features": k, "scheme": "w8a8_dynamic", "has_bias": 1, "has_input_scale": 0} | common | attributes
     static = {"in_features": n, "scheme": "w8a8_static", "has_bias": 0, "has_input_scale": 1} | common
     nodes = [
@@ -188,7 +188,7 @@ def norm_engine(trt: Any, library: str) -> None:
     flags |= dict.fromkeys(("has_norm_bias", "has_skip", "has_norm_output", "has_sum_output"), 1)
     node = helper.make_node(
         "NormLinearInt8", ["x", "x", *values], ["y", "normed", "sum"], domain="hwkern", plugin_namespace="hwkern",
-        plugin_version="1", in_features=k, out_features=n, scheme="w8a8_dynamic", activation="none", config=-1,
+        plugin_version="1", in_features=k, out_features=n, scheme="w8a8_dynamic", activation="none", config=-1, constant_weights=1,
         norm="layer", epsilon=1e-12, norm_offset=0.0, **flags,
     )  # fmt: skip
     outputs = [("y", n), ("normed", k), ("sum", k)]

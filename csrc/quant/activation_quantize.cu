@@ -6,7 +6,6 @@
 // read, and computed, a second time.
 #include "core/activation.cuh"
 #include "core/launch.cuh"
-#include "ptx/approximate.cuh"
 #include "ptx/grid.cuh"
 #include "quant/kernels.h"
 #include "quant/row.cuh"
@@ -14,30 +13,13 @@
 namespace hwkern {
 namespace {
 
-// y · Φ(y) in 15 instructions, within 4 ulp of |y|; with erff, some 40, the kernel waits for them and not for memory.
-// Φ(-u) = P(t) · exp(-u²/2), t = 1 / (1 + 0.33·u); P fitted for the smallest absolute error, 4.3e-8.
-__device__ __forceinline__ float gelu(float y) {
-  const float u = fabsf(y), t = ptx::reciprocal(__fmaf_rn(0.33f, u, 1.0f));
-  float p = __fmaf_rn(-0.110919852f, t, 0.380103646f);
-  p = __fmaf_rn(p, t, -0.097255724f);
-  p = __fmaf_rn(p, t, 0.206786592f);
-  p = __fmaf_rn(p, t, 0.121285294f);
-  const float tail = __fmul_rn(__fmul_rn(p, t), ptx::exp2(__fmul_rn(__fmul_rn(u, -0.72134752f), u)));
-  return __fmul_rn(y, y >= 0.0f ? __fsub_rn(1.0f, tail) : tail);
-}
-
 // x becomes the activation of x, rounded to T, and with `up` the product, rounded again. One choice a vector: hoisted over
 // several, their values are all alive at once and do not fit in the registers.
 template <typename T, bool GATED>
 __device__ __forceinline__ void apply(Activation activation, RowVector<T>& x, const RowVector<T>& up) {
   float y[RowVector<T>::COUNT];
   x.values(y);
-  if (activation == Activation::kGelu) {
-#pragma unroll
-    for (float& value : y) value = gelu(value);
-  } else {
-    activate(activation, y);
-  }
+  activate(activation, y);
   x.set(y);
   if (GATED) x.multiply(up);
   x.stay_packed();

@@ -44,6 +44,7 @@ constexpr Entry kEntries[] = {
     {"has_input_scale", kLinears, &Op::has_input_scale},
     {"has_residual", kLinears, &Op::has_residual},
     {"config", kLinears, &Op::config},
+    {"constant_weights", kLinears, &Op::constant_weights},
     {"norm", kNormed, &Op::norm, nullptr, kNorms},
     {"epsilon", kNormed, nullptr, &Op::epsilon},
     {"norm_offset", kNormed, nullptr, &Op::norm_offset},
@@ -124,8 +125,9 @@ bool validate(const Op& op) {
     return refuse("in_features is %d; it must be 1 to %" PRId64 " (2^17 - 1, or the int32 sum could overflow)",
                   op.in_features, kMaxK);
   if (op.out_features < 0) return refuse("out_features is %d; it must be positive", op.out_features);
-  if (!is_flag(op.has_bias) || !is_flag(op.has_input_scale) || !is_flag(op.has_residual))
-    return refuse("has_bias, has_input_scale and has_residual must be 0 or 1");
+  if (!is_flag(op.has_bias) || !is_flag(op.has_input_scale) || !is_flag(op.has_residual) ||
+      !is_flag(op.constant_weights))
+    return refuse("has_bias, has_input_scale, has_residual and constant_weights must be 0 or 1");
   const char* scheme = kSchemes[op.scheme];
   if ((op.scheme == kW8A8Static) != (op.has_input_scale == 1))
     return refuse(
@@ -195,9 +197,9 @@ bool parse(Kind kind, const Field* fields, int32_t count, Op* out) {
 namespace {
 
 constexpr char kMagic[4] = {'H', 'W', 'K', 'T'};
-constexpr uint32_t kStateVersion = 1;
+constexpr uint32_t kStateVersion = 2;
 constexpr size_t kOpOffset = 8, kSumOffset = kOpOffset + sizeof(Op);
-static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 16 * 4, "an Op has no padding");
+static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 17 * 4, "an Op has no padding");
 
 uint32_t fnv1a(const unsigned char* bytes, size_t count) {
   uint32_t hash = 2166136261u;

@@ -47,6 +47,7 @@ struct Op {
   int32_t in_features = 0;  // K: the packed weight does not tell it
   int32_t out_features = 0;  // N, or 0: taken from the weight
   int32_t config = kChoose;  // a config id for every call, or kChoose
+  int32_t constant_weights = 0;  // no layer computes the weight, its scales or the bias: Linear::weight_is_constant
   int32_t has_bias = 0, has_input_scale = 0, has_residual = 0;
   int32_t norm = 0;  // Norm, in NormLinearInt8
   int32_t has_norm_bias = 0, has_skip = 0, has_norm_output = 0, has_sum_output = 0;

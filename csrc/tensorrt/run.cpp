@@ -185,6 +185,7 @@ Problem linear_problem(const Call& c) {
   p.m = c.m(), p.n = c.n(), p.k = c.k();
   p.activation = static_cast<Activation>(c.op.activation);
   p.residual = c.input(Input::kResidual), p.residual_dtype = c.x_type(), p.ldr = c.n();
+  p.weight_is_constant = c.op.constant_weights != 0;
   return p;
 }
 
@@ -193,7 +194,6 @@ Status run_linear(const Call& c, int32_t tactic, Stream stream) {
   if (c.op.kind == Kind::kNormLinearInt8) return run_norm(c, config, stream);
   if (c.op.scheme == kW8A8Static) return run_static(c, config, stream);
 #if HWKERN_WEIGHT_ONLY
-  // weight_is_constant stays false: nothing stops a model from computing the weight in the kernel before.
   if (c.op.scheme == kW8A16) return weight_only_linear(linear_problem<WeightOnlyLinear>(c), config, stream);
 #endif
   return linear(linear_problem<Linear>(c), config, c.workspace, workspace_bytes(c.op, c.m()), stream);

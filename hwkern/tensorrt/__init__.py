@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hwkern.tensorrt.profiles import Profile, Profiles, profiles_from
     from hwkern.tensorrt.rewriter import RewriteReport, rewrite
     from hwkern.tensorrt.runner import Runner
+    from hwkern.tensorrt.runners import Runners
 
 __all__ = [
     "Engine",
@@ -31,6 +32,7 @@ __all__ = [
     "Profiles",
     "RewriteReport",
     "Runner",
+    "Runners",
     "build",
     "build_engine",
     "export",
@@ -51,6 +53,7 @@ _MODULES = {
     "profiles": ("Profile", "Profiles", "profiles_from"),
     "rewriter": ("RewriteReport", "rewrite"),
     "runner": ("Runner",),
+    "runners": ("Runners",),
 }
 _NAMES = {name: module for module, names in _MODULES.items() for name in names}
 # What a missing package costs, and how to get it.

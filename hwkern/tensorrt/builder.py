@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto
 
 import hwkern
 from hwkern import _native
-from hwkern.tensorrt import _api, graph, opdef
+from hwkern.tensorrt import _api, einsums, graph, opdef
 from hwkern.tensorrt._api import TensorRT
 from hwkern.tensorrt.plugin import is_loaded, last_error, load_plugin, plugin_path
 from hwkern.tensorrt.profiles import Profile
@@ -84,6 +84,7 @@ def build(
     edit: Callable[[Any], object] | None = None,
     configure: Callable[[Any], object] | None = None,
     verbose: bool = False,
+    einsum: bool = True,
     trt: ModuleType | str | None = None,
 ) -> Engine:
     """Build an engine from an ONNX model, with hwkern nodes or without.
@@ -109,6 +110,7 @@ def build(
             (``edit=ht.swap``); what it returns is kept until the engine is there.
         configure: called with the IBuilderConfig last of all, for settings that have no name here.
         verbose: print TensorRT's messages to stderr.
+        einsum: TensorRT 8.6: have what lies between hwkern nodes compiled (see einsums.py). False: leave it as it is.
         trt: which TensorRT module; default: see ``load_plugin``.
 
     Raises:
@@ -124,15 +126,14 @@ def build(
     if embed_plugin and not api.has_v3:
         raise ValueError(f"embed_plugin needs TensorRT 10 or newer, not {api}.")
     started = time.perf_counter()
-    with _verbosity(api, verbose):
-        model, source = _prepared(onnx, api, precision)
-        library = load_plugin(api.module) if opdef.hwkern_nodes(model) else None
+
+    def serialized() -> Any:
         builder, network, _keep = _parsed(api, model, source)
         _held = edit(network) if edit is not None else None  # ht.swap's report owns weights that TensorRT points to
         config = _config(api, builder, precision, workspace, optimization_level, compute_capabilities)
         if not api.strongly_typed and any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             config.set_flag(api.module.BuilderFlag.INT8)  # or TensorRT 8.6 refuses the model's Q/DQ nodes
-        chosen = _add_profiles(builder, config, network, profiles)
+        chosen[:] = _add_profiles(builder, config, network, profiles)
         if embed_plugin and library is not None:
             config.plugins_to_serialize = [str(library)]
         monitor = _monitor(api, config, progress)
@@ -146,6 +147,20 @@ def build(
             raise RuntimeError(f"{api} could not build the engine: {_reasons(api)}")
         if cache is not None:
             _write(Path(os.fspath(timing_cache or "")), bytes(config.get_timing_cache().serialize()))
+        return plan
+
+    chosen: list[Profile] = []
+    with _verbosity(api, verbose):
+        model, source = _prepared(onnx, api, precision)
+        library = load_plugin(api.module) if opdef.hwkern_nodes(model) else None
+        made = einsums.put(model) if einsum and api.version < (10,) and not api.rtx else 0
+        try:
+            plan = serialized()
+        except RuntimeError:
+            if not made:
+                raise
+            einsums.take_back(model)  # perhaps one of the products broadcasts
+            plan = serialized()
     engine = Engine(bytes(plan), {})
     engine.metadata = {
         "hwkern": hwkern.__version__,
@@ -217,15 +232,18 @@ _kept = threading.local()
 
 @contextlib.contextmanager
 def keep_builder() -> Iterator[None]:
-    """Builds of this thread inside it share one IBuilder: making one loads all of TensorRT's kernels (8.6: 1 GB)."""
+    """Builds of this thread inside it share one IBuilder: making one loads all of TensorRT's kernels (8.6: 1 GB).
+
+    They share their timing caches in memory too: 8.6 refuses to read back what it wrote about compiled regions.
+    """
     if getattr(_kept, "builders", None) is not None:
         yield
         return
-    _kept.builders = {}
+    _kept.builders, _kept.caches = {}, {}
     try:
         yield
     finally:
-        _kept.builders = None
+        _kept.builders = _kept.caches = None
 
 
 def _new_builder(api: TensorRT) -> Any:
@@ -368,12 +386,18 @@ def _timing_cache(api: TensorRT, config: Any, path: str | os.PathLike[str] | Non
     if api.rtx:
         raise ValueError("TensorRT-RTX tunes on the GPU that runs the engine: it has no timing cache.")
     file = Path(path)
+    caches = getattr(_kept, "caches", None)
+    key = (api.name, str(file.absolute()))
+    if caches is not None and key in caches and config.set_timing_cache(caches[key], False):
+        return caches[key]
     old = file.read_bytes() if file.is_file() else b""
     cache = config.create_timing_cache(old)
     # A cache of another GPU or TensorRT is refused: start a new one.
     if cache is None or not config.set_timing_cache(cache, False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
+    if caches is not None:
+        caches[key] = cache
     api.log.take()
     return cache
 

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("source", type=Path)
     sub.add_argument("target", type=Path, help="the plan, JSON")
     sub.add_argument("--quick", action="store_true", help="all linears or none: three builds")
+    sub.add_argument("--seconds", type=float, help="start no build that would end later")
     _build_arguments(sub)
 
     sub = action(
@@ -169,7 +170,7 @@ def _rewrite(arguments: argparse.Namespace) -> None:
         scheme=arguments.scheme,
         fuse_residual=arguments.fuse_residual,
         fuse_norm=arguments.fuse_norm,
-        merge=not arguments.no_merge,
+        merge=False if arguments.no_merge else None,
         functions=not arguments.no_functions,
         int32_weights=arguments.int32_weights,
     )
@@ -191,6 +192,7 @@ def _plan(arguments: argparse.Namespace) -> int | None:
         timing_cache=arguments.timing_cache,
         workspace=arguments.workspace,
         quick=arguments.quick,
+        seconds=arguments.seconds,
         progress=lambda text: print(text, file=sys.stderr, flush=True),
     )
     plan.save(arguments.target)

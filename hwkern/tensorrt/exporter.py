@@ -106,6 +106,7 @@ def _translations() -> dict[Any, Any]:
             has_input_scale=int(input_scale is not None),
             has_residual=int(residual is not None),
             config=config,
+            constant_weights=1,
             plugin_namespace=opdef.NAMESPACE,
             plugin_version=opdef.PLUGIN_VERSION,
         )
@@ -145,7 +146,15 @@ def _schema(inputs: int) -> Any:
     schema = onnx.defs.OpSchema
     floats = [f"tensor({name})" for name in ("float", "float16", "bfloat16")]
     kinds = {"T": floats, **{f"T{i}": [*floats, "tensor(int8)"] for i in range(1, inputs)}}
-    integers = ("in_features", "out_features", "has_bias", "has_input_scale", "has_residual", "config")
+    integers = (
+        "in_features",
+        "out_features",
+        "has_bias",
+        "has_input_scale",
+        "has_residual",
+        "config",
+        "constant_weights",
+    )
     texts = ("scheme", "activation", "plugin_namespace", "plugin_version")
     attributes = [(name, schema.AttrType.INT) for name in integers] + [(name, schema.AttrType.STRING) for name in texts]
     return schema(

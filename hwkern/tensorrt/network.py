@@ -182,7 +182,7 @@ class _Swap:
         trt = self.trt
         numbers = {
             "in_features": k, "out_features": n, "has_bias": int(has_bias), "has_input_scale": 0, "has_residual": 0,
-            "config": opdef.CHOOSE,
+            "config": opdef.CHOOSE, "constant_weights": 1,
         }  # fmt: skip
         texts = {"scheme": "w8a8_dynamic", "activation": "none"}
         fields = [trt.PluginField(f, np.array([v], np.int32), trt.PluginFieldType.INT32) for f, v in numbers.items()]

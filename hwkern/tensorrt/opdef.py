@@ -62,6 +62,7 @@ _ATTRIBUTES = (
     "has_input_scale",
     "has_residual",
     "config",
+    "constant_weights",
     "plugin_namespace",
     "plugin_version",
 )
@@ -172,6 +173,7 @@ def make_node(
         has_input_scale=int(variant.has_input_scale),
         has_residual=int(variant.has_residual),
         config=CHOOSE,
+        constant_weights=1,
         plugin_namespace=NAMESPACE,
         plugin_version=PLUGIN_VERSION,
         **fields,

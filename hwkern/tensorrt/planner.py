@@ -1,37 +1,39 @@
 """``make_plan``: which matrix multiplies of a model become int8 on this GPU, by measuring.
 
-1. The float engine and those with all linears in int8, norms apart and norms fused, are built and timed at each
-   request (by default each profile's ``opt``).
-2. Every kind of linear in the model (sizes, bias, activation) is built alone, in the float precision and as int8,
-   and timed for the number of rows that each profile gives it. Those that are faster in int8 are the winners.
-3. Engines with the winners and with the clear winners only are built whole and timed like the first. The plan is
-   the fastest of all that is nowhere slower than float; if there is none, the plan keeps everything float. So a model
-   that is rewritten by its plan is never slower than TensorRT's own.
+TensorRT compiles what lies between two plugins as one, so a linear that is faster in int8 when it is alone may make
+the model slower: only whole engines are compared. Candidates, each built and timed at each request (by default each
+profile's ``opt``):
+
+1. the float model; all linears in int8; the same with norms fused;
+2. the linears with the largest weights only, those with the two largest sizes, …, norms fused between them: the rest,
+   attention and its small projections, stays one piece that TensorRT can compile.
+
+The plan is the fastest that is nowhere slower than float; if there is none, the plan keeps everything float. So a model
+that is rewritten by its plan is never slower than TensorRT's own.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from hwkern._console import plain_table
 from hwkern.tensorrt import graph, measure, opdef
 from hwkern.tensorrt.builder import Engine, build, keep_builder
 from hwkern.tensorrt.profiles import Profile, Shape
-from hwkern.tensorrt.rewriter import NodeReport, Selector, rewrite
+from hwkern.tensorrt.rewriter import FuseNorm, Selector, rewrite
 
 #: A whole engine counts as not slower while it is within the noise of two measurements of the same engine.
 NOISE = 1.005
-_CLEAR = 1.15  # a clear winner is this much faster alone
+FLOAT = "float"
 
 Progress = Callable[[str], None]
 
@@ -39,50 +41,70 @@ Progress = Callable[[str], None]
 class Plan(dict[str, str]):
     """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``.
 
-    ``fuse_norm``: whether LayerNormalizations go into the products that read them.
+    ``fuse_norm``, ``merge``: as ``rewrite`` takes them. ``fastest``: for each profile the candidate that is fastest
+    there, "float" among them; for ``Runners``.
     """
 
     def __init__(
-        self, nodes: Mapping[str, str], measured: Mapping[str, Any] | None = None, fuse_norm: bool = False
+        self,
+        nodes: Mapping[str, str],
+        measured: Mapping[str, Any] | None = None,
+        fuse_norm: FuseNorm = False,
+        merge: bool = True,
     ) -> None:
         super().__init__(nodes)
         self.measured: dict[str, Any] = dict(measured or {})
         self.fuse_norm = fuse_norm
+        self.merge = merge
+
+    @property
+    def fastest(self) -> list[str]:
+        return list(self.measured.get("fastest", []))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"nodes": dict(self), "fuse_norm": self.fuse_norm, "measured": self.measured}
+        return {"nodes": dict(self), "fuse_norm": self.fuse_norm, "merge": self.merge, "measured": self.measured}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, for ``rewrite(plan=path)``."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        linears = [
-            (f"{k} x {n}", ", ".join(extra), f"{m}", f"{a:.1f}", f"{b:.1f}", f"{a / b:.2f}")
-            for (k, n, *extra), m, a, b in self.measured.get("linears", [])
-        ]
-        engines = [
-            (name, *(f"{t:.1f}" for t in times), "chosen" if name == self.measured.get("chosen") else "")
-            for name, times in self.measured.get("engines", {}).items()
-        ]
-        columns = [f"request {i}, us" for i in range(len(engines[0]) - 2)] if engines else []
-        return "\n\n".join(
-            [
-                plain_table(
-                    "each linear alone", ("in x out", "with", "rows", "float us", "int8 us", "faster"), linears
-                ),
-                plain_table("the whole engine", ("candidate", *columns, ""), engines),
-            ]
-        )
+        engines = self.measured.get("engines", {})
+        base = engines.get(FLOAT, ())
+        rows = []
+        for name, times in engines.items():
+            against = [f"{b / t:.2f}" for t, b in zip(times, base, strict=True)]
+            chosen = "chosen" if name == self.measured.get("chosen") else ""
+            rows.append((name, *(f"{t:.1f} ({r})" for t, r in zip(times, against, strict=True)), chosen))
+        columns = [f"request {i}, us (times float)" for i in range(len(base))]
+        return plain_table("the whole engine", ("candidate", *columns, ""), rows)
 
 
-@dataclass
-class _Kind:
-    """Linears that cost the same: one measurement for all."""
+class Candidates:
+    """The plans that are worth trying for a model: how many of its sizes are int8, and in which form."""
 
-    key: tuple[Any, ...]  # (k, n, "bias", "gelu" …)
-    names: list[str] = field(default_factory=list)
-    rows: tuple[int, ...] = ()  # for each profile
+    def __init__(self, model: ModelProto, include: Selector | None = None, exclude: Selector | None = None) -> None:
+        report = rewrite(_without_data(model), include=include, exclude=exclude, fuse_norm=True)
+        self.report = report
+        by_name = {node.name: node for node in report.swapped}
+        self.sizes: dict[int, dict[str, str]] = {}  # weights of a product, largest first → its nodes' schemes
+        for node in report.swapped:
+            size = node.in_features * sum(by_name[name].out_features for name in node.merged or (node.name,))
+            self.sizes.setdefault(size, {})[node.name] = node.scheme
+        self.sizes = dict(sorted(self.sizes.items(), reverse=True))
+        self.has_norms = any(node.norm for node in report.swapped)
+
+    def plan(self, count: int | None = None, fuse_norm: FuseNorm = False, merge: bool = True) -> tuple[str, Plan]:
+        """The name and the plan with the ``count`` largest sizes in int8 (None: all, 0: everything float)."""
+        count = len(self.sizes) if count is None else count
+        nodes = {node.name: FLOAT for node in self.report.nodes}
+        for schemes in list(self.sizes.values())[:count]:
+            nodes |= schemes
+        if count == 0:
+            return FLOAT, Plan(nodes)
+        name = "all" if count >= len(self.sizes) else "largest" if count == 1 else f"{count} largest"
+        name += ", norms fused" * bool(fuse_norm) + " between" * (fuse_norm == "between") + ", not merged" * (not merge)
+        return name, Plan(nodes, fuse_norm=fuse_norm, merge=merge)
 
 
 def make_plan(
@@ -97,20 +119,22 @@ def make_plan(
     optimization_level: int | None = None,
     requests: Sequence[Mapping[str, Shape]] | None = None,
     quick: bool = False,
+    seconds: float | None = None,
     progress: Progress | None = None,
     engines: dict[str, Engine] | None = None,
     trt: ModuleType | str | None = None,
 ) -> Plan:
-    """Measure on the GPU that is here which linears gain from int8. Takes about as long as six builds of the model.
+    """Measure on the GPU that is here which linears gain from int8. Takes as long as three to seven builds.
 
     Args:
         onnx: the float model. profiles, precision, timing_cache, workspace, optimization_level, trt: as for ``build``.
         include, exclude: as for ``rewrite``.
-        requests: input shapes at which whole engines are timed; default: each profile's ``opt``.
-        quick: leave out steps 2 and 3, so that all linears are int8 or none is: three builds.
+        requests: input shapes at which engines are timed; default: each profile's ``opt``.
+        quick: all linears or none, norms fused or apart: three builds.
+        seconds: start no engine that would probably end later than this; the float one and one other are always built.
         progress: called with a sentence at each step.
-        engines: takes the whole engines as they are built, by candidate ("float", "all", …; ``plan.measured["chosen"]``
-            names the plan's own), which saves building the chosen one again.
+        engines: takes the engines as they are built, by candidate ("float", "all", …; ``plan.measured["chosen"]``
+            names the plan's own), which saves building the chosen one again. Those that it holds are not built.
 
     Returns:
         A :class:`Plan` for ``rewrite(plan=…)``; print it for the measurements.
@@ -127,57 +151,68 @@ def make_plan(
         "trt": trt,
     }
     model, _ = graph.load(onnx if isinstance(onnx, (bytes, ModelProto)) else os.fspath(onnx))
-    report = rewrite(_without_data(model), include=include, exclude=exclude, fuse_norm=True)
-    kinds = _kinds(model, report.swapped, profiles)
-    schemes = {node.name: node.scheme for node in report.swapped}
-    others = {node.name: "float" for node in report.nodes}
+    candidates = Candidates(model, include, exclude)
     shapes = [profile.opt for profile in profiles] if requests is None else list(requests)
-    candidates: dict[str, tuple[dict[str, str], bool]] = {}
+    engines = {} if engines is None else engines
+    plans: dict[str, Plan] = {}
     times: dict[str, list[float]] = {}
+    started, longest = time.monotonic(), 0.0
 
-    def measured(name: str, nodes: dict[str, str], norms: bool = False) -> None:
-        if (name != "float" and not nodes) or (nodes, norms) in candidates.values():
+    def measured(count: int | None, fuse_norm: FuseNorm = False) -> None:
+        nonlocal longest
+        name, plan = candidates.plan(count, fuse_norm)
+        at = time.monotonic()
+        if seconds is not None and len(times) > 1 and name not in engines and at - started + longest > seconds:
+            say(f"no time for the engine {name!r}")
             return
-        say(f"the engine {name!r}: {len(nodes)} of {len(schemes)} linears in int8")
-        source = onnx if name == "float" else _rewritten(onnx, Plan({**others, **nodes}, fuse_norm=norms))
-        engine = build(source, profiles, **settings)
-        times[name] = measure.engine_us(engine, shapes, copies=1)
-        candidates[name] = nodes, norms
-        if engines is not None:
-            engines[name] = engine
+        swapped = sum(scheme != FLOAT for scheme in plan.values())
+        say(f"the engine {name!r}: {swapped} of {len(candidates.report.swapped)} linears in int8")
+        if name not in engines:
+            engines[name] = build(onnx if name == FLOAT else _rewritten(onnx, plan), profiles, **settings)
+        times[name] = measure.engine_us(engines[name], shapes, copies=1)
+        plans[name] = plan
+        longest = max(longest, time.monotonic() - at)
 
-    gains: dict[int, float] = {}
-    linears = []
     with keep_builder():
-        measured("float", {})
-        measured("all", schemes)
-        if any(node.norm for node in report.nodes):
-            measured("all, norms fused", schemes, norms=True)
-        ints = {name: t for name, t in times.items() if name != "float"}
-        norms = bool(ints) and candidates[_fastest(ints, times["float"])][1]
-        for index, kind in enumerate(() if quick else kinds):
-            say(f"{kind.key[0]} x {kind.key[1]}, {len(kind.names)} times, {kind.rows} rows")
-            alone = list(zip(*_time_alone(kind, settings), strict=True))
-            gains[index] = min(a / b for a, b in alone)
-            linears += [(list(kind.key), m, a, b) for m, (a, b) in zip(kind.rows, alone, strict=True)]
-        for name, least in () if quick else (("winners", 1.0), ("clear winners", _CLEAR)):
-            won = [kind for index, kind in enumerate(kinds) if gains[index] >= least]
-            measured(name, {n: schemes[n] for kind in won for n in kind.names}, norms)
+        measured(0)
+        if candidates.sizes:
+            measured(None)
+            if candidates.has_norms:
+                measured(None, fuse_norm=True)
+            for count in range(1, len(candidates.sizes)) if not quick else ():
+                measured(count, "between" if candidates.has_norms else False)
     chosen = choose(times)
-    nodes, norms = candidates[chosen]
-    found = {"linears": linears, "engines": times, "chosen": chosen, "precision": precision}
-    return Plan({**others, **nodes}, found, norms)
+    plan = plans[chosen]
+    fastest = _by_profile(times, shapes, profiles)
+    plan.measured = {"engines": times, "chosen": chosen, "fastest": fastest, "precision": precision}
+    return plan
 
 
 def choose(times: Mapping[str, Sequence[float]]) -> str:
     """The candidate with the least total among those that are at no profile slower than "float"."""
-    base = times["float"]
+    base = times[FLOAT]
     fit = [
         name
         for name, values in times.items()
-        if name == "float" or all(v <= b * NOISE for v, b in zip(values, base, strict=True))
+        if name == FLOAT or all(v <= b * NOISE for v, b in zip(values, base, strict=True))
     ]
     return _fastest({name: times[name] for name in fit}, base)
+
+
+def _by_profile(
+    times: Mapping[str, Sequence[float]], shapes: Sequence[Mapping[str, Shape]], profiles: Sequence[Profile]
+) -> list[str]:
+    """For each profile the fastest at its requests; a profile without any gets what is never slower than float."""
+    of: dict[int, list[int]] = {}
+    for at, shape in enumerate(shapes):
+        fitting = [i for i, profile in enumerate(profiles) if profile.covers(shape)]
+        if fitting:  # as the Runner chooses
+            of.setdefault(min(fitting, key=lambda i: profiles[i].distance(shape)), []).append(at)
+    found = []
+    for index in range(len(profiles)):
+        mine = of.get(index) or list(range(len(shapes)))
+        found.append(choose({name: [values[i] for i in mine] for name, values in times.items()}))
+    return found
 
 
 def _fastest(times: Mapping[str, Sequence[float]], base: Sequence[float]) -> str:
@@ -213,116 +248,3 @@ def _without_data(model: ModelProto) -> ModelProto:
             tensor.dims.extend(shape)
             tensor.data_type, tensor.name, tensor.raw_data = kind, name, bytes(size)
     return copy
-
-
-def _kinds(model: ModelProto, nodes: Sequence[NodeReport], profiles: Sequence[Profile]) -> list[_Kind]:
-    rows = _rows(model, nodes, profiles)
-    kinds: dict[Any, _Kind] = {}
-    by_name = {node.name: node for node in nodes}
-    for node in nodes:
-        group = node.merged or (node.name,)
-        if node.name != group[0]:
-            continue
-        total = sum(by_name[name].out_features for name in group)
-        extra = ["bias"] * node.bias + [node.activation] * (node.activation != "none")
-        key = (node.in_features, total, *extra)
-        kind = kinds.setdefault((key, rows[node.name]), _Kind(key, [], rows[node.name]))
-        kind.names += group
-    return list(kinds.values())
-
-
-def _rows(model: ModelProto, nodes: Sequence[NodeReport], profiles: Sequence[Profile]) -> dict[str, tuple[int, ...]]:
-    """How many rows each linear's x has at every profile's opt; by the names of dynamic axes where they are known."""
-    types = graph.infer_shapes(model)
-    inputs = {value.name: value for value in model.graph.input}
-    found = {}
-    for node in nodes:
-        source = next(
-            n for g in opdef.graphs(model.graph) for n in g.node if (n.name or n.output[0]) == node.name and n.input
-        )
-        _, dims = types.get(source.input[0], (0, None))
-        counts = []
-        for profile in profiles:
-            sizes: dict[str, int] = {}
-            for name, shape in profile.opt.items():
-                axes = inputs[name].type.tensor_type.shape.dim if name in inputs else ()
-                sizes.update({axis.dim_param: d for axis, d in zip(axes, shape, strict=False) if axis.dim_param})
-            known = [sizes.get(d, 0) if isinstance(d, str) else d for d in (dims or (None,))[:-1]]
-            # Axes without a name: as many rows as the largest dynamic input has elements.
-            largest = max((math.prod(s) for s in profile.opt.values()), default=1)
-            counts.append(math.prod(known) if known and all(known) else largest)  # type: ignore[arg-type]
-        found[node.name] = tuple(counts)
-    return found
-
-
-def _time_alone(kind: _Kind, settings: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """µs of the linear alone for each number of rows: in float, in int8."""
-    model = _linear(kind.key)
-    profiles = [Profile({"x": (m, kind.key[0])}, {"x": (m, kind.key[0])}, {"x": (m, kind.key[0])}) for m in kind.rows]
-    requests: list[dict[str, Shape]] = [{"x": (m, kind.key[0])} for m in kind.rows]
-    int8 = rewrite(model, include="*").model
-    assert int8 is not None
-    return (
-        measure.engine_us(build(model, profiles, **settings, edit=_half_io(settings)), requests),
-        measure.engine_us(build(int8, profiles, **settings, edit=_half_io(settings)), requests),
-    )
-
-
-def _half_io(settings: Mapping[str, Any]) -> Callable[[Any], object]:
-    """Let the lonely linear read and write the precision that it has inside a model, not the ONNX file's float32."""
-    from hwkern.tensorrt import _api
-
-    api = _api.find(settings["trt"])
-
-    def edit(network: Any) -> None:
-        if not api.strongly_typed and settings["precision"] == "fp16":
-            network.get_input(0).dtype = network.get_output(0).dtype = api.module.float16
-
-    return edit
-
-
-def _linear(key: tuple[Any, ...]) -> ModelProto:
-    k, n, *extra = key
-    rng = np.random.default_rng(0)
-    weights = {"w": rng.standard_normal((k, n), dtype=np.float32) * np.float32(0.02)}
-    nodes: list[NodeProto] = [helper.make_node("MatMul", ["x", "w"], ["t0"], name="linear")]
-
-    def then(op: str, *inputs: str) -> None:
-        nodes.append(helper.make_node(op, list(inputs), [f"t{len(nodes)}"]))
-
-    if "bias" in extra:
-        weights["b"] = np.zeros(n, np.float32)
-        then("Add", "t0", "b")
-    y = f"t{len(nodes) - 1}"
-    constants = {"one": 1.0, "half": 0.5, "root": math.sqrt(0.5), "cube": 0.044715, "slope": math.sqrt(2 / math.pi)}
-    weights.update({name: np.float32(value) for name, value in constants.items()})
-    if "relu" in extra:
-        then("Relu", y)
-    elif "silu" in extra:
-        then("Sigmoid", y)
-        then("Mul", y, f"t{len(nodes) - 1}")
-    elif "gelu" in extra:
-        then("Mul", y, "root")
-        then("Erf", f"t{len(nodes) - 1}")
-        then("Add", f"t{len(nodes) - 1}", "one")
-        then("Mul", f"t{len(nodes) - 1}", y)
-        then("Mul", f"t{len(nodes) - 1}", "half")
-    elif "gelu_tanh" in extra:
-        then("Mul", y, y)
-        then("Mul", f"t{len(nodes) - 1}", y)
-        then("Mul", f"t{len(nodes) - 1}", "cube")
-        then("Add", f"t{len(nodes) - 1}", y)
-        then("Mul", f"t{len(nodes) - 1}", "slope")
-        then("Tanh", f"t{len(nodes) - 1}")
-        then("Add", f"t{len(nodes) - 1}", "one")
-        then("Mul", f"t{len(nodes) - 1}", y)
-        then("Mul", f"t{len(nodes) - 1}", "half")
-    last = nodes[-1].output[0]
-    made = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", k])],
-        [helper.make_tensor_value_info(last, TensorProto.FLOAT, ["m", n])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -16,7 +16,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 import hwkern
 from hwkern._console import plain_table
-from hwkern.tensorrt import activations, opdef
+from hwkern.tensorrt import activations, einsums, opdef
 from hwkern.tensorrt.graph import (
     Array,
     Constant,
@@ -39,6 +39,7 @@ from hwkern.tensorrt.packing import K_MAX, pack, quantize_weight
 
 Selector = str | Callable[[str], bool] | Sequence["str | Callable[[str], bool]"]
 Plan = Mapping[str, str]
+FuseNorm = Literal[True, False, "between"]
 
 # As hwkern.patch: below, quantizing x and rescaling y cost more than the product saves.
 MIN_WEIGHTS = 2**17
@@ -120,8 +121,8 @@ def rewrite(
     scheme: str = "w8a8_dynamic",
     fuse_activation: bool = True,
     fuse_residual: bool = False,
-    fuse_norm: bool | None = None,
-    merge: bool = True,
+    fuse_norm: FuseNorm | None = None,
+    merge: bool | None = None,
     functions: bool = True,
     int32_weights: bool = False,
 ) -> RewriteReport:
@@ -146,8 +147,9 @@ def rewrite(
         fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node.
         fuse_residual: so does an addition of a tensor of the same shape.
         fuse_norm: a LayerNormalization (and the addition before it) whose result the product reads goes into the node,
-            which gives the normalized tensor and the sum to whoever else reads them. None: as the plan says, else no.
-        merge: merge products that share x.
+            which gives the normalized tensor and the sum to whoever else reads them. "between": only when what is
+            normalized comes from an int8 product too. None: as the plan says, else no.
+        merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
             (which does that by itself).
@@ -173,8 +175,9 @@ def rewrite(
             raise ValueError("This model keeps its weights outside its file (or is over 1.8 GB): give dst, a path.")
         data = DataFile(target.with_name(target.name + ".data"))
     try:
-        nodes, norms = _plan(plan)
+        nodes, norms, merges = _plan(plan)
         norms = norms if fuse_norm is None else fuse_norm
+        merge = merges if merge is None else merge
         job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
         job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
@@ -206,10 +209,10 @@ def _at_least_opset_13(model: ModelProto) -> ModelProto:
 # ---- which nodes ---------------------------------------------------------------------------------------------------
 
 
-def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, bool]:
-    """(node name → scheme, whether norms are fused)."""
+def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, FuseNorm, bool]:
+    """(node name → scheme, whether norms are fused, whether products of the same x are merged)."""
     if plan is None:
-        return None, False
+        return None, False, True
     if isinstance(plan, (str, os.PathLike)):
         plan = json.loads(Path(plan).read_text(encoding="utf-8"))
     if not isinstance(plan, Mapping):
@@ -217,11 +220,18 @@ def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | 
     entries = plan.get("nodes", plan)
     if not isinstance(entries, Mapping):
         raise ValueError('A plan is a mapping of node names to schemes, or a JSON object with one under "nodes".')
-    norms = getattr(plan, "fuse_norm", None) if entries is plan else plan.get("fuse_norm")
+    norms, merge = (
+        (getattr(plan, "fuse_norm", False), getattr(plan, "merge", True))
+        if entries is plan
+        else (plan.get("fuse_norm", False), plan.get("merge", True))
+    )
     for name, scheme in entries.items():
         if scheme not in (*opdef.SCHEMES, "float"):
             raise ValueError(f"plan: {name!r} → {scheme!r}: it must be 'float' or one of {', '.join(opdef.SCHEMES)}.")
-    return dict(entries), bool(norms)
+    if norms not in (True, False, "between"):
+        raise ValueError(f'plan: fuse_norm is {norms!r}: it must be true, false or "between".')
+    chosen: FuseNorm = "between" if norms == "between" else bool(norms)
+    return dict(entries), chosen, bool(merge)
 
 
 class _Choice:
@@ -341,6 +351,7 @@ class _Norm:
 class _Rewriter:
     choice: _Choice
     taken: set[int]  # ids of this graph's additions that are in a product as its residual
+    made: set[str]  # what this graph's int8 products give
 
     def __init__(
         self,
@@ -350,7 +361,7 @@ class _Rewriter:
         scheme: str,
         fuse_activation: bool,
         fuse_residual: bool,
-        fuse_norm: bool,
+        fuse_norm: FuseNorm,
         merge: bool,
         int32_weights: bool,
     ) -> None:
@@ -382,7 +393,9 @@ class _Rewriter:
 
     def _metadata(self) -> dict[str, Any]:
         plan = {node.name: node.scheme or "float" for node in self.report.nodes}
-        return {"hwkern": hwkern.__version__, "op_version": opdef.PLUGIN_VERSION, "nodes": plan}
+        # Types are those of the model as it was: nobody knows what a hwkern node gives.
+        products = einsums.find(self.model.graph, self.types)
+        return {"hwkern": hwkern.__version__, "op_version": opdef.PLUGIN_VERSION, "nodes": plan, "products": products}
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 
@@ -410,6 +423,7 @@ class _Rewriter:
                 found.append(linear)
         if not found:
             return
+        self.made = {linear.output for linear in found}
         removed: list[NodeProto] = []
         placed: dict[int, list[NodeProto]] = {}  # id of a node → the nodes that come in its place
         normed: set[str] = set()  # a norm goes into one product
@@ -650,6 +664,8 @@ class _Rewriter:
                 norm.sum = self._also_read(norm.x, [node], reads)
                 norm.x, norm.skip = add.input
                 norm.nodes.append(add)
+        if self.fuse_norm == "between" and not {norm.x, norm.skip} & self.made:
+            return None
         for linear in group:
             linear.report.norm = node.name or node.output[0]
         return norm
