@@ -754,7 +754,8 @@ def test_the_exported_model_computes_what_torch_computes(name, tmp_path):
     assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
     if name == "tiny-gpt2":
         return  # its layers are Conv1D
-    engines.export(engines.fake_quantized(module, inputs), model, inputs, tmp_path / "qdq.onnx", False)
+    scales = engines.input_scales(module, inputs)
+    engines.export(module, model, inputs, tmp_path / "qdq.onnx", False, scales=scales)
     (got,) = ort.InferenceSession(tmp_path / "qdq.onnx").run(None, {"x": x.numpy()})
     # Static per-tensor scales: 8 bits over the absmax of a whole batch cost a few percent.
     assert 0.99 < accuracy.compare(want, torch.from_numpy(got), False)["cosine"] < 1
@@ -785,13 +786,13 @@ def test_engines_are_built_in_another_process(tmp_path):
         module = model.make("cpu").requires_grad_(False)
         fixed = [settings.workload("1x32")]
         check = model.check_inputs(0, "cpu")
-        arguments = (model, module, fixed[0], fixed, None, check)
+        arguments = (model, module, fixed[0], fixed, None, check, check, 0)
         found = made.engine(paths.path("trt-fp16"), *arguments)
         assert Path(found["engine"]).stat().st_size == found["engine_bytes"]
         assert made.engine(paths.path("trt-fp16"), *arguments) is found
         assert "RTX" in made.version
         with pytest.raises(AbsentError, match="decoding"):
-            made.engine(paths.path("trt-fp16"), model, module, settings.workload("decode:1x8+2"), fixed, None, check)
+            made.engine(paths.path("trt-fp16"), model, module, settings.workload("decode:1x8+2"), *arguments[3:])
     finally:
         made.close()
     assert not made.folder.exists()

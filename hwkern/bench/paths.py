@@ -1,7 +1,7 @@
 """The ways to run a model: a base (float type or quantizer) and how it is launched (eager, compiled, captured).
 
-``fp16``, ``hwkern-plan+compile``, ``bf16+compile+graph``: what stands behind ``+`` are the ways of launching. The
-TensorRT paths (``trt-…``) live in engines.py.
+``fp16``, ``hwkern-plan+compile``, ``bf16+compile+graph``: what stands behind ``+`` are the ways of launching;
+``bf16+compile@8x512`` runs with this workload only. The TensorRT paths (``trt-…``) live in engines.py.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ class Path:
     base: str
     compiled: bool
     captured: bool
+    only: tuple[str, ...] = ()  #: workloads that it is for; empty: all
 
     @property
     def is_engine(self) -> bool:
@@ -258,11 +259,12 @@ class Path:
 
 def path(name: str) -> Path:
     """The path called ``name``. ValueError for an unknown one."""
+    name, *only = name.split("@")
     base, *modes = name.split("+")
     known = base in BASES or (base in ENGINES and not modes)
     if not known or len(set(modes)) != len(modes) or any(mode not in MODES for mode in modes):
         raise ValueError(
             f"path {name!r}: it must be one of {', '.join([*BASES, *ENGINES])}; all but TensorRT's may have "
-            "+compile, +graph or +compile+graph behind."
+            "+compile, +graph or +compile+graph behind, and @8x512 (or another workload) to run with that one only."
         )
-    return Path(name, base, "compile" in modes, "graph" in modes)
+    return Path(name, base, "compile" in modes, "graph" in modes, tuple(only))

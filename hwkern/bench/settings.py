@@ -117,6 +117,8 @@ class Settings:
         bound_ms: of the 95th percentile in the traffic workload.
         lengths: JSON lines of request lengths, instead of log-normal ones.
         tensorrt_python: interpreter for the TensorRT paths; None: this one.
+        tensorrt_level: of the builder's effort, 0 … 5; None: TensorRT's default.
+        engines: folder in which engines are kept for later runs; None: they are built anew.
     """
 
     device: str
@@ -132,6 +134,8 @@ class Settings:
     max_rows: int = 32
     lengths: Path | None = None
     tensorrt_python: str | None = None
+    tensorrt_level: int | None = None
+    engines: Path | None = None
     show: bool = True
     started: float | None = None  #: time.monotonic() that the budget counts from
     keep: dict[str, str] = field(default_factory=dict)  #: for the record: commit, command

@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tensorrt-python", metavar="PATH", help="interpreter that has TensorRT, for its paths (default: this one)"
     )
+    parser.add_argument(
+        "--tensorrt-level", type=int, choices=range(6), help="the builder's effort (default: TensorRT's own, 3)"
+    )
+    parser.add_argument(
+        "--engines", type=Path, metavar="FOLDER", help="keep TensorRT engines here, and take those that are kept"
+    )
     parser.add_argument("--commit", help="commit to record (default: git's, in a checkout)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument(
@@ -160,6 +166,8 @@ def options(arguments: argparse.Namespace) -> Any:
         max_rows=arguments.max_batch,
         lengths=arguments.lengths,
         tensorrt_python=arguments.tensorrt_python,
+        tensorrt_level=arguments.tensorrt_level,
+        engines=arguments.engines,
         show=not arguments.quiet,
         started=arguments.started,
         keep={"command": shlex.join(["hwkern", *words]), **({"commit": arguments.commit} if arguments.commit else {})},
