@@ -7,10 +7,13 @@ a third family), ``mark`` (orange, bounds and warnings), ``soft`` (secondary tex
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 WIDTH = 760  # of every drawing, in its own units; a page scales it to its column
 
@@ -90,6 +93,29 @@ def drawing(height: float, title: str, description: str, body: Sequence[str], al
         f'{head} aria-label="{escape(title, quote=True)}"><title>{escape(title)}</title>'
         f"<desc>{escape(description)}</desc>{style}{''.join(body)}</svg>"
     )
+
+
+def png(drawn: str, zoom: float = 2) -> bytes:
+    """A drawing that stands alone, as PNG in its light colours, ``zoom`` pixels to its unit.
+
+    Raises:
+        ImportError: resvg-py is not installed.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError(f"PNG pictures need resvg-py: pip install resvg-py ({error})") from error
+    light = dict(re.findall(r"(--\w+): (#\w+)", STYLE[: STYLE.index("@media")]))
+    style = re.sub(r"@media[^{]*\{[^{}]*\{[^{}]*\} *\}", "", STYLE)
+    style = re.sub(r"var\((--\w+)\)", lambda found: light[found[1]], style)  # resvg knows no variables
+    style = re.sub(r"svg text \{[^}]*\}", f"svg text {{ fill: {light['--ink']}; font-size: 12px; }}", style)
+    # A machine without fonts, as servers are, has those of matplotlib if that is there.
+    plots = importlib.util.find_spec("matplotlib")
+    fonts = [] if plots is None or plots.origin is None else [str(Path(plots.origin).parent / "mpl-data/fonts/ttf")]
+    made: bytes = resvg_py.svg_to_bytes(
+        svg_string=drawn.replace(STYLE, style), zoom=zoom, font_dirs=fonts, font_family="DejaVu Sans"
+    )
+    return bytes(made)
 
 
 def page(title: str, parts: Sequence[str], style: str = PAGE_STYLE) -> str:

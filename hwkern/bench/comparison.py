@@ -235,8 +235,8 @@ class Comparison:
             return Entry(path, None, status, rest["reason"])
         note: dict[str, Any] = {"prepared_s": round(time.perf_counter() - started, 2)}
         if (plan := module.__dict__.get("_bench_plan")) is not None:
-            note["plan"] = plan
-        self._say(f"  {path.base}: {note}")
+            note |= plan
+        self._say(f"  {path.base}: made in {note['prepared_s']} s")
         return Entry(path, subject, accuracy=measured, note=note)
 
     # ---- one workload ----------------------------------------------------------------------------------------------

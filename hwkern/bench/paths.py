@@ -86,7 +86,7 @@ def _planned(model: nn.Module, context: Context) -> nn.Module:
     ]  # fmt: skip
     plan = hwkern.plan(made, batches, show=False)
     hwkern.patch(made, plan=plan, originals="drop")
-    made.__dict__["_bench_plan"] = schemes(plan)
+    made.__dict__["_bench_plan"] = {"plan": schemes(plan), "plan_shapes": shapes(plan)}
     return made
 
 
@@ -96,6 +96,26 @@ def schemes(plan: Any) -> dict[str, int]:
     for recipe in plan.recipes.values():
         found[recipe.name] = found.get(recipe.name, 0) + 1
     return dict(sorted(found.items()))
+
+
+def shapes(plan: Any) -> list[dict[str, Any]]:
+    """For each size of layer in a plan: how many there are, what the first became, and µs of every recipe by tokens (as
+    one CUDA graph where that was measured)."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for layer in plan.layers.values():
+        if (layer.n, layer.k) in found:
+            found[layer.n, layer.k]["layers"] += len(layer.names)
+            continue
+        us = {}
+        for candidate in layer.candidates:
+            if candidate.us:
+                times = candidate.us.get("graph") or next(iter(candidate.us.values()))
+                us[candidate.name] = {str(tokens): round(value, 2) for tokens, value in sorted(times.items())}
+        found[layer.n, layer.k] = {
+            "n": layer.n, "k": layer.k, "layers": len(layer.names), "chosen": layer.choice.name,
+            "max_tokens": layer.choice.recipe.max_tokens, "us": us,
+        }  # fmt: skip
+    return list(found.values())
 
 
 def _need_kernels(context: Context) -> None:

@@ -1,4 +1,4 @@
-"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes JSON, CSV, SVG, HTML."""
+"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes JSON, CSV, plots, HTML."""
 
 from __future__ import annotations
 
@@ -194,6 +194,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
     """Everything that is made of a document: results.json, results.csv, table.txt, plots and the page."""
+    from hwkern import _svg
     from hwkern.bench import page, record, tables
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -208,4 +209,10 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
+    try:
+        for name, content in files.items():
+            if name.endswith(".svg"):
+                (folder / name).with_suffix(".png").write_bytes(_svg.png(content))
+    except ImportError as error:
+        print(f"no PNG beside the SVG plots: {error}", file=sys.stderr)
     return [folder / "results.json", *(folder / name for name in files if "plots/" not in name), folder / "plots"]
