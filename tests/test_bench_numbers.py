@@ -484,6 +484,25 @@ def test_every_row_gets_its_verdict():
     assert "2 lost" in text
 
 
+def test_ratios_of_two_runs_agree_within_the_noise_of_both():
+    def run(**values):
+        made = document(dict.fromkeys([f"m w {path}" for path in values], (100, 0.02)))
+        for row in made["rows"]:
+            value, noise = values[row["path"]]
+            row["ratio"] = {"to": "fp16", "value": value, "noise": noise}
+        return made
+
+    old = run(fp16=(1, 0.02), a=(1.8, 0.02), b=(1.2, 0.1), c=(1.5, 0.02))
+    new = run(fp16=(1, 0.02), a=(1.84, 0.02), b=(1.31, 0.02), c=(1.4, 0.02))
+    count, moved = compare.ratios(old, new)
+    assert count == 3  # the baseline's own is 1
+    assert [(d.name, d.verdict) for d in moved] == [("m w c", "slower")]
+    assert moved[0].bound == pytest.approx(math.hypot(0.02, 0.02))
+    text = compare.text(compare.differences(old, new), old, new)
+    assert "Ratios: 2 of 3 agree within their noise. m w c 1.500× to 1.400×." in text
+    assert "Ratios: 3 of 3 agree within their noise." in compare.text(compare.differences(old, old), old, old)
+
+
 def test_the_command_exits_with_one_when_something_got_slower(tmp_path, capsys):
     from hwkern import cli
 

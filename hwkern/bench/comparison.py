@@ -200,7 +200,10 @@ class Comparison:
         made: dict[str, Entry] = {}
         found = []
         for path in self.paths:
-            if (problem := path.problem(self.options.device)) is not None:
+            unwanted = [path.unwanted(model.name, workload.name) for workload in wanted]
+            if all(unwanted):
+                found.append(Entry(path, status="absent", reason=unwanted[0] or ""))  # nothing is made for it
+            elif (problem := path.problem(self.options.device)) is not None:
                 found.append(Entry(path, status="absent", reason=problem))
             elif path.is_engine:
                 found.append(Entry(path))  # built for each workload: an engine is made for its shapes
@@ -271,6 +274,8 @@ class Comparison:
                 assert timed.entry.subject is not None
                 with contextlib.suppress(Exception):  # of a device that broke before
                     timed.entry.subject.release()
+            if any(entry.path.compiled for entry in entries):
+                torch._dynamo.reset()  # of all paths at once: not while one of them is still to be timed
 
     def _stream(self, workload: settings.Traffic) -> traffic.Traffic:
         options = self.options
@@ -288,8 +293,8 @@ class Comparison:
     ) -> Timed | None:  # fmt: skip
         """The entry, warm and checked; or a row that says why not."""
         where = (model.name, workload.name, entry.path.name)
-        if entry.path.only and workload.name not in entry.path.only:
-            self._row(*where, "absent", reason=f"asked for with {', '.join(entry.path.only)} only")
+        if (reason := entry.path.unwanted(model.name, workload.name)) is not None:
+            self._row(*where, "absent", reason=reason)
             return None
         if entry.status != "ok":
             self._row(*where, entry.status, reason=entry.reason)

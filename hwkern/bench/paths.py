@@ -1,7 +1,8 @@
 """The ways to run a model: a base (float type or quantizer) and how it is launched (eager, compiled, captured).
 
 ``fp16``, ``hwkern-plan+compile``, ``bf16+compile+graph``: what stands behind ``+`` are the ways of launching;
-``bf16+compile@8x512`` runs with this workload only. The TensorRT paths (``trt-…``) live in engines.py.
+``bf16+compile@8x512@bert-base`` runs with this workload and this model only. The TensorRT paths (``trt-…``) live in
+engines.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from hwkern import _native
+from hwkern.bench import settings
 from hwkern.bench.models import AbsentError, Model
 
 MODES = ("compile", "graph")
@@ -247,7 +249,7 @@ class Path:
     base: str
     compiled: bool
     captured: bool
-    only: tuple[str, ...] = ()  #: workloads that it is for; empty: all
+    only: tuple[str, ...] = ()  #: workloads and models that it is for; without one of a kind: all of the kind
 
     @property
     def is_engine(self) -> bool:
@@ -263,6 +265,14 @@ class Path:
         head = ENGINES[self.base] if self.is_engine else BASES[self.base].title
         return head + (", compiled" if self.compiled else "") + (", CUDA graph" if self.captured else "")
 
+    def unwanted(self, model: str, workload: str) -> str | None:
+        """Why it does not run with this model and workload; None: it does."""
+        for name, kind in ((model, False), (workload, True)):
+            chosen = [each for each in self.only if _is_workload(each) == kind]
+            if chosen and name not in chosen:
+                return f"asked for with {' and '.join(chosen)} only"
+        return None
+
     def problem(self, device: str) -> str | None:
         """Why this path cannot run on ``device`` whatever the model; None: it may."""
         kind = device.split(":")[0]
@@ -277,6 +287,14 @@ class Path:
         return None
 
 
+def _is_workload(name: str) -> bool:
+    try:
+        settings.workload(name)
+    except ValueError:
+        return False
+    return True
+
+
 def path(name: str) -> Path:
     """The path called ``name``. ValueError for an unknown one."""
     name, *only = name.split("@")
@@ -285,6 +303,6 @@ def path(name: str) -> Path:
     if not known or len(set(modes)) != len(modes) or any(mode not in MODES for mode in modes):
         raise ValueError(
             f"path {name!r}: it must be one of {', '.join([*BASES, *ENGINES])}; all but TensorRT's may have "
-            "+compile, +graph or +compile+graph behind, and @8x512 (or another workload) to run with that one only."
+            "+compile, +graph or +compile+graph behind, and @ with a workload or a model to run with that one only."
         )
     return Path(name, base, "compile" in modes, "graph" in modes, tuple(only))
