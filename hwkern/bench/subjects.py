@@ -251,6 +251,11 @@ def _tensor_bytes(module: nn.Module) -> int:
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     plain = sum(map(_stored_bytes, tensors.values()))
     packed = 0
+    for each in module.modules():  # bitsandbytes keeps the scales of its weights beside them, in plain attributes
+        scales = getattr(getattr(each, "state", None), "SCB", None)
+        if scales is None:
+            scales = getattr(getattr(each, "weight", None), "SCB", None)
+        packed += 0 if scales is None else _stored_bytes(scales)
     for each in module.modules():
         layer: Any = each
         if hasattr(layer, "_packed_params") and callable(getattr(layer, "weight", None)):
