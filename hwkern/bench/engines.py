@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -277,7 +278,8 @@ class Engines:
     """Exports, engines and the process of one run; files live in a temporary folder.
 
     Engines and timing caches that live in ``keep`` serve later runs too: building takes minutes, and the same engine
-    gives the same figures. Each has beside it what it was built from, and is taken only for the very same.
+    gives the same figures. Each has beside it what it was built from, and is taken only for the very same. A file
+    ``….building`` with the number of a process says that this process makes the engine just now.
     """
 
     def __init__(self, python: str | None, keep: Path | None = None, level: int | None = None) -> None:
@@ -331,20 +333,27 @@ class Engines:
             "hwkern": _plugin_digest() if path.base == "trt-hwkern" else "",
         }  # fmt: skip
         recipe, engine = self.keep / f"{name}.json", self.keep / f"{name}.engine"
+        _wait_for(self.keep / f"{name}.building")
         kept = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() and engine.is_file() else {}
         if kept.get("built_from") != built_from:
-            found = self.builder.ask(
-                do="build",
-                onnx=str(self._onnx(path, model, exact, part, inputs if fixed else check, traffic is not None, fixed)),
-                precision="fp32" if path.base == "trt-fp32" else "fp16",
-                rewrite=path.base == "trt-hwkern",
-                profiles=built_from["profiles"],
-                level=self.level,
-                cache=str(self.keep / f"{name}.timing"),
-                engine=str(engine),
-            )
-            kept = {"built_from": built_from, "found": found}
-            recipe.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            building = self.keep / f"{name}.building"
+            building.write_text(str(os.getpid()), encoding="utf-8")
+            try:
+                onnx = self._onnx(path, model, exact, part, inputs if fixed else check, traffic is not None, fixed)
+                found = self.builder.ask(
+                    do="build",
+                    onnx=str(onnx),
+                    precision="fp32" if path.base == "trt-fp32" else "fp16",
+                    rewrite=path.base == "trt-hwkern",
+                    profiles=built_from["profiles"],
+                    level=self.level,
+                    cache=str(self.keep / f"{name}.timing"),
+                    engine=str(engine),
+                )
+                kept = {"built_from": built_from, "found": found}
+                recipe.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            finally:
+                building.unlink(missing_ok=True)
         self._engines[key] = kept["found"] | {"engine": str(engine)}
         return self._engines[key]
 
@@ -359,6 +368,16 @@ class Engines:
             export(exact, model, inputs, file, traffic, fixed, input_scales(exact, inputs) if quantized else None)
             self._files[key] = file
         return self._files[key]
+
+
+def _wait_for(building: Path) -> None:
+    """Until the process that makes an engine is done with it, or is no more."""
+    while building.is_file():
+        try:
+            os.kill(int(building.read_text(encoding="utf-8")), 0)
+        except (OSError, ValueError):
+            return
+        time.sleep(0.2)
 
 
 def _plugin_digest() -> str:
