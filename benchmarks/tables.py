@@ -191,7 +191,7 @@ def comparison(document: dict[str, Any]) -> str:
     parts = []
     for model, workload, rows in tables.groups(document):
         heads, cells = tables.columns(rows)
-        parts += [f"### {model}, {workload}", markdown(heads, cells), *page.verdicts(rows)]
+        parts += [f"### {tables.title(document, model)}, {workload}", markdown(heads, cells), *page.verdicts(rows)]
         names = list(page.plots({**document, "rows": rows}))
         parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
     if missing := tables.left_out(document):
@@ -206,7 +206,13 @@ def headline(document: dict[str, Any], model: str, workload: str) -> str:
 
     for found in tables.groups(document):
         if found[:2] == (model, workload):
-            return "\n\n".join([markdown(*page.headline_cells(found[2])), *page.verdicts(found[2])])
+            return "\n\n".join(
+                [
+                    f"{tables.title(document, model)}, {workload}:",
+                    markdown(*page.headline_cells(found[2])),
+                    *page.verdicts(found[2]),
+                ]
+            )
     return f"*Not measured: {model}, {workload}.*"
 
 

@@ -38,7 +38,7 @@ svg line.wide { stroke-width: 3; }
 
 PAGE_STYLE = """
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.25rem; margin: 2.75rem 0 .25rem; }
 h3 { font-size: 1rem; margin: 1.75rem 0 .25rem; } p { margin: .25rem 0; } .soft { color: var(--soft); }
@@ -48,7 +48,7 @@ figcaption { color: var(--soft); font-size: .88rem; margin-bottom: .25rem; }
 i.key { display: inline-block; width: 1.4em; height: .7em; margin: 0 .3em 0 1em; border-radius: 1px; }
 i.was { background: var(--was); margin-left: 0; }
 i.now { background: var(--now); } i.other { background: var(--other); }
-th, td { text-align: right; padding: .35rem 0 .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .35rem 0 .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.now td { color: var(--now); font-weight: 600; } tr.other td:first-child { color: var(--other); }
@@ -160,7 +160,7 @@ def bars(rows: Sequence[Bar], title: str, reference: float | None = None, alone:
         end = left + row.value * scale
         if row.error:
             reach = row.value * row.error * scale
-            body += [line(end - reach, y + 9.5, end + reach, y + 9.5, "ink")]
+            body += [line(max(left, end - reach), y + 9.5, end + reach, y + 9.5, "ink")]
             end += reach
         body.append(text(end + 6, y + 13, row.words, "bold" if row.kind == "now" else "soft"))
     height = 8 + 22 * len(rows)

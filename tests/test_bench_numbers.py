@@ -367,7 +367,9 @@ def test_a_stretch_begins_and_ends_at_a_step_of_the_counter(monkeypatch):
     assert meter.problem is None
     assert meter.clocks() == {"sm_mhz": 1980, "memory_mhz": 2619, "power_limit_w": 700}
     # The counter moves every 0.1 s; a call takes 0.03 s, does 7 units and the GPU draws 300 W.
-    monkeypatch.setattr(nvml, "nvmlDeviceGetTotalEnergyConsumption", lambda gpu: 30_000 * math.floor(nvml.now * 10 + 1e-6))
+    monkeypatch.setattr(
+        nvml, "nvmlDeviceGetTotalEnergyConsumption", lambda gpu: 30_000 * math.floor(nvml.now * 10 + 1e-6)
+    )
 
     def call():
         nvml.now += 0.03

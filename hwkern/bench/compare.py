@@ -128,7 +128,9 @@ def text(found: list[Difference], old: Mapping[str, Any], new: Mapping[str, Any]
     if old["benchmark"] == "comparison":
         count, moved = ratios(old, new)
         words = "; ".join(f"{d.name} {d.note}" for d in moved)
-        lines.append(f"Ratios: {count - len(moved)} of {count} agree within their noise." + (f" {words}." * bool(moved)))
+        lines.append(
+            f"Ratios: {count - len(moved)} of {count} agree within their noise." + (f" {words}." * bool(moved))
+        )
     if counts["unknown"]:
         lines.append("Unknown: fewer than two blocks were timed, so that their noise is not known.")
     return "\n".join(lines)

@@ -90,7 +90,8 @@ class Comparison:
                 "seconds": options.seconds, "blocks": options.blocks, "budget": options.budget, "seed": options.seed,
                 "bound_ms": options.bound_ms, "requests": options.requests, "max_rows": options.max_rows,
                 "baseline": self.baseline, "lengths": options.lengths.name if options.lengths else "log-normal",
-                "paths": [p.name for p in self.paths], "tensorrt_level": options.tensorrt_level, "energy": self.meter.problem or "NVML",
+                "paths": [p.name for p in self.paths],
+                "tensorrt_level": options.tensorrt_level, "energy": self.meter.problem or "NVML",
             },
             "rows": self.rows,
         }  # fmt: skip
@@ -168,6 +169,7 @@ class Comparison:
             self._row(name, left_name, "all", "absent", reason=why)
         if not wanted:
             return None
+        self.document["settings"].setdefault("models", {})[name] = model.title
         if budget.spent:
             return self._row(name, "all", "all", "not run", reason="budget")
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import subprocess
@@ -92,8 +91,7 @@ class _Placeholder(nn.Module):
 
 
 def input_scales(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
-    """Linear layer (all but the head) → the scale of its input, absmax / 127 on ``inputs``, as TensorRT's own INT8 wants
-    it."""
+    """Linear layer (all but the head) → the scale of its input, absmax / 127 on ``inputs``, for TensorRT's own INT8."""
     from hwkern.bench.paths import linears
 
     chosen = linears(module)
@@ -119,8 +117,10 @@ def export(
     module: nn.Module, model: Model, inputs: Mapping[str, Any], file: Path, traffic: bool, fixed: bool = False,
     scales: Mapping[str, float] | None = None,
 ) -> None:  # fmt: skip
-    """Write the float32 model as ONNX: with a dynamic batch and length, or with the very shape of the inputs (``fixed``),
-    which spares a decoder's graph all computing with shapes. ``scales``: with Q/DQ pairs at these layers.
+    """Write the float32 model as ONNX.
+
+    With a dynamic batch and length, or with the very shape of the inputs (``fixed``), which spares a decoder's graph
+    all computing with shapes. ``scales``: with Q/DQ pairs at these layers.
 
     torch's exporter compares and copies all weights several times, a minute for two gigabytes. So it gets the model
     without the weights of the linear layers, and these are put into its graph.
@@ -144,17 +144,16 @@ def export(
     if traffic:
         names.append("mask")
         axes["mask"] = dict(axes["x"])
-    graph_file = io.BytesIO()
+    part = file.with_name(f"{file.name}.{os.getpid()}")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Exported(prepared, model.calls(), traffic, model.kind == "decoder"), arguments, graph_file,
+            Exported(prepared, model.calls(), traffic, model.kind == "decoder"), arguments, str(part),
             input_names=names, output_names=["y"], dynamic_axes=None if fixed else {**axes, "y": {0: "batch"}},
             opset_version=OPSET, dynamo=False, custom_opsets={"hwkern_bench": 1},
         )  # fmt: skip
-    graph = onnx.load_from_string(graph_file.getvalue())
+    graph = onnx.load(str(part))
     _put_weights(graph, layers, scales or {})
-    part = file.with_name(f"{file.name}.{os.getpid()}")
     part.write_bytes(graph.SerializeToString())
     part.replace(file)
 
@@ -176,7 +175,7 @@ def _put_weights(model: Any, layers: Mapping[str, nn.Linear], scales: Mapping[st
     def quantized(what: str, name: str, scale: Tensor | float, axis: int | None = None) -> str:
         zeros = torch.zeros_like(scale) if isinstance(scale, Tensor) else 0.0
         pair = [constant(f"{name}.scale", scale), constant(f"{name}.zero", zeros, TensorProto.INT8)]
-        extra = {} if axis is None else {"axis": axis}
+        extra: dict[str, Any] = {} if axis is None else {"axis": axis}
         for kind, source, result in (
             ("QuantizeLinear", what, f"{name}.q"), ("DequantizeLinear", f"{name}.q", f"{name}.dq")
         ):  # fmt: skip
@@ -329,7 +328,8 @@ class Engines:
         built_from = {
             "model": model.name, "size": size, "seed": seed, "path": path.base, "level": self.level,
             "profiles": [] if fixed else _profiles(model, wanted, traffic), "batch": part if fixed else "",
-            "tensorrt": self.version, "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            "tensorrt": self.version, "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
             "hwkern": _plugin_digest() if path.base == "trt-hwkern" else "",
         }  # fmt: skip
         recipe, engine = self.keep / f"{name}.json", self.keep / f"{name}.engine"

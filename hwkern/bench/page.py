@@ -109,8 +109,12 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             times = value(mine, key) / value(best, key)
             parts.append(f"{what} {times:.2f}× that of {path_of(best['path']).title}")
         least = min(stock, key=lambda row: row["weight_bytes"])
-        parts.append(f"weights {mine['weight_bytes'] / least['weight_bytes']:.3f}× those of {path_of(least['path']).title}")
-        found.append(f"{framework}: {path_of(mine['path']).title} against the best stock path of each: {'; '.join(parts)}.")
+        parts.append(
+            f"weights {mine['weight_bytes'] / least['weight_bytes']:.3f}× those of {path_of(least['path']).title}"
+        )
+        found.append(
+            f"{framework}: {path_of(mine['path']).title} against the best stock path of each: {'; '.join(parts)}."
+        )
     return found
 
 
@@ -237,7 +241,7 @@ def html(document: Mapping[str, Any]) -> str:
     for model, workload, rows in tables.groups(document):
         by_model.setdefault(model, []).append((workload, rows))
     for model, workloads in by_model.items():
-        parts.append(f"<h2>{escape(model)}</h2>")
+        parts.append(f"<h2>{escape(tables.title(document, model))}</h2>")
         for workload, rows in workloads:
             parts += _workload(model, workload, rows)
         rows = workloads[0][1]

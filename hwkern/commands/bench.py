@@ -1,4 +1,4 @@
-"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes JSON, CSV, plots, HTML."""
+"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes tables, plots, page."""
 
 from __future__ import annotations
 
