@@ -7,9 +7,9 @@ A table stands between two comment lines, the first of which names the file with
     <!-- end results -->
 
 `<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only; `<!-- results: targets-h100 -->` what
-all files of an H100 say of the targets in targets.py; `<!-- results: moves-h100-h200 -->` what differs between the
-comparisons of two GPUs; `<!-- results: bench-h100 bert-base 8x128 -->` the headline of
-one model and workload of `hwkern bench`.
+all files of an H100 say of the targets in targets.py. Of `hwkern bench`: `<!-- results: bench-h100 bert-base 8x128 -->`
+shows the headline of one model and workload, `<!-- results: moves-h100-h200 -->` what differs between two GPUs, and
+`<!-- results: again-h200 -->` the ratios of bench-h200.json beside those of a second run, bench-h200-again.json.
 
 `--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
 one line that says so: nothing is ever shown that was not measured.
@@ -216,6 +216,32 @@ def headline(document: dict[str, Any], model: str, workload: str) -> str:
     return f"*Not measured: {model}, {workload}.*"
 
 
+def again(results: Path, name: str) -> str:
+    """The ratios of two runs of one command, and whether they agree within the noise that they state."""
+    from hwkern.bench import compare
+
+    files = [results / f"bench-{name}.json", results / f"bench-{name}-again.json"]
+    for path in files:
+        if not path.is_file():
+            return f"*Not measured yet: there is no benchmarks/results/{path.name}.*"
+    first, second = map(compare.load, files)
+    count, moved = compare.ratios(first, second)
+    known = {(row["model"], row["workload"], row["path"]): row["ratio"] for row in first["rows"] if row.get("ratio")}
+    cells = []
+    for row in second["rows"]:
+        key = (row["model"], row["workload"], row["path"])
+        if row.get("ratio") and key in known and row["path"] != row["ratio"]["to"]:
+            pair = (known[key], row["ratio"])
+            cells.append([", ".join(key), *map(_ratio_and_noise, pair)])
+    beyond = "".join(f" Beyond it: {d.name}, {d.note}." for d in moved)
+    said = f"{count - len(moved)} of {count} ratios agree within the noise that both runs state.{beyond}"
+    return "\n\n".join([said, markdown(["", "first run", "second run"], cells), caption(second)])
+
+
+def _ratio_and_noise(found: dict[str, Any]) -> str:
+    return f"{found['value']:.3f}×" + ("" if found["noise"] is None else f" ± {100 * found['noise']:.0f} %")
+
+
 def moves(results: Path, first: str, second: str) -> str:
     """What two GPUs have different: every path's throughput and its ratio to the baseline, and the plans' choices."""
     documents = []
@@ -376,6 +402,8 @@ def render(name: str, results: Path, layer: tuple[int, int] | None = None, part:
     if name.startswith("targets-"):
         columns = ["target", "must", "reach for", "measured", ""]
         return f"{markdown(columns, targets.lines(results, name.removeprefix('targets-')))}\n"
+    if name.startswith("again-"):
+        return f"{again(results, name.removeprefix('again-'))}\n"
     if name.startswith("moves-"):
         return f"{moves(results, *name.split('-')[1:])}\n"
     path = results / f"{name}.json"
