@@ -139,6 +139,12 @@ def test_a_path_runs_with_the_models_and_workloads_it_is_asked_for():
     assert rows["1x16", "bf16"]["status"] == "ok"
     assert rows["2x16", "bf16"]["reason"] == "asked for with 1x16 only"
     assert {rows[w, "bf16+compile"]["reason"] for w in ("1x16", "2x16")} == {"asked for with tiny-llama only"}
+    kept = run(workloads="1x16,2x16", model="tiny-bert,tiny-llama", kept_to={"2x16": ("tiny-llama",)})
+    rows = {(row["model"], row["workload"]): row for row in kept["rows"]}
+    assert rows["tiny-bert", "2x16"]["reason"] == "asked for with tiny-llama only"
+    assert {key for key, row in rows.items() if row["status"] == "ok"} == {
+        ("tiny-bert", "1x16"), ("tiny-llama", "1x16"), ("tiny-llama", "2x16"),
+    }  # fmt: skip
     both = paths.path("fp16@8x512@decode:1x8+2@llama-1b")
     assert both.name == "fp16"
     assert both.unwanted("llama-1b", "decode:1x8+2") is None

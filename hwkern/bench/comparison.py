@@ -165,6 +165,10 @@ class Comparison:
             size = f"{4e-9 * model.parameters:.0f} GB of float32 weights"
             return self._row(name, "all", "all", "absent", reason=f"{size}: minutes a row on a CPU")
         wanted, left = settings.workloads_of(model.kind, self.options.workloads, self.options.cuda)
+        for each in list(wanted):
+            if name not in (chosen := self.options.kept_to.get(each.name, (name,))):
+                wanted.remove(each)
+                left[each.name] = f"asked for with {' and '.join(chosen)} only"
         for left_name, why in left.items():
             self._row(name, left_name, "all", "absent", reason=why)
         if not wanted:

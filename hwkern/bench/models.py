@@ -134,6 +134,8 @@ MODELS: dict[str, Model] = {
               "LlamaConfig", 4.4e8, _llama(4096, 14336, 2, 32, 8, 1024, False)),
         _spec("llama-1b", "Llama-3.2-1B-like", "decoder", "LlamaForCausalLM", "LlamaConfig", 1.2e9,
               _llama(2048, 8192, 16, 32, 8, 128256, True)),
+        _spec("llama-1b-2l", "Llama-3.2-1B width, 2 layers, vocabulary of 1024", "decoder", "LlamaForCausalLM",
+              "LlamaConfig", 1.3e8, _llama(2048, 8192, 2, 32, 8, 1024, False)),
         _spec("bert-base", "BERT-base", "encoder", "BertModel", "BertConfig", 1.1e8, {"vocab_size": 30522},
               {"add_pooling_layer": False}),
         _spec("vit-b", "ViT-B/16, 224 × 224", "image", "ViTForImageClassification", "ViTConfig", 8.6e7,

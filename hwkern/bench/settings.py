@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +113,7 @@ class Settings:
     Attributes:
         models, paths: names; empty: the defaults of the device.
         workloads: empty: the defaults of each model.
+        kept_to: workload's name → the models that it is for; without an entry: all.
         seconds: measured time of each row, all blocks together.
         budget: seconds of the whole run; None: no limit.
         bound_ms: of the 95th percentile in the traffic workload.
@@ -125,6 +127,7 @@ class Settings:
     models: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
     workloads: tuple[Workload, ...] = ()
+    kept_to: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seconds: float = 1.5
     blocks: int = BLOCKS
     budget: float | None = None

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workloads",
         default="",
         help="comma-separated: 8x128 (sequences x tokens), 32 (images), decode:1x128+32 (prompts x tokens + new), "
-        "traffic:4 (with so many padding profiles); default: what fits the model",
+        "traffic:4 (with so many padding profiles); default: what fits the model; 8x128@bert-base: with this model only",
     )
     parser.add_argument("--list", action="store_true", help="print the models, paths and workloads that there are")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
@@ -151,13 +151,15 @@ def options(arguments: argparse.Namespace) -> Any:
     for name in _names(arguments.models):
         if name not in known and not Path(name).is_dir():
             raise ValueError(f"model {name!r}: it must be one of {', '.join(sorted(known))}, or a transformers folder.")
+    workloads = [text.split("@") for text in _names(arguments.workloads)]
     # Without the folders of this machine.
     words = [word if not Path(word).is_absolute() else Path(word).name for word in arguments.argv]
     return settings.Settings(
         device,
         _names(arguments.models),
         _names(arguments.paths),
-        tuple(settings.workload(text) for text in _names(arguments.workloads)),
+        tuple(settings.workload(text) for text, *_ in workloads),
+        {settings.workload(text).name: tuple(only) for text, *only in workloads if only},
         seconds=arguments.seconds,
         budget=arguments.budget or None,
         seed=arguments.seed,
