@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workloads",
         default="",
         help="comma-separated: 8x128 (sequences x tokens), 32 (images), decode:1x128+32 (prompts x tokens + new), "
-        "traffic:4 (with so many padding profiles); default: what fits the model; 8x128@bert-base: with this model only",
+        "traffic:4 (with so many padding profiles); default: what fits the model; @MODEL behind: only with it",
     )
     parser.add_argument("--list", action="store_true", help="print the models, paths and workloads that there are")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
