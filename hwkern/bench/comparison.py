@@ -33,6 +33,8 @@ from hwkern.bench.paths import Path
 TIMING_PART = 0.4
 #: Of the time before timing, the part for making a model's versions; the rest warms up, compiles and captures.
 MAKE_PART = 0.6
+#: Share of a model's time that a workload may take, times the workloads that are left.
+FIRST = 1.5
 #: Seconds over the budget after which a call that does not come back is given up.
 GRACE = 1.0
 #: Seconds of the calls between two looks at the energy counter.
@@ -187,7 +189,9 @@ class Comparison:
         making = self._before_timing(budget, len(self.paths) * len(wanted)).share(MAKE_PART)
         entries = self._entries(model, exact, judge, wanted, making)
         for index, workload in enumerate(wanted):
-            self._workload(model, workload, wanted, exact, entries, budget.share(1 / (len(wanted) - index)))
+            # More for the first, which matter most; what one does not use is the next one's.
+            part = min(1.0, FIRST / (len(wanted) - index))
+            self._workload(model, workload, wanted, exact, entries, budget.share(part))
             self._save()
         del entries, exact, judge
         if self.engines is not None:
