@@ -167,10 +167,7 @@ class Comparison:
             size = f"{4e-9 * model.parameters:.0f} GB of float32 weights"
             return self._row(name, "all", "all", "absent", reason=f"{size}: minutes a row on a CPU")
         wanted, left = settings.workloads_of(model.kind, self.options.workloads, self.options.cuda)
-        for each in list(wanted):
-            if name not in (chosen := self.options.kept_to.get(each.name, (name,))):
-                wanted.remove(each)
-                left[each.name] = f"asked for with {' and '.join(chosen)} only"
+        wanted = [each for each in wanted if name in self.options.kept_to.get(each.name, (name,))]
         for left_name, why in left.items():
             self._row(name, left_name, "all", "absent", reason=why)
         if not wanted:
@@ -210,10 +207,9 @@ class Comparison:
         made: dict[str, Entry] = {}
         found = []
         for path in self.paths:
-            unwanted = [path.unwanted(model.name, workload.name) for workload in wanted]
-            if all(unwanted):
-                found.append(Entry(path, status="absent", reason=unwanted[0] or ""))  # nothing is made for it
-            elif (problem := path.problem(self.options.device)) is not None:
+            if not any(path.wanted(model.name, workload.name) for workload in wanted):
+                continue
+            if (problem := path.problem(self.options.device)) is not None:
                 found.append(Entry(path, status="absent", reason=problem))
             elif path.is_engine:
                 found.append(Entry(path))  # built for each workload: an engine is made for its shapes
@@ -303,8 +299,7 @@ class Comparison:
     ) -> Timed | None:  # fmt: skip
         """The entry, warm and checked; or a row that says why not."""
         where = (model.name, workload.name, entry.path.name)
-        if (reason := entry.path.unwanted(model.name, workload.name)) is not None:
-            self._row(*where, "absent", reason=reason)
+        if not entry.path.wanted(model.name, workload.name):
             return None
         if entry.status != "ok":
             self._row(*where, entry.status, reason=entry.reason)
@@ -474,6 +469,7 @@ class Comparison:
         def serve(requests: Any, rows: int, length: int) -> float:
             return subject.serve([[11] * stream.lengths[i] for i in requests], rows, length)[0]
 
+        part.trial(rate, serve)  # numbers of rows that no block had: memory and libraries' choices come with the first
         real = part.trial(rate, serve)
         expected = part.simulate(rate, traffic.Table(timed.blocks[-1].table))
         return {

@@ -265,13 +265,13 @@ class Path:
         head = ENGINES[self.base] if self.is_engine else BASES[self.base].title
         return head + (", compiled" if self.compiled else "") + (", CUDA graph" if self.captured else "")
 
-    def unwanted(self, model: str, workload: str) -> str | None:
-        """Why it does not run with this model and workload; None: it does."""
+    def wanted(self, model: str, workload: str) -> bool:
+        """Whether it is to run with this model and workload."""
         for name, kind in ((model, False), (workload, True)):
             chosen = [each for each in self.only if _is_workload(each) == kind]
             if chosen and name not in chosen:
-                return f"asked for with {' and '.join(chosen)} only"
-        return None
+                return False
+        return True
 
     def problem(self, device: str) -> str | None:
         """Why this path cannot run on ``device`` whatever the model; None: it may."""
