@@ -495,7 +495,8 @@ def test_a_drawing_becomes_a_picture_with_its_words():
     picture, without_words = _svg.png(bars), _svg.png(plain)
     assert picture.startswith(b"\x89PNG")
     assert struct.unpack(">2I", picture[16:24]) == (2 * _svg.WIDTH, 2 * 52)  # two bars of 22 and a margin of 8
-    assert len(picture) > len(without_words) + 500  # letters
+    if importlib.util.find_spec("matplotlib") or any(Path("/usr/share/fonts").glob("**/*.ttf")):
+        assert len(picture) > len(without_words) + 500  # letters
 
 
 def test_without_resvg_the_svgs_are_written_and_the_remedy_is_said(monkeypatch, tmp_path, capsys):
