@@ -157,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for path in sorted(arguments.results.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
-        if document.get("benchmark") in ("comparison", "kernels"):
+        if document.get("benchmark") in ("comparison", "kernels") and not path.stem.endswith("-again"):
             draw_bench(path.stem, document, arguments.out)
     try:
         import matplotlib

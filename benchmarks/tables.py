@@ -7,8 +7,9 @@ A table stands between two comment lines, the first of which names the file with
     <!-- end results -->
 
 `<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only; `<!-- results: targets-h100 -->` what
-all files of an H100 say of the targets in targets.py; `<!-- results: bench-h100 bert-base 8x128 -->` the headline of
-one model and workload of `hwkern bench`.
+all files of an H100 say of the targets in targets.py. Of `hwkern bench`: `<!-- results: bench-h100 bert-base 8x128 -->`
+shows the headline of one model and workload, `<!-- results: moves-h100-h200 -->` what differs between two GPUs, and
+`<!-- results: again-h200 -->` the ratios of bench-h200.json beside those of a second run, bench-h200-again.json.
 
 `--check` changes nothing and exits with 1 when a table differs from what the files say. A file that is not there gives
 one line that says so: nothing is ever shown that was not measured.
@@ -190,7 +191,7 @@ def comparison(document: dict[str, Any]) -> str:
     parts = []
     for model, workload, rows in tables.groups(document):
         heads, cells = tables.columns(rows)
-        parts += [f"### {model}, {workload}", markdown(heads, cells)]
+        parts += [f"### {tables.title(document, model)}, {workload}", markdown(heads, cells), *page.verdicts(rows)]
         names = list(page.plots({**document, "rows": rows}))
         parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
     if missing := tables.left_out(document):
@@ -205,8 +206,93 @@ def headline(document: dict[str, Any], model: str, workload: str) -> str:
 
     for found in tables.groups(document):
         if found[:2] == (model, workload):
-            return markdown(*page.headline_cells(found[2]))
+            return "\n\n".join(
+                [
+                    f"{tables.title(document, model)}, {workload}:",
+                    markdown(*page.headline_cells(found[2])),
+                    *page.verdicts(found[2]),
+                ]
+            )
     return f"*Not measured: {model}, {workload}.*"
+
+
+def again(results: Path, name: str) -> str:
+    """The ratios of two runs of one command, and whether they agree within the noise that they state."""
+    from hwkern.bench import compare
+
+    files = [results / f"bench-{name}.json", results / f"bench-{name}-again.json"]
+    for path in files:
+        if not path.is_file():
+            return f"*Not measured yet: there is no benchmarks/results/{path.name}.*"
+    first, second = map(compare.load, files)
+    count, moved = compare.ratios(first, second)
+    known = {(row["model"], row["workload"], row["path"]): row["ratio"] for row in first["rows"] if row.get("ratio")}
+    cells = []
+    for row in second["rows"]:
+        key = (row["model"], row["workload"], row["path"])
+        if row.get("ratio") and key in known and row["path"] != row["ratio"]["to"]:
+            pair = (known[key], row["ratio"])
+            cells.append([", ".join(key), *map(_ratio_and_noise, pair)])
+    beyond = "".join(f" Beyond it: {d.name}, {d.note}." for d in moved)
+    said = f"{count - len(moved)} of {count} ratios agree within the noise that both runs state.{beyond}"
+    return "\n\n".join([said, markdown(["", "first run", "second run"], cells), caption(second)])
+
+
+def _ratio_and_noise(found: dict[str, Any]) -> str:
+    return f"{found['value']:.3f}×" + ("" if found["noise"] is None else f" ± {100 * found['noise']:.0f} %")
+
+
+def moves(results: Path, first: str, second: str) -> str:
+    """What two GPUs have different: every path's throughput and its ratio to the baseline, and the plans' choices."""
+    documents = []
+    for name in (first, second):
+        path = results / f"bench-{name}.json"
+        if not path.is_file():
+            return f"*Not measured yet: there is no benchmarks/results/bench-{name}.json.*"
+        documents.append(json.loads(path.read_text(encoding="utf-8")))
+    a, b = (
+        {(row["model"], row["workload"], row["path"]): row for row in document["rows"] if row["status"] == "ok"}
+        for document in documents
+    )
+    titles = [name.upper() for name in (first, second)]
+    cells = []
+    for key in (key for key in a if key in b):
+        to = [found[key].get("ratio", {}) for found in (a, b)]
+        cells.append(
+            [", ".join(key), *(f"{found[key]['tokens_per_s']:.0f}" for found in (a, b))]
+            + [f"{b[key]['tokens_per_s'] / a[key]['tokens_per_s']:.2f}×"]
+            + [f"{each['value']:.2f}×" if each else "–" for each in to]
+        )
+    base = documents[0]["settings"]["baseline"]
+    heads = ["", *(f"{t} tokens/s" for t in titles), f"{titles[1]} / {titles[0]}", *(f"{t} to {base}" for t in titles)]
+    return "\n\n".join([markdown(heads, cells), _plans(a, b, titles)])
+
+
+def _plans(a: dict[Any, Any], b: dict[Any, Any], titles: list[str]) -> str:
+    """Chosen recipe and µs of the recipes for each size of layer and number of tokens that both plans saw."""
+    cells = []
+    seen = set()
+    for key in (key for key in a if key in b and a[key].get("plan_shapes") and b[key].get("plan_shapes")):
+        if key[0] in seen:
+            continue  # one plan for all workloads of a model
+        seen.add(key[0])
+        one, two = ({(s["n"], s["k"]): s for s in found[key]["plan_shapes"]} for found in (a, b))
+        for size in (size for size in one if size in two):
+            plans = (one[size], two[size])
+            for tokens in plans[0]["us"]["keep"]:
+                times = [
+                    ", ".join(f"{name} {us[tokens]:.1f}" for name, us in plan["us"].items() if tokens in us)
+                    for plan in plans
+                ]
+                cells.append([f"{key[0]}, {size[0]}×{size[1]}, {tokens} tokens", *map(_chosen, plans), *times])
+    if not cells:
+        return "*No plan was made on both.*"
+    heads = ["layer", *(f"{t} plan" for t in titles), *(f"{t} µs" for t in titles)]
+    return markdown(heads, cells)
+
+
+def _chosen(plan: dict[str, Any]) -> str:
+    return plan["chosen"] + (f", W8A16 up to {plan['max_tokens']} tokens" if plan["max_tokens"] else "")
 
 
 def kernels(document: dict[str, Any]) -> str:
@@ -316,6 +402,10 @@ def render(name: str, results: Path, layer: tuple[int, int] | None = None, part:
     if name.startswith("targets-"):
         columns = ["target", "must", "reach for", "measured", ""]
         return f"{markdown(columns, targets.lines(results, name.removeprefix('targets-')))}\n"
+    if name.startswith("again-"):
+        return f"{again(results, name.removeprefix('again-'))}\n"
+    if name.startswith("moves-"):
+        return f"{moves(results, *name.split('-')[1:])}\n"
     path = results / f"{name}.json"
     if not path.is_file():
         return f"*Not measured yet: there is no benchmarks/results/{name}.json.*"

@@ -7,10 +7,13 @@ a third family), ``mark`` (orange, bounds and warnings), ``soft`` (secondary tex
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 WIDTH = 760  # of every drawing, in its own units; a page scales it to its column
 
@@ -35,7 +38,7 @@ svg line.wide { stroke-width: 3; }
 
 PAGE_STYLE = """
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 70rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.25rem; margin: 2.75rem 0 .25rem; }
 h3 { font-size: 1rem; margin: 1.75rem 0 .25rem; } p { margin: .25rem 0; } .soft { color: var(--soft); }
@@ -45,7 +48,7 @@ figcaption { color: var(--soft); font-size: .88rem; margin-bottom: .25rem; }
 i.key { display: inline-block; width: 1.4em; height: .7em; margin: 0 .3em 0 1em; border-radius: 1px; }
 i.was { background: var(--was); margin-left: 0; }
 i.now { background: var(--now); } i.other { background: var(--other); }
-th, td { text-align: right; padding: .35rem 0 .35rem .7rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { text-align: right; padding: .35rem 0 .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.now td { color: var(--now); font-weight: 600; } tr.other td:first-child { color: var(--other); }
@@ -92,6 +95,29 @@ def drawing(height: float, title: str, description: str, body: Sequence[str], al
     )
 
 
+def png(drawn: str, zoom: float = 2) -> bytes:
+    """A drawing that stands alone, as PNG in its light colours, ``zoom`` pixels to its unit.
+
+    Raises:
+        ImportError: resvg-py is not installed.
+    """
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ImportError(f"PNG pictures need resvg-py: pip install resvg-py ({error})") from error
+    light = dict(re.findall(r"(--\w+): (#\w+)", STYLE[: STYLE.index("@media")]))
+    style = re.sub(r"@media[^{]*\{[^{}]*\{[^{}]*\} *\}", "", STYLE)
+    style = re.sub(r"var\((--\w+)\)", lambda found: light[found[1]], style)  # resvg knows no variables
+    style = re.sub(r"svg text \{[^}]*\}", f"svg text {{ fill: {light['--ink']}; font-size: 12px; }}", style)
+    # A machine without fonts, as servers are, has those of matplotlib if that is there.
+    plots = importlib.util.find_spec("matplotlib")
+    fonts = [] if plots is None or plots.origin is None else [str(Path(plots.origin).parent / "mpl-data/fonts/ttf")]
+    made: bytes = resvg_py.svg_to_bytes(
+        svg_string=drawn.replace(STYLE, style), zoom=zoom, font_dirs=fonts, font_family="DejaVu Sans"
+    )
+    return bytes(made)
+
+
 def page(title: str, parts: Sequence[str], style: str = PAGE_STYLE) -> str:
     """A whole HTML document of these parts; ``style`` is for what is no drawing."""
     return (
@@ -134,7 +160,7 @@ def bars(rows: Sequence[Bar], title: str, reference: float | None = None, alone:
         end = left + row.value * scale
         if row.error:
             reach = row.value * row.error * scale
-            body += [line(end - reach, y + 9.5, end + reach, y + 9.5, "ink")]
+            body += [line(max(left, end - reach), y + 9.5, end + reach, y + 9.5, "ink")]
             end += reach
         body.append(text(end + 6, y + 13, row.words, "bold" if row.kind == "now" else "soft"))
     height = 8 + 22 * len(rows)

@@ -8,7 +8,10 @@ import importlib.util
 import io
 import json
 import re
+import struct
+import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -130,6 +133,22 @@ def test_paths_that_cannot_run_say_why(measured):
 
 
 @needs_transformers
+def test_a_path_runs_with_the_models_and_workloads_it_is_asked_for():
+    document = run(run="fp32,bf16@1x16,bf16+compile@tiny-llama", workloads="1x16,2x16")
+    assert [(row["workload"], row["path"]) for row in document["rows"]] == [
+        ("1x16", "fp32"), ("1x16", "bf16"), ("2x16", "fp32"),
+    ]  # fmt: skip
+    kept = run(workloads="1x16,2x16", model="tiny-bert,tiny-llama", kept_to={"2x16": ("tiny-llama",)})
+    assert [(row["model"], row["workload"]) for row in kept["rows"]] == [
+        ("tiny-bert", "1x16"), ("tiny-llama", "1x16"), ("tiny-llama", "2x16"),
+    ]  # fmt: skip
+    both = paths.path("fp16@8x512@decode:1x8+2@llama-1b")
+    assert both.name == "fp16"
+    assert both.wanted("llama-1b", "decode:1x8+2")
+    assert not both.wanted("llama-1b", "8x128")
+    assert not both.wanted("gpt2", "8x512")
+
+
 def test_the_baseline_is_one_and_exact(measured):
     for row in measured["rows"]:
         if row["path"] == "fp32" and row["status"] == "ok":
@@ -183,6 +202,10 @@ def test_a_plan_says_which_schemes_it_chose():
     row = by_path(run(run="fp32,hwkern-plan"))["hwkern-plan"]
     assert row["status"] == "ok"
     assert sum(row["plan"].values()) == (4 if _cpu.int8_is_fast() else 0)  # of twelve: the others are small
+    assert sum(each["layers"] for each in row["plan_shapes"]) == sum(row["plan"].values())
+    for each in row["plan_shapes"]:
+        assert each["chosen"] in each["us"]
+        assert {"16"} == set(each["us"]["keep"])  # tokens of the workload 1x16
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -458,11 +481,37 @@ def test_the_page_is_well_formed_and_fetches_nothing(measured, written):
 def test_every_plot_is_a_drawing_of_its_own(written):
     files = sorted((written / "plots").iterdir())
     assert {"tiny-bert-2x16-throughput.svg", "tiny-llama-decode-2x8+3-latency.svg"} <= {f.name for f in files}
-    for file in files:
+    for file in (file for file in files if file.suffix == ".svg"):
         tree = ElementTree.fromstring(file.read_text(encoding="utf-8"))
         assert tree.tag.endswith("svg")
         assert tree.findall("{http://www.w3.org/2000/svg}style")
         assert tree.findall("{http://www.w3.org/2000/svg}title")[0].text
+
+
+def test_a_drawing_becomes_a_picture_with_its_words():
+    pytest.importorskip("resvg_py")
+    bars = _svg.bars([_svg.Bar("ours", 2.0, "2 /s", "now"), _svg.Bar("theirs", 1.0, "1 /s", "was")], "t", alone=True)
+    plain = re.sub(r"<text[^>]*>[^<]*</text>", "", bars)
+    picture, without_words = _svg.png(bars), _svg.png(plain)
+    assert picture.startswith(b"\x89PNG")
+    assert struct.unpack(">2I", picture[16:24]) == (2 * _svg.WIDTH, 2 * 52)  # two bars of 22 and a margin of 8
+    if importlib.util.find_spec("matplotlib") or any(Path("/usr/share/fonts").glob("**/*.ttf")):
+        assert len(picture) > len(without_words) + 500  # letters
+
+
+def test_without_resvg_the_svgs_are_written_and_the_remedy_is_said(monkeypatch, tmp_path, capsys):
+    from hwkern.commands import bench
+
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    row = {"model": "m", "workload": "1x16", "path": "fp32", "status": "ok", "tokens_per_s": 1.0, "weight_bytes": 4,
+           "latency_ms": {"p50": 1.0, "p95": 1.0, "p99": 1.0}}  # fmt: skip
+    document = {
+        "benchmark": "comparison", "schema": 1, "rows": [row], "settings": {"baseline": "fp32", "blocks": 5},
+        "environment": {"cpu": "c", "threads": 1, "torch": "2", "date": "d", "command": "c"},
+    }  # fmt: skip
+    bench.write(document, tmp_path)
+    assert {file.suffix for file in (tmp_path / "plots").iterdir()} == {".svg"}
+    assert "pip install resvg-py" in capsys.readouterr().err
 
 
 @needs_transformers
@@ -754,7 +803,8 @@ def test_the_exported_model_computes_what_torch_computes(name, tmp_path):
     assert torch.allclose(torch.from_numpy(got), want, atol=1e-4)
     if name == "tiny-gpt2":
         return  # its layers are Conv1D
-    engines.export(engines.fake_quantized(module, inputs), model, inputs, tmp_path / "qdq.onnx", False)
+    scales = engines.input_scales(module, inputs)
+    engines.export(module, model, inputs, tmp_path / "qdq.onnx", False, scales=scales)
     (got,) = ort.InferenceSession(tmp_path / "qdq.onnx").run(None, {"x": x.numpy()})
     # Static per-tensor scales: 8 bits over the absmax of a whole batch cost a few percent.
     assert 0.99 < accuracy.compare(want, torch.from_numpy(got), False)["cosine"] < 1
@@ -775,6 +825,65 @@ def test_the_exported_model_computes_what_torch_computes(name, tmp_path):
         assert torch.allclose(torch.from_numpy(got[:1]), alone, atol=1e-4)
 
 
+def test_waiting_for_an_engine_ends_with_its_maker(tmp_path):
+    file = tmp_path / "x.building"
+    engines._wait_for(file)  # nobody makes it
+    maker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        file.write_text(str(maker.pid))
+        done = []
+        waiting = threading.Thread(target=lambda: done.append(engines._wait_for(file)))
+        waiting.start()
+        time.sleep(0.5)
+        assert not done
+        file.unlink()
+        waiting.join(5)
+        assert done
+        file.write_text(str(maker.pid))
+    finally:
+        maker.kill()
+        maker.wait()
+    engines._wait_for(file)  # its maker died
+
+
+@needs_transformers
+def test_kept_engines_are_taken_for_the_very_same_only(monkeypatch, tmp_path):
+    asked = []
+
+    def ask(self, **message):
+        asked.append(message["do"])
+        if message["do"] == "build":
+            Path(message["engine"]).write_bytes(b"engine")
+        return {"tensorrt": "TensorRT 8"} if message["do"] == "hello" else {"engine_bytes": 6, "build_s": 1.0}
+
+    monkeypatch.setattr(engines.Child, "ask", ask)
+    monkeypatch.setattr(engines, "export", lambda *_, **__: None)
+    model = models.find("tiny-llama")
+    module = model.make("cpu").requires_grad_(False)
+    x = model.inputs(1, 16, 0, "cpu")
+
+    def build(seed, path="trt-fp16", level=None):
+        made = engines.Engines(None, tmp_path, level)
+        asked.clear()
+        try:
+            work = settings.workload("1x16")
+            found = made.engine(paths.path(path), model, module, work, [work], None, x, x, seed)
+            assert Path(found["engine"]).read_bytes() == b"engine"
+        finally:
+            made.close()
+        return asked.count("build")
+
+    assert build(0) == 1
+    assert build(0) == 0
+    assert build(0, level=2) == 1  # another builder's effort
+    assert build(1, level=2) == 1  # other weights
+    assert build(1, "trt-fp32", 2) == 1
+    assert build(1, "trt-fp32", 2) == 0
+    (tmp_path / "tiny-llama-1x16-trt-fp32.engine").unlink()
+    assert build(1, "trt-fp32", 2) == 1
+    assert not list(tmp_path.glob("*.building"))
+
+
 @needs_transformers
 def test_engines_are_built_in_another_process(tmp_path):
     pytest.importorskip("tensorrt_rtx")
@@ -785,13 +894,13 @@ def test_engines_are_built_in_another_process(tmp_path):
         module = model.make("cpu").requires_grad_(False)
         fixed = [settings.workload("1x32")]
         check = model.check_inputs(0, "cpu")
-        arguments = (model, module, fixed[0], fixed, None, check)
+        arguments = (model, module, fixed[0], fixed, None, check, check, 0)
         found = made.engine(paths.path("trt-fp16"), *arguments)
         assert Path(found["engine"]).stat().st_size == found["engine_bytes"]
         assert made.engine(paths.path("trt-fp16"), *arguments) is found
         assert "RTX" in made.version
         with pytest.raises(AbsentError, match="decoding"):
-            made.engine(paths.path("trt-fp16"), model, module, settings.workload("decode:1x8+2"), fixed, None, check)
+            made.engine(paths.path("trt-fp16"), model, module, settings.workload("decode:1x8+2"), *arguments[3:])
     finally:
         made.close()
     assert not made.folder.exists()

@@ -361,29 +361,37 @@ class FakeNvml:
         return 700_000
 
 
-def test_energy_is_summed_over_the_stretches(monkeypatch):
+def test_a_stretch_begins_and_ends_at_a_step_of_the_counter(monkeypatch):
     nvml = FakeNvml(monkeypatch)
     meter = energy.Meter("abc")
     assert meter.problem is None
-    account = energy.Account(meter)
-    for _ in range(3):
-        account.start()
-        nvml.now += 0.4
-        account.stop()
-        nvml.now += 5  # somebody else's
-    assert account.seconds == pytest.approx(1.2)
-    assert account.joules == pytest.approx(360)
-    assert account.watts == pytest.approx(300)
     assert meter.clocks() == {"sm_mhz": 1980, "memory_mhz": 2619, "power_limit_w": 700}
+    # The counter moves every 0.1 s; a call takes 0.03 s, does 7 units and the GPU draws 300 W.
+    monkeypatch.setattr(
+        nvml, "nvmlDeviceGetTotalEnergyConsumption", lambda gpu: 30_000 * math.floor(nvml.now * 10 + 1e-6)
+    )
+
+    def call():
+        nvml.now += 0.03
+        return 7.0
+
+    found = energy.stretch(meter, call)
+    # Each end is seen at the end of the call in which the counter moved: late by less than a call.
+    assert found.joules in (90, 120)
+    assert found.seconds == pytest.approx(found.joules / 300, abs=0.03)
+    assert found.units == pytest.approx(7 * found.seconds / 0.03)
+    assert found.watts == pytest.approx(300, rel=0.1)
 
 
-def test_a_stretch_too_short_for_the_counter_has_no_energy(monkeypatch):
+def test_a_counter_that_does_not_move_has_no_energy(monkeypatch):
     nvml = FakeNvml(monkeypatch)
-    account = energy.Account(energy.Meter("abc"))
-    account.start()
-    nvml.now += 0.3
-    account.stop()
-    assert account.watts is None
+    monkeypatch.setattr(nvml, "nvmlDeviceGetTotalEnergyConsumption", lambda gpu: 5)
+
+    def call():
+        nvml.now += 0.5
+        return 1.0
+
+    assert energy.stretch(energy.Meter("abc"), call) is None
 
 
 def test_without_a_counter_the_reason_is_said(monkeypatch):
@@ -393,10 +401,7 @@ def test_without_a_counter_the_reason_is_said(monkeypatch):
     assert "pip install nvidia-ml-py" in meter.problem
     assert meter.read() is None
     assert meter.clocks() == {}
-    account = energy.Account(meter)
-    account.start()
-    account.stop()
-    assert account.watts is None
+    assert energy.stretch(meter, lambda: 1.0) is None
 
 
 # ---- workloads -------------------------------------------------------------------------------------------------------
@@ -479,6 +484,25 @@ def test_every_row_gets_its_verdict():
     assert "0.900×" in text
     assert "m w same" not in text
     assert "2 lost" in text
+
+
+def test_ratios_of_two_runs_agree_within_the_noise_of_both():
+    def run(**values):
+        made = document(dict.fromkeys([f"m w {path}" for path in values], (100, 0.02)))
+        for row in made["rows"]:
+            value, noise = values[row["path"]]
+            row["ratio"] = {"to": "fp16", "value": value, "noise": noise}
+        return made
+
+    old = run(fp16=(1, 0.02), a=(1.8, 0.02), b=(1.2, 0.1), c=(1.5, 0.02))
+    new = run(fp16=(1, 0.02), a=(1.84, 0.02), b=(1.31, 0.02), c=(1.4, 0.02))
+    count, moved = compare.ratios(old, new)
+    assert count == 3  # the baseline's own is 1
+    assert [(d.name, d.verdict) for d in moved] == [("m w c", "slower")]
+    assert moved[0].bound == pytest.approx(math.hypot(0.02, 0.02))
+    text = compare.text(compare.differences(old, new), old, new)
+    assert "Ratios: 2 of 3 agree within their noise. m w c 1.500× to 1.400×." in text
+    assert "Ratios: 3 of 3 agree within their noise." in compare.text(compare.differences(old, old), old, old)
 
 
 def test_the_command_exits_with_one_when_something_got_slower(tmp_path, capsys):

@@ -81,6 +81,25 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Differen
     return found
 
 
+def ratios(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[int, list[Difference]]:
+    """``(how many rows have a ratio in both files, those whose ratios differ by more than the noise of both)``."""
+    keys = KEYS[old["benchmark"]]
+
+    def named(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        rows = (row for row in document["rows"] if row.get("ratio") and row["path"] != row["ratio"]["to"])
+        return {" ".join(str(row[key]) for key in keys): row["ratio"] for row in rows}
+
+    before, after = named(old), named(new)
+    both = [name for name in before if name in after]
+    moved = []
+    for name in both:
+        was, now = before[name], after[name]
+        ratio, bound, verdict = change(was["value"], now["value"], was["noise"], now["noise"])
+        if verdict != "same":
+            moved.append(Difference(name, verdict, ratio, bound, f"{was['value']:.3f}× to {now['value']:.3f}×"))
+    return len(both), moved
+
+
 def text(found: list[Difference], old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What a reader wants to know: the rows beyond the noise, then the numbers of the others."""
     from hwkern._console import plain_table
@@ -106,6 +125,12 @@ def text(found: list[Difference], old: Mapping[str, Any], new: Mapping[str, Any]
     counts = {verdict: sum(d.verdict == verdict for d in found) for verdict in (*order, "same", "unknown")}
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     lines.append(f"{len(found)} rows: {said or 'none'}.")
+    if old["benchmark"] == "comparison":
+        count, moved = ratios(old, new)
+        words = "; ".join(f"{d.name} {d.note}" for d in moved)
+        lines.append(
+            f"Ratios: {count - len(moved)} of {count} agree within their noise." + (f" {words}." * bool(moved))
+        )
     if counts["unknown"]:
         lines.append("Unknown: fewer than two blocks were timed, so that their noise is not known.")
     return "\n".join(lines)

@@ -33,8 +33,12 @@ from hwkern.bench.paths import Path
 TIMING_PART = 0.4
 #: Of the time before timing, the part for making a model's versions; the rest warms up, compiles and captures.
 MAKE_PART = 0.6
+#: Share of a model's time that a workload may take, times the workloads that are left.
+FIRST = 1.5
 #: Seconds over the budget after which a call that does not come back is given up.
 GRACE = 1.0
+#: Seconds of the calls between two looks at the energy counter.
+GLANCE = 0.02
 #: Requests of the real run that checks the simulated queue.
 CHECK_REQUESTS = 200
 #: Longest request of generated traffic.
@@ -62,8 +66,8 @@ class Timed:
     entry: Entry
     memory: dict[str, int | None]
     checked: float | None
-    account: energy.Account
     blocks: list[subjects.Block] = field(default_factory=list)
+    energy: energy.Stretch | None = None
 
 
 class Comparison:
@@ -71,6 +75,7 @@ class Comparison:
 
     def __init__(self, options: settings.Settings, keep: Callable[[dict[str, Any]], None]) -> None:
         self.options, self.keep = options, keep
+        self.started = time.monotonic()
         self.budget = Budget(options.budget, options.started)
         names = options.paths or paths.DEFAULT_PATHS
         self.paths = [paths.path(name) for name in names]
@@ -87,7 +92,8 @@ class Comparison:
                 "seconds": options.seconds, "blocks": options.blocks, "budget": options.budget, "seed": options.seed,
                 "bound_ms": options.bound_ms, "requests": options.requests, "max_rows": options.max_rows,
                 "baseline": self.baseline, "lengths": options.lengths.name if options.lengths else "log-normal",
-                "paths": [p.name for p in self.paths], "energy": self.meter.problem or "NVML",
+                "paths": [p.name for p in self.paths],
+                "tensorrt_level": options.tensorrt_level, "energy": self.meter.problem or "NVML",
             },
             "rows": self.rows,
         }  # fmt: skip
@@ -96,7 +102,6 @@ class Comparison:
 
     def run(self) -> dict[str, Any]:
         """Everything, as far as the budget goes."""
-        started = time.monotonic()
         names = self.options.models or models.DEFAULT_MODELS
         try:
             self._start()
@@ -106,7 +111,7 @@ class Comparison:
         finally:
             if self.engines is not None:
                 self.engines.close()
-        self.document["settings"]["took"] = round(time.monotonic() - started, 1)
+        self.document["settings"]["took"] = round(time.monotonic() - self.started, 1)
         self.document["environment"]["clocks_after"] = self.meter.clocks()
         self._save()
         return self.document
@@ -137,12 +142,13 @@ class Comparison:
         """The part of a budget that is not needed to time so many rows."""
         if math.isinf(budget.left):
             return budget
-        timing = min(TIMING_PART * budget.left, rows * self.options.seconds)
+        energy_too = 0.0 if self.meter.problem else 2 * energy.LEAST_SECONDS
+        timing = min(TIMING_PART * budget.left, rows * (self.options.seconds + energy_too))
         return budget.share(1 - timing / max(budget.left, 1e-9))
 
     def _say(self, text: str) -> None:
         if self.options.show:
-            print(text, file=sys.stderr, flush=True)
+            print(f"{time.monotonic() - self.started:6.1f} s  {text}", file=sys.stderr, flush=True)
 
     def _row(self, model: str, workload: str, path: str, status: str, **rest: Any) -> None:
         self.rows.append({"model": model, "workload": workload, "path": path, "status": status, **rest})
@@ -161,10 +167,12 @@ class Comparison:
             size = f"{4e-9 * model.parameters:.0f} GB of float32 weights"
             return self._row(name, "all", "all", "absent", reason=f"{size}: minutes a row on a CPU")
         wanted, left = settings.workloads_of(model.kind, self.options.workloads, self.options.cuda)
+        wanted = [each for each in wanted if name in self.options.kept_to.get(each.name, (name,))]
         for left_name, why in left.items():
             self._row(name, left_name, "all", "absent", reason=why)
         if not wanted:
             return None
+        self.document["settings"].setdefault("models", {})[name] = model.title
         if budget.spent:
             return self._row(name, "all", "all", "not run", reason="budget")
         try:
@@ -178,7 +186,9 @@ class Comparison:
         making = self._before_timing(budget, len(self.paths) * len(wanted)).share(MAKE_PART)
         entries = self._entries(model, exact, judge, wanted, making)
         for index, workload in enumerate(wanted):
-            self._workload(model, workload, wanted, exact, entries, budget.share(1 / (len(wanted) - index)))
+            # More for the first, which matter most; what one does not use is the next one's.
+            part = min(1.0, FIRST / (len(wanted) - index))
+            self._workload(model, workload, wanted, exact, entries, budget.share(part))
             self._save()
         del entries, exact, judge
         if self.engines is not None:
@@ -197,6 +207,8 @@ class Comparison:
         made: dict[str, Entry] = {}
         found = []
         for path in self.paths:
+            if not any(path.wanted(model.name, workload.name) for workload in wanted):
+                continue
             if (problem := path.problem(self.options.device)) is not None:
                 found.append(Entry(path, status="absent", reason=problem))
             elif path.is_engine:
@@ -232,8 +244,8 @@ class Comparison:
             return Entry(path, None, status, rest["reason"])
         note: dict[str, Any] = {"prepared_s": round(time.perf_counter() - started, 2)}
         if (plan := module.__dict__.get("_bench_plan")) is not None:
-            note["plan"] = plan
-        self._say(f"  {path.base}: {note}")
+            note |= plan
+        self._say(f"  {path.base}: made in {note['prepared_s']} s")
         return Entry(path, subject, accuracy=measured, note=note)
 
     # ---- one workload ----------------------------------------------------------------------------------------------
@@ -257,17 +269,19 @@ class Comparison:
         preparing = self._before_timing(budget, sum(entry.status == "ok" for entry in entries))
         try:
             for entry in entries:
-                make = functools.partial(self._engine, model, workload, entry, exact, every, stream)
+                make = functools.partial(self._engine, model, workload, entry, exact, every, stream, inputs)
                 timed = self._ready(model, workload, entry, make, inputs, stream, wanted, preparing)
                 if timed is not None:
                     ready.append(timed)
-            self._time(model, workload, ready, budget)
-            self._keep_rows(model, workload, ready, stream)
+            self._time(model, workload, ready, stream, budget)
+            self.rows += self._finished(model, workload, ready, stream)
         finally:
             for timed in ready:
                 assert timed.entry.subject is not None
                 with contextlib.suppress(Exception):  # of a device that broke before
                     timed.entry.subject.release()
+            if any(entry.path.compiled for entry in entries):
+                torch._dynamo.reset()  # of all paths at once: not while one of them is still to be timed
 
     def _stream(self, workload: settings.Traffic) -> traffic.Traffic:
         options = self.options
@@ -285,9 +299,12 @@ class Comparison:
     ) -> Timed | None:  # fmt: skip
         """The entry, warm and checked; or a row that says why not."""
         where = (model.name, workload.name, entry.path.name)
+        if not entry.path.wanted(model.name, workload.name):
+            return None
         if entry.status != "ok":
             self._row(*where, entry.status, reason=entry.reason)
             return None
+        started = time.perf_counter()
         try:
             with at_most(budget.left):
                 if entry.path.is_engine:
@@ -303,7 +320,9 @@ class Comparison:
                     checked = compared["cosine"]
                     if entry.accuracy is None:
                         entry.accuracy = compared
-                return Timed(entry, entry.subject.memory(), checked, energy.Account(self.meter))
+                timed = Timed(entry, entry.subject.memory(), checked)
+                self._say(f"  {workload.name} {entry.path.name}: ready after {time.perf_counter() - started:.1f} s")
+                return timed
         except Exception as error:
             status, rest = _failure(error)
             self._row(*where, status, **rest)
@@ -314,28 +333,38 @@ class Comparison:
 
     def _engine(
         self, model: Model, workload: settings.Workload, entry: Entry, exact: nn.Module,
-        wanted: list[settings.Workload], stream: traffic.Traffic | None,
+        wanted: list[settings.Workload], stream: traffic.Traffic | None, inputs: dict[str, Any],
     ) -> subjects.Subject:  # fmt: skip
         if self.engines is None:
-            self.engines = engines.Engines(self.options.tensorrt_python)
+            options = self.options
+            self.engines = engines.Engines(options.tensorrt_python, options.engines, options.tensorrt_level)
         check = model.check_inputs(self.options.seed, self.options.device)
         stream = _shaped(stream, entry.path)
-        engine = self.engines.engine(entry.path, model, exact, workload, wanted, stream, check)
+        engine = self.engines.engine(
+            entry.path, model, exact, workload, wanted, stream, check, inputs, self.options.seed
+        )
         entry.note = {"prepared_s": engine["build_s"]}
         self.document["environment"]["tensorrt"] = self.engines.version
         return engines.EngineSubject(self.engines, engine)
 
-    def _time(self, model: Model, workload: settings.Workload, ready: list[Timed], budget: Budget) -> None:
-        """Blocks in turn, forwards and backwards, while there is time. What breaks here leaves ``ready``."""
+    def _time(
+        self, model: Model, workload: settings.Workload, ready: list[Timed], stream: traffic.Traffic | None,
+        budget: Budget,
+    ) -> None:  # fmt: skip
+        """Blocks in turn, forwards and backwards, while there is time, and then the energy of each. What breaks here
+        leaves ``ready``."""
         options = self.options
         for turn in range(options.blocks):
+            if turn and stream is None:  # a run that is ended from outside leaves what it had
+                self.document["rows"] = self.rows + self._finished(model, workload, ready, stream)
+                self._save()
+                self.document["rows"] = self.rows
             for position, timed in enumerate(ready[:: 1 if turn % 2 == 0 else -1]):
                 if budget.spent:
                     return
                 blocks_left = (options.blocks - turn) * len(ready) - position
                 seconds = min(options.seconds / options.blocks, budget.left / blocks_left)
                 assert timed.entry.subject is not None
-                timed.account.start()
                 try:
                     with at_most(budget.left + GRACE):
                         timed.blocks.append(timed.entry.subject.block(seconds))
@@ -345,18 +374,29 @@ class Comparison:
                     status, rest = _failure(error)
                     self._row(model.name, workload.name, timed.entry.path.name, status, **rest)
                     ready.remove(timed)
-                timed.account.stop()
+        if isinstance(workload, settings.Traffic):  # the device idles between batches
+            return
+        for timed in ready:
+            if budget.spent:
+                return
+            with contextlib.suppress(Exception), at_most(budget.left):
+                timed.energy = energy.stretch(self.meter, functools.partial(_tokens_of_a_glance, workload, timed))
 
-    def _keep_rows(
+    def _finished(
         self, model: Model, workload: settings.Workload, ready: list[Timed], stream: traffic.Traffic | None
-    ) -> None:
+    ) -> list[Row]:
+        """The rows of what has been timed."""
         found: dict[str, tuple[list[float], Row]] = {}
+        rows: list[Row] = []
+
+        def keep(path: str, status: str, **rest: Any) -> None:
+            rows.append({"model": model.name, "workload": workload.name, "path": path, "status": status, **rest})
+
         for timed in ready:
             path, subject = timed.entry.path, timed.entry.subject
-            where = (model.name, workload.name, path.name)
             assert subject is not None
             if not timed.blocks:
-                self._row(*where, "not run", reason="budget")
+                keep(path.name, "not run", reason="budget")
                 continue
             try:
                 if stream is not None:
@@ -364,7 +404,7 @@ class Comparison:
                 else:
                     rates, row = _fixed_row(workload, timed.blocks)
             except Exception as error:
-                self._row(*where, "failed", **_failure(error)[1])
+                keep(path.name, "failed", **_failure(error)[1])
                 continue
             row |= {
                 "blocks": [round(rate, 3) for rate in rates],
@@ -374,12 +414,11 @@ class Comparison:
                 "memory": timed.memory,
                 "accuracy": timed.entry.accuracy,
                 "checked_cosine": timed.checked,
-                "watts": _rounded(timed.account.watts, 1),
+                "watts": None if timed.energy is None else round(timed.energy.watts, 1),
                 **timed.entry.note,
             }
-            # Energy of the stretch, over the tokens of the stretch; under traffic the device idles between batches.
-            if timed.account.watts is not None and stream is None:
-                row["joules_per_token"] = round(timed.account.watts / row["tokens_per_s"], 6)
+            if timed.energy is not None:
+                row["joules_per_token"] = round(timed.energy.joules / timed.energy.units, 7)
             found[path.name] = rates, row
         if self.baseline in found:
             base = found[self.baseline][0]
@@ -387,8 +426,8 @@ class Comparison:
                 value, uncertain = noise.ratio(rates, base)
                 row["ratio"] = {"to": self.baseline, "value": round(value, 4), "noise": _rounded(uncertain)}
         for name, (_, row) in found.items():
-            self._row(model.name, workload.name, name, "ok", **row)
-            self._say(f"  {workload.name} {name}: {row['tokens_per_s']:.0f} /s, spread {row['spread']}")
+            keep(name, "ok", **row)
+        return rows
 
     def _traffic_row(self, timed: Timed, stream: traffic.Traffic | None) -> tuple[list[float], Row]:
         """Throughput under the bound for each block's table, and all else for the medians of the tables."""
@@ -430,6 +469,7 @@ class Comparison:
         def serve(requests: Any, rows: int, length: int) -> float:
             return subject.serve([[11] * stream.lengths[i] for i in requests], rows, length)[0]
 
+        part.trial(rate, serve)  # numbers of rows that no block had: memory and libraries' choices come with the first
         real = part.trial(rate, serve)
         expected = part.simulate(rate, traffic.Table(timed.blocks[-1].table))
         return {
@@ -454,6 +494,12 @@ def _failure(error: BaseException) -> tuple[str, dict[str, Any]]:
 
 def _rounded(value: float | None, digits: int = 5) -> float | None:
     return None if value is None else round(value, digits)
+
+
+def _tokens_of_a_glance(workload: settings.Fixed | settings.Decode, timed: Timed) -> float:
+    """Calls for a moment; how many tokens they were."""
+    assert timed.entry.subject is not None
+    return float(workload.tokens * len(timed.entry.subject.block(GLANCE).calls))
 
 
 def _device_bytes(module: nn.Module) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-#: The counter moves in steps of about 0.1 s; a shorter stretch says nothing.
-LEAST_SECONDS = 0.5
+#: Length of a stretch. The counter moves in steps of up to 0.1 s: stretches begin and end at a step.
+LEAST_SECONDS = 0.3
+#: A counter that has not moved for so long is broken, or the stretch has calls of seconds.
+MOST_SECONDS = 3.0
 INSTALL = "pip install nvidia-ml-py"
 
 
@@ -56,26 +60,35 @@ class Meter:
         }
 
 
-class Account:
-    """Sums the energy of the stretches between ``start`` and ``stop``."""
+@dataclass(frozen=True)
+class Stretch:
+    """Energy of some seconds of back-to-back calls, which did so many units (tokens) of work."""
 
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self._from: tuple[float, float] | None = None
-        self.seconds = 0.0
-        self.joules = 0.0
-
-    def start(self) -> None:
-        self._from = self._meter.read()
-
-    def stop(self) -> None:
-        now = self._meter.read()
-        if now is not None and self._from is not None and now[0] - self._from[0] >= LEAST_SECONDS / 2:
-            self.seconds += now[0] - self._from[0]
-            self.joules += now[1] - self._from[1]
-        self._from = None
+    seconds: float
+    joules: float
+    units: float
 
     @property
-    def watts(self) -> float | None:
-        """Mean power; None when too little was seen."""
-        return self.joules / self.seconds if self.seconds >= LEAST_SECONDS else None
+    def watts(self) -> float:
+        """Mean power."""
+        return self.joules / self.seconds
+
+
+def stretch(meter: Meter, run: Callable[[], float], least: float = LEAST_SECONDS) -> Stretch | None:
+    """Call ``run``, which gives the units of work that it did, from one step of the counter to another at least so many
+    seconds later. None without a counter, or when it does not move."""
+    begin = last = meter.read()
+    start: tuple[float, float] | None = None
+    units = 0.0
+    while last is not None and begin is not None and last[0] - begin[0] < least + MOST_SECONDS:
+        done = run()
+        now = meter.read()
+        assert now is not None
+        units += done
+        if now[1] != last[1]:
+            if start is None:
+                start, units = now, 0.0
+            elif now[0] - start[0] >= least:
+                return Stretch(now[0] - start[0], now[1] - start[1], units)
+        last = now
+    return None

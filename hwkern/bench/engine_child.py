@@ -40,7 +40,10 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     ]
     cache = None if _api.find().rtx else message["cache"]  # TensorRT-RTX has none
     started = time.perf_counter()
-    engine = ht.build(model, profiles, message["precision"], path=message["engine"], timing_cache=cache)
+    engine = ht.build(
+        model, profiles or None, message["precision"], path=message["engine"], timing_cache=cache,
+        optimization_level=message["level"],
+    )  # fmt: skip
     return {
         "engine": message["engine"],
         "engine_bytes": len(engine.data),

@@ -7,12 +7,14 @@ stopped at the budget's end, which a build inside this process cannot. It speaks
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwkern import _batches
+from hwkern import _batches, _native
 from hwkern.bench import settings
 from hwkern.bench import traffic as queueing
 from hwkern.bench.models import AbsentError, Model
@@ -48,8 +50,9 @@ class Exported(nn.Module):
             # transformers' own way to the additive mask takes 20 nodes and gives the same numbers.
             options["attention_mask"] = (1.0 - attention_mask[:, None, None, :].float()) * -1e4
         elif self.causal:  # transformers makes its own from operators that opset 17 lacks
-            ones = torch.ones(x.shape[1], x.shape[1], device=x.device)
-            options["attention_mask"] = (torch.triu(ones, 1) * -1e4)[None, None]
+            place = torch.arange(x.shape[1], device=x.device)
+            later = place[None, :] > place[:, None]  # not triu: TensorRT 8.6 knows no Trilu
+            options["attention_mask"] = (later.float() * -1e4)[None, None]
         found = _batches.main_output(self.module(**{name: x}, **options))
         if not self.pooled:
             return found
@@ -58,29 +61,40 @@ class Exported(nn.Module):
         return (found * weight).sum(1) / weight.sum(1)
 
 
-class FakeQuantized(nn.Module):
-    """A linear layer with Q/DQ pairs, as TensorRT's own INT8 wants them: a static scale for its input, one per output
-    channel for its weight."""
+class _ByName(torch.autograd.Function):
+    """A linear layer in the exported graph: a node with the layer's name, whose weights come later."""
 
-    def __init__(self, linear: nn.Linear, scale: float) -> None:
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, features: int) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], features)
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, name: str, features: int) -> Any:
+        found = g.op("hwkern_bench::Linear", x, name_s=name)
+        sizes = x.type().sizes()  # None where an axis is dynamic
+        if sizes is not None and None not in sizes:
+            found.setType(x.type().with_sizes([*sizes[:-1], features]))
+        return found
+
+
+class _Placeholder(nn.Module):
+    """Stands for a linear layer while the graph is traced."""
+
+    def __init__(self, name: str, linear: nn.Linear) -> None:
         super().__init__()
-        self.linear, self.scale = linear, scale
-        self.register_buffer("scales", linear.weight.detach().abs().amax(1).clamp_min(1e-12) / 127)
-        self.register_buffer("zeros", torch.zeros(linear.out_features, dtype=torch.int32, device=linear.weight.device))
+        self.name, self.out_features = name, linear.out_features
+        self.weight = linear.weight.detach().new_empty(0)  # models look at its dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.fake_quantize_per_tensor_affine(x, self.scale, 0, -128, 127)
-        scales, zeros = self.get_buffer("scales"), self.get_buffer("zeros")
-        weight = torch.fake_quantize_per_channel_affine(self.linear.weight, scales, zeros, 0, -128, 127)
-        return nn.functional.linear(x, weight, self.linear.bias)
+        found: Tensor = _ByName.apply(x, self.name, self.out_features)  # type: ignore[no-untyped-call]
+        return found
 
 
-def fake_quantized(module: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
-    """A copy with Q/DQ pairs at every linear layer but the head, calibrated (absmax) on ``inputs``."""
+def input_scales(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """Linear layer (all but the head) → the scale of its input, absmax / 127 on ``inputs``, for TensorRT's own INT8."""
     from hwkern.bench.paths import linears
 
-    made = copy.deepcopy(module)
-    chosen = linears(made)
+    chosen = linears(module)
     largest: dict[str, float] = {}
     hooks = [
         layer.register_forward_pre_hook(
@@ -90,38 +104,108 @@ def fake_quantized(module: nn.Module, inputs: Mapping[str, Any]) -> nn.Module:
         )
         for name, layer in chosen.items()
     ]
-    with torch.inference_mode():
-        made(**inputs)
-    for hook in hooks:
-        hook.remove()
-    for name, absmax in largest.items():
-        parent, _, last = name.rpartition(".")
-        setattr(made.get_submodule(parent), last, FakeQuantized(chosen[name], max(absmax, 1e-12) / 127))
-    return made
+    try:
+        with torch.inference_mode():
+            module(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: max(absmax, 1e-12) / 127 for name, absmax in largest.items()}
 
 
-def export(module: nn.Module, model: Model, inputs: Mapping[str, Any], file: Path, traffic: bool) -> None:
-    """Write the float32 model (or its Q/DQ form) as ONNX with a dynamic batch and length."""
+def export(
+    module: nn.Module, model: Model, inputs: Mapping[str, Any], file: Path, traffic: bool, fixed: bool = False,
+    scales: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
+    """Write the float32 model as ONNX.
+
+    With a dynamic batch and length, or with the very shape of the inputs (``fixed``), which spares a decoder's graph
+    all computing with shapes. ``scales``: with Q/DQ pairs at these layers.
+
+    torch's exporter compares and copies all weights several times, a minute for two gigabytes. So it gets the model
+    without the weights of the linear layers, and these are put into its graph.
+    """
     if not hasattr(torch.onnx, "export"):
         raise AbsentError("this torch has no ONNX exporter")
-    prepared = copy.deepcopy(module).cpu().eval()
+    try:
+        import onnx
+    except ImportError as error:
+        raise AbsentError(f"pip install onnx ({error})") from error
+    layers = {name: layer for name, layer in module.named_modules() if type(layer) is nn.Linear}
+    prepared = copy.deepcopy(module, {id(layer): _Placeholder(name, layer) for name, layer in layers.items()}).eval()
     config: Any = getattr(prepared, "config", None)
     if config is not None:
         config._attn_implementation = "eager"
-    x = next(iter(inputs.values()))[:2].cpu()
+    x = next(iter(inputs.values()))
+    x = x if fixed else x[:2]
     arguments = (x, torch.ones_like(x)) if traffic else (x,)
     axes = {"x": {0: "batch"}} if model.kind == "image" else {"x": {0: "batch", 1: "length"}}
     names = ["x"]
     if traffic:
         names.append("mask")
         axes["mask"] = dict(axes["x"])
+    part = file.with_name(f"{file.name}.{os.getpid()}")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            Exported(prepared, model.calls(), traffic, model.kind == "decoder"), arguments, str(file),
-            input_names=names, output_names=["y"], dynamic_axes={**axes, "y": {0: "batch"}}, opset_version=OPSET,
-            dynamo=False,
+            Exported(prepared, model.calls(), traffic, model.kind == "decoder"), arguments, str(part),
+            input_names=names, output_names=["y"], dynamic_axes=None if fixed else {**axes, "y": {0: "batch"}},
+            opset_version=OPSET, dynamo=False, custom_opsets={"hwkern_bench": 1},
         )  # fmt: skip
+    graph = onnx.load(str(part))
+    _put_weights(graph, layers, scales or {})
+    part.write_bytes(graph.SerializeToString())
+    part.replace(file)
+
+
+def _put_weights(model: Any, layers: Mapping[str, nn.Linear], scales: Mapping[str, float]) -> None:
+    """Each placeholder becomes a MatMul and an Add, behind Q/DQ pairs where it has a scale."""
+    import numpy as np
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    nodes: list[Any] = []
+
+    def constant(name: str, value: Tensor | float, kind: int = TensorProto.FLOAT) -> str:
+        values = value if isinstance(value, Tensor) else torch.tensor(value)
+        array = values.detach().to("cpu").numpy().astype(np.float32 if kind == TensorProto.FLOAT else np.int8)
+        graph.initializer.append(helper.make_tensor(name, kind, array.shape, array.tobytes(), raw=True))
+        return name
+
+    def quantized(what: str, name: str, scale: Tensor | float, axis: int | None = None) -> str:
+        zeros = torch.zeros_like(scale) if isinstance(scale, Tensor) else 0.0
+        pair = [constant(f"{name}.scale", scale), constant(f"{name}.zero", zeros, TensorProto.INT8)]
+        extra: dict[str, Any] = {} if axis is None else {"axis": axis}
+        for kind, source, result in (
+            ("QuantizeLinear", what, f"{name}.q"), ("DequantizeLinear", f"{name}.q", f"{name}.dq")
+        ):  # fmt: skip
+            nodes.append(helper.make_node(kind, [source, *pair], [result], f"{name}/{kind}", **extra))
+        return f"{name}.dq"
+
+    inputs: dict[str, str] = {}  # layers that share an input share its pair
+    for node in graph.node:
+        if node.domain != "hwkern_bench":
+            nodes.append(node)
+            continue
+        name = node.attribute[0].s.decode()
+        layer, source = layers[name], node.input[0]
+        weight = constant(f"{name}.weight", layer.weight.t().contiguous())
+        if name in scales:
+            if source not in inputs:
+                inputs[source] = quantized(source, f"{name}.x", scales[name])
+            source = inputs[source]
+            weight = quantized(weight, weight, layer.weight.abs().amax(1).clamp_min(1e-12) / 127, axis=1)
+        product = node.output[0] if layer.bias is None else f"{name}.product"
+        nodes.append(helper.make_node("MatMul", [source, weight], [product], f"{name}/MatMul"))
+        if layer.bias is not None:
+            bias = constant(f"{name}.bias", layer.bias)
+            nodes.append(helper.make_node("Add", [product, bias], [node.output[0]], f"{name}/Add"))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for index, opset in enumerate(model.opset_import):
+        if opset.domain == "hwkern_bench":
+            del model.opset_import[index]
+            break
 
 
 class Child:
@@ -190,13 +274,21 @@ class Child:
 
 
 class Engines:
-    """Exports, engines and the process of one run; files live in a temporary folder."""
+    """Exports, engines and the process of one run; files live in a temporary folder.
 
-    def __init__(self, python: str | None) -> None:
+    Engines and timing caches that live in ``keep`` serve later runs too: building takes minutes, and the same engine
+    gives the same figures. Each has beside it what it was built from, and is taken only for the very same. A file
+    ``….building`` with the number of a process says that this process makes the engine just now.
+    """
+
+    def __init__(self, python: str | None, keep: Path | None = None, level: int | None = None) -> None:
         # A build that is stopped takes its process with it: engines that are ready live in another one.
         self.builder, self.child = Child(python), Child(python)
         self._folder = tempfile.TemporaryDirectory(prefix="hwkern-bench-")
         self.folder = Path(self._folder.name)
+        self.keep = self.folder if keep is None else keep.resolve()
+        self.keep.mkdir(parents=True, exist_ok=True)
+        self.level = level
         self._files: dict[tuple[Any, ...], Path] = {}
         self._engines: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.version = ""
@@ -216,35 +308,84 @@ class Engines:
     def engine(
         self, path: RunPath, model: Model, exact: nn.Module, workload: settings.Workload,
         wanted: Sequence[settings.Workload], traffic: queueing.Traffic | None, check: Mapping[str, Any],
+        inputs: Mapping[str, Any], seed: int,
     ) -> dict[str, Any]:  # fmt: skip
-        """The engine for a workload: one for all fixed batches, one for each traffic; built on first use."""
+        """The engine for a workload: one for all fixed batches (of a decoder, for each), one for each traffic; built on
+        first use. ``check``: the batch that Q/DQ scales are calibrated on; ``inputs``: the fixed batch to be timed."""
         if isinstance(workload, settings.Decode):
             raise AbsentError("decoding with a cache is not exported: TensorRT runs fixed batches and traffic here")
         size = sum(p.numel() * 4 for p in exact.parameters())
         if size > MOST_BYTES:
             raise AbsentError(f"{size / 1e9:.1f} GB of float32 weights: one ONNX file ends at 2 GB")
-        key = (path.name, workload.name if traffic is not None else "fixed")
-        if key not in self._engines:
-            self.version = self.builder.ask(do="hello")["tensorrt"]  # before seconds go into an export
-            self._engines[key] = self.builder.ask(
-                do="build",
-                onnx=str(self._onnx(path, model, exact, traffic is not None, check)),
-                precision="fp32" if path.base == "trt-fp32" else "fp16",
-                rewrite=path.base == "trt-hwkern",
-                profiles=_profiles(model, wanted, traffic),
-                cache=str(self.folder / "timing.cache"),
-                engine=str(self.folder / f"{len(self._engines)}-{path.base}.engine"),
-            )
+        fixed = model.kind == "decoder"
+        part = workload.name if traffic is not None or fixed else "fixed"
+        key = (path.base, part)
+        if key in self._engines:
+            return self._engines[key]
+        name = "".join(c if c.isalnum() else "-" for c in f"{model.name}-{part}-{path.base}")
+        # Before seconds go into an export. The weights are those that the seed gives, or those of the folder.
+        self.version = self.child.ask(do="hello")["tensorrt"]
+        built_from = {
+            "model": model.name, "size": size, "seed": seed, "path": path.base, "level": self.level,
+            "profiles": [] if fixed else _profiles(model, wanted, traffic), "batch": part if fixed else "",
+            "tensorrt": self.version, "torch": torch.__version__,
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            "hwkern": _plugin_digest() if path.base == "trt-hwkern" else "",
+        }  # fmt: skip
+        recipe, engine = self.keep / f"{name}.json", self.keep / f"{name}.engine"
+        _wait_for(self.keep / f"{name}.building")
+        kept = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() and engine.is_file() else {}
+        if kept.get("built_from") != built_from:
+            building = self.keep / f"{name}.building"
+            building.write_text(str(os.getpid()), encoding="utf-8")
+            try:
+                onnx = self._onnx(path, model, exact, part, inputs if fixed else check, traffic is not None, fixed)
+                found = self.builder.ask(
+                    do="build",
+                    onnx=str(onnx),
+                    precision="fp32" if path.base == "trt-fp32" else "fp16",
+                    rewrite=path.base == "trt-hwkern",
+                    profiles=built_from["profiles"],
+                    level=self.level,
+                    cache=str(self.keep / f"{name}.timing"),
+                    engine=str(engine),
+                )
+                kept = {"built_from": built_from, "found": found}
+                recipe.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            finally:
+                building.unlink(missing_ok=True)
+        self._engines[key] = kept["found"] | {"engine": str(engine)}
         return self._engines[key]
 
-    def _onnx(self, path: RunPath, model: Model, exact: nn.Module, traffic: bool, check: Mapping[str, Any]) -> Path:
+    def _onnx(
+        self, path: RunPath, model: Model, exact: nn.Module, part: str, inputs: Mapping[str, Any], traffic: bool,
+        fixed: bool,
+    ) -> Path:  # fmt: skip
         quantized = path.base == "trt-int8"
-        key = (quantized, traffic)
+        key = (quantized, part)
         if key not in self._files:
-            file = self.folder / f"{model.name}-{int(quantized)}{int(traffic)}.onnx"
-            export(fake_quantized(exact, check) if quantized else exact, model, check, file, traffic)
+            file = self.folder / f"{model.name}-{len(self._files)}.onnx"
+            export(exact, model, inputs, file, traffic, fixed, input_scales(exact, inputs) if quantized else None)
             self._files[key] = file
         return self._files[key]
+
+
+def _wait_for(building: Path) -> None:
+    """Until the process that makes an engine is done with it, or is no more."""
+    while building.is_file():
+        try:
+            os.kill(int(building.read_text(encoding="utf-8")), 0)
+        except (OSError, ValueError):
+            return
+        time.sleep(0.2)
+
+
+def _plugin_digest() -> str:
+    """Of the plugin libraries: an engine with hwkern's nodes is of the kernels that it was timed with."""
+    digest = hashlib.sha256()
+    for library in sorted(_native.tensorrt_plugins().values()):
+        digest.update(library.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _profiles(

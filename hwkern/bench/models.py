@@ -128,8 +128,14 @@ MODELS: dict[str, Model] = {
     for model in (
         _spec("llama-8b-8l", "Llama-3-8B width, 8 layers", "decoder", "LlamaForCausalLM", "LlamaConfig", 2.8e9,
               _llama(4096, 14336, 8, 32, 8, 128256, False)),
+        # Small enough for ONNX, engines and compilers. Next to two layers a whole vocabulary would weigh as much as
+        # they do, where in the model of 32 layers it is 7 %.
+        _spec("llama-8b-2l", "Llama-3-8B width, 2 layers, vocabulary of 1024", "decoder", "LlamaForCausalLM",
+              "LlamaConfig", 4.4e8, _llama(4096, 14336, 2, 32, 8, 1024, False)),
         _spec("llama-1b", "Llama-3.2-1B-like", "decoder", "LlamaForCausalLM", "LlamaConfig", 1.2e9,
               _llama(2048, 8192, 16, 32, 8, 128256, True)),
+        _spec("llama-1b-2l", "Llama-3.2-1B width, 2 layers, vocabulary of 1024", "decoder", "LlamaForCausalLM",
+              "LlamaConfig", 1.3e8, _llama(2048, 8192, 2, 32, 8, 1024, False)),
         _spec("bert-base", "BERT-base", "encoder", "BertModel", "BertConfig", 1.1e8, {"vocab_size": 30522},
               {"add_pooling_layer": False}),
         _spec("vit-b", "ViT-B/16, 224 × 224", "image", "ViTForImageClassification", "ViTConfig", 8.6e7,

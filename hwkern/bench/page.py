@@ -65,6 +65,7 @@ def headline_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "p95 ms",
         "weights MB",
         "peak MB",
+        "mJ/token",
         "cosine",
     ]
     cells = []
@@ -84,10 +85,37 @@ def headline_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                 number(value(row, "latency_ms.p95")),
                 number(row.get("weight_bytes"), 1e-6),
                 number(value(row, "memory.peak"), 1e-6),
+                number(row.get("joules_per_token"), 1e3),
                 "–" if accuracy is None else f"{accuracy:.4f}",
             ]
         )
     return heads, cells
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """For torch and for TensorRT, one sentence: hwkern's fastest path against the best that the stock paths have in
+    throughput, in p50 and in weights, which need not be the same path."""
+    found = []
+    for framework, engine in (("torch", False), ("TensorRT", True)):
+        here = [row for row in rows if path_of(row["path"]).is_engine == engine]
+        ours = [row for row in here if kind(row) == "now"]
+        stock = [row for row in here if kind(row) != "now"]
+        if not ours or not stock:
+            continue
+        mine = max(ours, key=lambda row: row["tokens_per_s"])
+        parts = []
+        for what, key, sign in (("throughput", "tokens_per_s", 1), ("p50", "latency_ms.p50", -1)):
+            best = max(stock, key=lambda row, key=key, sign=sign: sign * value(row, key))  # type: ignore[misc]
+            times = value(mine, key) / value(best, key)
+            parts.append(f"{what} {times:.2f}× that of {path_of(best['path']).title}")
+        least = min(stock, key=lambda row: row["weight_bytes"])
+        parts.append(
+            f"weights {mine['weight_bytes'] / least['weight_bytes']:.3f}× those of {path_of(least['path']).title}"
+        )
+        found.append(
+            f"{framework}: {path_of(mine['path']).title} against the best stock path of each: {'; '.join(parts)}."
+        )
+    return found
 
 
 # ---- plots ----------------------------------------------------------------------------------------------------------
@@ -213,7 +241,7 @@ def html(document: Mapping[str, Any]) -> str:
     for model, workload, rows in tables.groups(document):
         by_model.setdefault(model, []).append((workload, rows))
     for model, workloads in by_model.items():
-        parts.append(f"<h2>{escape(model)}</h2>")
+        parts.append(f"<h2>{escape(tables.title(document, model))}</h2>")
         for workload, rows in workloads:
             parts += _workload(model, workload, rows)
         rows = workloads[0][1]
@@ -248,8 +276,10 @@ def _workload(model: str, workload: str, rows: Sequence[Row]) -> list[str]:
         caption = f"{unit} per second"
     times = "ms per token after the first" if "per_token_ms" in rows[0] else "Latency in ms"
     heads, cells = tables.columns(rows)
+    said = [f"<p>{escape(sentence)}</p>" for sentence in verdicts(rows)]
     return [
         f"<h3>{escape(workload)}</h3>",
+        *said,
         figure(caption, throughput(rows, f"{title}: throughput")),
         figure(f"{times}: p50 (dot) / p95 / p99 (ticks)", latency(rows, f"{title}: latency")),
         table(heads, cells, [kind(row) for row in rows]),

@@ -1,7 +1,8 @@
 """The ways to run a model: a base (float type or quantizer) and how it is launched (eager, compiled, captured).
 
-``fp16``, ``hwkern-plan+compile``, ``bf16+compile+graph``: what stands behind ``+`` are the ways of launching. The
-TensorRT paths (``trt-…``) live in engines.py.
+``fp16``, ``hwkern-plan+compile``, ``bf16+compile+graph``: what stands behind ``+`` are the ways of launching;
+``bf16+compile@8x512@bert-base`` runs with this workload and this model only. The TensorRT paths (``trt-…``) live in
+engines.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from hwkern import _native
+from hwkern.bench import settings
 from hwkern.bench.models import AbsentError, Model
 
 MODES = ("compile", "graph")
@@ -86,7 +88,7 @@ def _planned(model: nn.Module, context: Context) -> nn.Module:
     ]  # fmt: skip
     plan = hwkern.plan(made, batches, show=False)
     hwkern.patch(made, plan=plan, originals="drop")
-    made.__dict__["_bench_plan"] = schemes(plan)
+    made.__dict__["_bench_plan"] = {"plan": schemes(plan), "plan_shapes": shapes(plan)}
     return made
 
 
@@ -96,6 +98,26 @@ def schemes(plan: Any) -> dict[str, int]:
     for recipe in plan.recipes.values():
         found[recipe.name] = found.get(recipe.name, 0) + 1
     return dict(sorted(found.items()))
+
+
+def shapes(plan: Any) -> list[dict[str, Any]]:
+    """For each size of layer in a plan: how many there are, what the first became, and µs of every recipe by tokens (as
+    one CUDA graph where that was measured)."""
+    found: dict[tuple[int, int], dict[str, Any]] = {}
+    for layer in plan.layers.values():
+        if (layer.n, layer.k) in found:
+            found[layer.n, layer.k]["layers"] += len(layer.names)
+            continue
+        us = {}
+        for candidate in layer.candidates:
+            if candidate.us:
+                times = candidate.us.get("graph") or next(iter(candidate.us.values()))
+                us[candidate.name] = {str(tokens): round(value, 2) for tokens, value in sorted(times.items())}
+        found[layer.n, layer.k] = {
+            "n": layer.n, "k": layer.k, "layers": len(layer.names), "chosen": layer.choice.name,
+            "max_tokens": layer.choice.recipe.max_tokens, "us": us,
+        }  # fmt: skip
+    return list(found.values())
 
 
 def _need_kernels(context: Context) -> None:
@@ -227,6 +249,7 @@ class Path:
     base: str
     compiled: bool
     captured: bool
+    only: tuple[str, ...] = ()  #: workloads and models that it is for; without one of a kind: all of the kind
 
     @property
     def is_engine(self) -> bool:
@@ -242,6 +265,14 @@ class Path:
         head = ENGINES[self.base] if self.is_engine else BASES[self.base].title
         return head + (", compiled" if self.compiled else "") + (", CUDA graph" if self.captured else "")
 
+    def wanted(self, model: str, workload: str) -> bool:
+        """Whether it is to run with this model and workload."""
+        for name, kind in ((model, False), (workload, True)):
+            chosen = [each for each in self.only if _is_workload(each) == kind]
+            if chosen and name not in chosen:
+                return False
+        return True
+
     def problem(self, device: str) -> str | None:
         """Why this path cannot run on ``device`` whatever the model; None: it may."""
         kind = device.split(":")[0]
@@ -256,13 +287,22 @@ class Path:
         return None
 
 
+def _is_workload(name: str) -> bool:
+    try:
+        settings.workload(name)
+    except ValueError:
+        return False
+    return True
+
+
 def path(name: str) -> Path:
     """The path called ``name``. ValueError for an unknown one."""
+    name, *only = name.split("@")
     base, *modes = name.split("+")
     known = base in BASES or (base in ENGINES and not modes)
     if not known or len(set(modes)) != len(modes) or any(mode not in MODES for mode in modes):
         raise ValueError(
             f"path {name!r}: it must be one of {', '.join([*BASES, *ENGINES])}; all but TensorRT's may have "
-            "+compile, +graph or +compile+graph behind."
+            "+compile, +graph or +compile+graph behind, and @ with a workload or a model to run with that one only."
         )
-    return Path(name, base, "compile" in modes, "graph" in modes)
+    return Path(name, base, "compile" in modes, "graph" in modes, tuple(only))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,17 +113,21 @@ class Settings:
     Attributes:
         models, paths: names; empty: the defaults of the device.
         workloads: empty: the defaults of each model.
+        kept_to: workload's name → the models that it is for; without an entry: all.
         seconds: measured time of each row, all blocks together.
         budget: seconds of the whole run; None: no limit.
         bound_ms: of the 95th percentile in the traffic workload.
         lengths: JSON lines of request lengths, instead of log-normal ones.
         tensorrt_python: interpreter for the TensorRT paths; None: this one.
+        tensorrt_level: of the builder's effort, 0 … 5; None: TensorRT's default.
+        engines: folder in which engines are kept for later runs; None: they are built anew.
     """
 
     device: str
     models: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
     workloads: tuple[Workload, ...] = ()
+    kept_to: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     seconds: float = 1.5
     blocks: int = BLOCKS
     budget: float | None = None
@@ -132,6 +137,8 @@ class Settings:
     max_rows: int = 32
     lengths: Path | None = None
     tensorrt_python: str | None = None
+    tensorrt_level: int | None = None
+    engines: Path | None = None
     show: bool = True
     started: float | None = None  #: time.monotonic() that the budget counts from
     keep: dict[str, str] = field(default_factory=dict)  #: for the record: commit, command

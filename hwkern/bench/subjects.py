@@ -186,8 +186,6 @@ class TorchSubject:
 
     def release(self) -> None:
         self._call = self._serve = self._generate = None
-        if self.path.compiled:
-            torch._dynamo.reset()
         allocated(self.device)
 
     # ---- for the workloads -----------------------------------------------------------------------------------------
@@ -241,18 +239,30 @@ def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
     return replay
 
 
+def _stored_bytes(tensor: Any) -> int:
+    """Bytes of a tensor; of one that is made of others, as torchao's quantized weights are, the bytes of these."""
+    if (flatten := getattr(tensor, "__tensor_flatten__", None)) is not None:
+        return sum(_stored_bytes(getattr(tensor, name)) for name in flatten()[0])
+    return int(tensor.numel() * tensor.element_size())
+
+
 def _tensor_bytes(module: nn.Module) -> int:
     """Bytes of all weights, those of torch.ao's packed layers included."""
-    from hwkern.validate import tensor_bytes
-
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    plain = sum(map(_stored_bytes, tensors.values()))
     packed = 0
+    for each in module.modules():  # bitsandbytes keeps the scales of its weights beside them, in plain attributes
+        scales = getattr(getattr(each, "state", None), "SCB", None)
+        if scales is None:
+            scales = getattr(getattr(each, "weight", None), "SCB", None)
+        packed += 0 if scales is None else _stored_bytes(scales)
     for each in module.modules():
         layer: Any = each
         if hasattr(layer, "_packed_params") and callable(getattr(layer, "weight", None)):
             weight, bias = layer.weight(), layer.bias()
             scales = weight.q_per_channel_scales() if weight.qscheme() == torch.per_channel_affine else torch.ones(1)
             packed += weight.numel() + 4 * scales.numel() + (0 if bias is None else 4 * bias.numel())
-    return tensor_bytes(module) + packed
+    return plain + packed
 
 
 class _Generation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hwkern._console import plain_table
@@ -80,12 +80,8 @@ def columns(rows: Sequence[Row], with_noise: bool = True) -> tuple[list[str], li
         uncertain = found["noise"] if with_noise and row["path"] != found["to"] else None
         return f"{found['value']:.2f}×" + (f" ± {100 * uncertain:.0f} %" if uncertain is not None else "")
 
-    def accuracy(row: Row) -> str:
-        found = row.get("accuracy") or {}
-        parts = [f"{found['cosine']:.4f}"] if "cosine" in found else []
-        parts += [f"top-1 {100 * found['top1']:.0f} %"] if "top1" in found else []
-        parts += [f"ppl {found['perplexity']:.2f}"] if "perplexity" in found else []
-        return ", ".join(parts) or "–"
+    def accuracy(name: str, form: str, scale: float = 1) -> Callable[[Row], str]:
+        return lambda row: "–" if (v := value(row, f"accuracy.{name}")) is None else form.format(scale * v)
 
     every = {
         "path": lambda row: path_of(row["path"]).title,
@@ -102,11 +98,19 @@ def columns(rows: Sequence[Row], with_noise: bool = True) -> tuple[list[str], li
         "mJ/token": lambda row: number(row.get("joules_per_token"), 1e3),
         "padding": lambda row: f"+{100 * row['padding_waste']:.0f} %" if traffic else "–",
         "rows/batch": lambda row: number(row.get("rows_per_batch")),
-        "cosine to FP32": accuracy,
+        "cosine to FP32": accuracy("cosine", "{:.4f}"),
+        "top-1": accuracy("top1", "{:.0f} %", 100),
+        "perplexity": accuracy("perplexity", "{:.2f}"),
     }
     cells = {name: [of(row) for row in rows] for name, of in every.items()}
     kept = [name for name, column in cells.items() if any(cell != "–" for cell in column)]
     return kept, [list(line) for line in zip(*(cells[name] for name in kept), strict=True)]
+
+
+def title(document: Mapping[str, Any], model: str) -> str:
+    """The model's name, with what it is where the document says so."""
+    words = document["settings"].get("models", {}).get(model)
+    return f"{model}: {words}" if words else model
 
 
 def left_out(document: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:

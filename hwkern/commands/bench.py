@@ -1,4 +1,4 @@
-"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes JSON, CSV, SVG, HTML."""
+"""Compare every way to run a model here: throughput, latency, memory, energy, accuracy. Writes tables, plots, page."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workloads",
         default="",
         help="comma-separated: 8x128 (sequences x tokens), 32 (images), decode:1x128+32 (prompts x tokens + new), "
-        "traffic:4 (with so many padding profiles); default: what fits the model",
+        "traffic:4 (with so many padding profiles); default: what fits the model; @MODEL behind: only with it",
     )
     parser.add_argument("--list", action="store_true", help="print the models, paths and workloads that there are")
     parser.add_argument("--device", help="cpu or cuda (default: the GPU if there is one)")
@@ -59,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tensorrt-python", metavar="PATH", help="interpreter that has TensorRT, for its paths (default: this one)"
+    )
+    parser.add_argument(
+        "--tensorrt-level", type=int, choices=range(6), help="the builder's effort (default: TensorRT's own, 3)"
+    )
+    parser.add_argument(
+        "--engines", type=Path, metavar="FOLDER", help="keep TensorRT engines here, and take those that are kept"
     )
     parser.add_argument("--commit", help="commit to record (default: git's, in a checkout)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -145,13 +151,15 @@ def options(arguments: argparse.Namespace) -> Any:
     for name in _names(arguments.models):
         if name not in known and not Path(name).is_dir():
             raise ValueError(f"model {name!r}: it must be one of {', '.join(sorted(known))}, or a transformers folder.")
+    workloads = [text.split("@") for text in _names(arguments.workloads)]
     # Without the folders of this machine.
     words = [word if not Path(word).is_absolute() else Path(word).name for word in arguments.argv]
     return settings.Settings(
         device,
         _names(arguments.models),
         _names(arguments.paths),
-        tuple(settings.workload(text) for text in _names(arguments.workloads)),
+        tuple(settings.workload(text) for text, *_ in workloads),
+        {settings.workload(text).name: tuple(only) for text, *only in workloads if only},
         seconds=arguments.seconds,
         budget=arguments.budget or None,
         seed=arguments.seed,
@@ -160,6 +168,8 @@ def options(arguments: argparse.Namespace) -> Any:
         max_rows=arguments.max_batch,
         lengths=arguments.lengths,
         tensorrt_python=arguments.tensorrt_python,
+        tensorrt_level=arguments.tensorrt_level,
+        engines=arguments.engines,
         show=not arguments.quiet,
         started=arguments.started,
         keep={"command": shlex.join(["hwkern", *words]), **({"commit": arguments.commit} if arguments.commit else {})},
@@ -186,6 +196,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
     """Everything that is made of a document: results.json, results.csv, table.txt, plots and the page."""
+    from hwkern import _svg
     from hwkern.bench import page, record, tables
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,4 +211,10 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
+    try:
+        for name, content in files.items():
+            if name.endswith(".svg"):
+                (folder / name).with_suffix(".png").write_bytes(_svg.png(content))
+    except ImportError as error:
+        print(f"no PNG beside the SVG plots: {error}", file=sys.stderr)
     return [folder / "results.json", *(folder / name for name in files if "plots/" not in name), folder / "plots"]
