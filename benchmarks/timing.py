@@ -7,6 +7,7 @@ each other as in a captured model; host cost is measured apart (``host_us``).
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -53,8 +54,9 @@ def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> di
 # ---- where it ran --------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
-    """hwkern.bench.record's, with this script's command line, without the folders of this machine."""
+    """hwkern.bench.record's, with this script's command line, without the folders of this machine; looked up once."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])])
     found = record.environment(device, command, commit, Path(__file__).parent)
     return found if device.startswith("cuda") else found | {"threads": 1}

@@ -724,6 +724,39 @@ def test_a_model_that_fails_is_a_row_without_times_and_the_others_go_on(load, mo
     assert "1 cells of 1 models, 0 above 1.02, worst 0.500, 1 absent" in said
 
 
+def test_a_run_goes_on_where_an_earlier_one_stopped(load, monkeypatch, tmp_path, capsys):
+    never_slower = load("never_slower")
+    measured = []
+
+    def cells(name, size, device, dtype):
+        measured.append(name)
+        if name == "opt" and len(measured) < 3:
+            raise RuntimeError("out of memory")
+        figures = {"original": 1.0, "planned": 0.5, "ratio": 0.5, "first_ratio": 0.5, "error": 0.0, "plan_seconds": 1.0}
+        return [{"model": name, "size": size, "shape": "1x1", "mode": "eager", "int8": 1, "layers": 1, **figures}]
+
+    def run(*options):
+        common = ["--device", "cpu", "--sizes", "base", "--commit", "abc"]
+        monkeypatch.setattr(sys, "argv", ["never_slower.py", *common, *map(str, options)])
+        threads = torch.get_num_threads()
+        try:
+            return never_slower.main()
+        finally:
+            torch.set_num_threads(threads)
+
+    monkeypatch.setattr(never_slower, "cells", cells)
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert run("--models", "t5,opt", "--json", first) == 1  # opt failed
+    assert run("--models", "t5,opt,phi", "--merge", first, "--json", second) == 0
+    assert measured == ["t5", "opt", "opt", "phi"]
+    assert [row["model"] for row in json.loads(second.read_text(encoding="utf-8"))["rows"]] == ["t5", "opt", "phi"]
+    document = json.loads(first.read_text(encoding="utf-8"))
+    document["environment"]["commit"] = "def"
+    first.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(SystemExit, match="its commit is 'def', here 'abc'"):
+        run("--models", "t5", "--merge", first)
+
+
 def test_calls_in_turn_are_medians_and_as_many_as_fill_the_time(load, monkeypatch):
     never_slower = load("never_slower")
     monkeypatch.setattr(never_slower, "SECONDS", 0.05)
