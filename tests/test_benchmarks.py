@@ -831,6 +831,23 @@ def test_targets_of_the_llama_benchmark_come_from_its_rows(load, capsys):
     assert "ok   weight memory: 0.51" in said
 
 
+def test_layers_of_calibrated_plans_are_rows_and_printed(load, monkeypatch, tmp_path, capsys):
+    accuracy = load("accuracy")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    found = accuracy.hwkern.calibrate(model, [torch.randn(32, 64)], include="*", show=False)
+    rows = accuracy.layers("net", {"w8a8": None, "calibrated": found})
+    assert [row["layer"] for row in rows] == ["0", "2"]
+    assert rows[0] == {
+        "model": "net", "layer": "0", "w8a8": round(found.plain_snr["0"], 2), "calibrated": round(found.snr["0"], 2)
+    }  # fmt: skip
+    monkeypatch.setattr(accuracy, "PARTS", {"net": lambda device: rows})
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--json", str(path)])
+    assert accuracy.main() == 0
+    assert "net: dB of each layer" in capsys.readouterr().out
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"] == rows
+
+
 def test_a_bound_of_accuracy_that_does_not_hold_fails_the_run(load, monkeypatch, capsys):
     accuracy = load("accuracy")
     parts = {
@@ -868,4 +885,11 @@ def test_tables_of_the_model_benchmarks(load):
     assert text.startswith("2 cells, the slowest 1.030, 1 above 1.02.")
     assert "| vit, base, eager | 3 of 5 | 1: 0.90 | 2: 1.03 | – | – |" in text
     figure = {"model": "a", "scheme": "w8a8", "figure": "top-1", "before": 0.9, "after": 0.89, "least": 0.8}
-    assert "| a, w8a8: top-1 | 0.9000 | 0.8900 | 0.8000 |" in tables.accuracy({"rows": [figure]})
+    layer = {"model": "a", "w8a8": 30.04, "static": 21.96}
+    names = ("h.0.mlp.up", "h.1.mlp.up", "pooler")
+    text = tables.accuracy({"rows": [figure, *({**layer, "layer": name} for name in names)]})
+    assert "| a, w8a8: top-1 | 0.9000 | 0.8900 | 0.8000 |" in text
+    assert "a, dB of each layer's output (w8a8 / static):" in text
+    assert "| layer | block 0 | block 1 |" in text
+    assert "| h.*.mlp.up | 30.0 / 22.0 | 30.0 / 22.0 |" in text
+    assert "| pooler | 30.0 / 22.0 | – |" in text
