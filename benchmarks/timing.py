@@ -54,12 +54,17 @@ def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> di
 # ---- where it ran --------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
-    """hwkern.bench.record's, with this script's command line, without the folders of this machine; looked up once."""
+    """hwkern.bench.record's, with this script's command line, without the folders of this machine."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])])
-    found = record.environment(device, command, commit, Path(__file__).parent)
+    found = _looked_up(device, command, commit)
     return found if device.startswith("cuda") else found | {"threads": 1}
+
+
+@functools.cache
+def _looked_up(device: str, command: str, commit: str | None) -> dict[str, Any]:
+    """Once, because files are written again and again and nvidia-smi takes a second."""
+    return record.environment(device, command, commit, Path(__file__).parent)
 
 
 def current_gpu() -> hardware.Gpu:

@@ -301,11 +301,13 @@ def test_record_goes_on_after_a_failure_and_hands_options_on(tmp_path):
     (tmp_path / "linear.py").write_text(script.format("linear", "1 / 0"), encoding="utf-8")
     (tmp_path / "sweep.py").write_text(script.format("sweep", ""), encoding="utf-8")
     command = [sys.executable, str(tmp_path / "record.py"), "--gpu", "x", "--out", "o", "--seconds", "0.1", "--commit"]
-    done = subprocess.run([*command, "abc", "--", "--most", "9"], capture_output=True, text=True, check=False)
+    names = ["gemm", "linear --m '1, 2'", "sweep"]
+    done = subprocess.run([*command, "abc", *names, "--", "--most", "9"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     lines = done.stdout.splitlines()
     common = "--seconds 0.1 --commit abc"
     assert f"gemm got --json {Path('o') / 'gemm-x.json'} {common}" in lines
+    assert f"linear got --json {Path('o') / 'linear-x.json'} {common} --m 1, 2" in lines
     assert f"sweep got --json {Path('o') / 'sweep-x.json'} {common} --most 9" in lines
     assert "gemm FAILED: wrong result" in lines
     assert "linear FAILED" in lines
