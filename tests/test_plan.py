@@ -599,16 +599,30 @@ def test_one_slow_reading_of_the_whole_model_is_not_believed(device: Device, mon
     assert next(readings, None) is None
 
 
-def test_a_reading_that_is_clearly_slower_is_not_repeated(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("graph", "eager", "calls"),
+    [
+        (1.1, 1.0, [0, 3]),  # slower on the GPU's clock
+        (0.9, 0.9, [0, 3]),  # faster everywhere
+        (0.9, 1.1, [0, 3, 0] * 2),  # the host may have been held up
+        (None, 1.1, [0, 3, 0] * 2),
+        (None, 0.9, [0, 3, 0]),
+    ],
+)
+def test_a_reading_that_is_clear_is_not_repeated(
+    device: Device, monkeypatch: pytest.MonkeyPatch, graph: float | None, eager: float, calls: list[int]
+) -> None:
     int8 = []
 
     def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
         int8.append(sum(isinstance(module, Int8Linear) for module in model.modules()))
-        return {"eager": [1.1 if int8[-1] else 1.0]}
+        found = {"eager": [eager if int8[-1] else 1.0]}
+        return found if graph is None else found | {"graph": [graph if int8[-1] else 1.0]}
 
     monkeypatch.setattr(_whole, "seconds", seconds)
-    make(Net(), verify=True)
-    assert int8 == [0, 3]
+    found = make(Net(), verify=True)
+    assert int8 == calls
+    assert any(recipe.scheme != "keep" for recipe in found.recipes.values()) == (max(graph or 0.0, eager) < 1)
 
 
 def test_a_graph_is_captured_once_and_holds_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
