@@ -35,7 +35,7 @@ ROUNDS = (5, 40)
 SECONDS = 0.06
 #: The model may be this much slower in a measurement before the plan is doubted.
 NOISE = 0.015
-#: What differs by more than this on the GPU's own clock needs no second reading: two of one thing differ by 1.5 % there.
+#: What differs by more than this on the GPU's clock needs no second reading: two of one thing differ by 1.5 % there.
 #: Eager calls may be held up by whatever else the machine does, and are read again.
 CLEAR = 0.08
 #: Then layers go back: those with less than the first gain, than the second, all. Small gains are the first suspects,
