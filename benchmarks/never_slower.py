@@ -1,20 +1,27 @@
 """Planned models against their originals, over architectures, sizes and batch shapes: no cell may be slower.
 
-    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--limit S] [--json FILE]
+    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--limit S]
+                                      [--json FILE] [--merge FILE]
 
 Random weights from transformers' configs, four layers each. A model is planned once for all of its batch shapes,
 patched, and timed against a second copy of the original, call by call in turn; on a GPU also as CUDA-graph replays. A
-cell above 1.02 is measured again for three times as long, because two medians of one thing differ by more than 2 % now
-and then, and the second reading counts; both are kept. The exit code is 1 when a cell is above 1.02 or is missing.
+cell above 1.02 is measured again for three times as long, its graphs captured anew, because two medians of one thing
+differ by more than 2 % now and then, and the second reading counts; both are kept. The exit code is 1 when a cell is
+above 1.02 or is missing.
+
+The file is written after each model. --merge takes an earlier file of the same commit and machine, and measures only
+the models that it lacks: a run that was stopped goes on, and one can be split.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import timing
@@ -27,7 +34,7 @@ from hwkern.bench.subjects import captured
 
 LIMIT = 1.02
 SHAPES = ((1, 16), (1, 128), (8, 64), (8, 256))
-BATCHES = ((1, 1), (2, 1), (4, 1), (8, 1))  # of images; of 30 seconds of sound up to four
+BATCHES = ((1, 1), (2, 1), (4, 1), (8, 1))  # of images, or of 30 seconds of sound
 LEAST, MOST, SECONDS = 15, 60, 0.08  # rounds of a cell: as many as fill these seconds
 
 Inputs = dict[str, torch.Tensor]
@@ -147,14 +154,16 @@ def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[st
     cls, config, kind = models()[name](size)
     cuda = device.startswith("cuda")
     torch.manual_seed(0)
-    original = cls(config).to(device, dtype).eval()
+    start = time.perf_counter()
+    with torch.device(device):
+        original = cls(config).to(device, dtype).eval()
     planned = copy.deepcopy(original)
     shapes: tuple[tuple[int, int], ...] = SHAPES if kind == "text" else BATCHES
-    if kind == "audio":
-        shapes = BATCHES[:3]
     batches = [batch(kind, config, shape, device, dtype) for shape in shapes]
+    made = time.perf_counter() - start
     plan = hwkern.plan(planned, batches, show=False)
     hwkern.patch(planned, plan=plan, originals="drop")
+    before = time.perf_counter()
     found: list[dict[str, Any]] = []
     for shape, inputs in zip(shapes, batches, strict=True):
         both = {"original": lambda i=inputs: original(**i), "planned": lambda i=inputs: planned(**i)}
@@ -164,18 +173,22 @@ def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[st
         if not error < 0.3:
             sys.exit(f"Wrong result: {name}/{size} at {shape} is {error:.1%} off after the plan.")
         del outputs
+
+        def replays(inputs: Inputs = inputs) -> dict[str, Callable[[], object]]:
+            return {"original": graph(original, inputs), "planned": graph(planned, inputs)}
+
         modes: dict[str, dict[str, Callable[[], object]]] = {"eager": both}
         row = {"model": name, "size": size, "shape": "x".join(map(str, shape))}
         if cuda:
             try:
-                modes["graph"] = {"original": graph(original, inputs), "planned": graph(planned, inputs)}
+                modes["graph"] = replays()
             except RuntimeError as reason:
                 found.append({**row, "mode": "graph", "absent": str(reason).splitlines()[0]})
         for mode, calls in modes.items():
             seconds = in_turn(calls, cuda)
             first = seconds["planned"] / seconds["original"]
             if first > LIMIT:
-                seconds = in_turn(calls, cuda, longer=3)
+                seconds = in_turn(replays() if mode == "graph" else calls, cuda, longer=3)
             found.append(
                 {
                     **row,
@@ -189,7 +202,20 @@ def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[st
                     "plan_seconds": plan.seconds,
                 }
             )
+    measured = time.perf_counter() - before
+    print(f"{name}/{size}: made in {made:.1f} s, planned {plan.phases}, measured in {measured:.1f} s", flush=True)
     return found
+
+
+def earlier(path: Path, environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an earlier run, of models without an absent row. Leaves with a sentence when it cannot go on."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    theirs = document["environment"]
+    for key in ("commit", "gpu", "cpu", "threads", "torch"):
+        if theirs.get(key) != environment.get(key):
+            sys.exit(f"{path} cannot be merged: its {key} is {theirs.get(key)!r}, here {environment.get(key)!r}.")
+    broken = {(row["model"], row["size"]) for row in document["rows"] if "ratio" not in row}
+    return [row for row in document["rows"] if (row["model"], row["size"]) not in broken]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -214,6 +240,7 @@ def main() -> int:
     parser.add_argument("--sizes", default="base,small", help="base, small or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default 1)")
     parser.add_argument("--limit", type=float, help="seconds after which no further model is started")
+    parser.add_argument("--merge", type=Path, help="an earlier run's file, to go on from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cuda = arguments.device.startswith("cuda")
@@ -226,12 +253,16 @@ def main() -> int:
         names = names[:3]
     dtype = torch.bfloat16 if cuda else torch.float32
     start = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    environment = timing.environment(arguments.device, arguments.commit)
+    rows = [] if arguments.merge is None else earlier(arguments.merge, environment)
+    done = {(row["model"], row["size"]) for row in rows}
     missing = []
     sizes = arguments.sizes.split(",")
     for turn in range(len(sizes)):  # first every architecture once, the sizes in turn; then the others
         for i, name in enumerate(names):
             size = sizes[(i + turn) % len(sizes)]
+            if (name, size) in done:
+                continue
             if arguments.limit is not None and time.monotonic() - start > arguments.limit:
                 missing.append(f"{name}/{size}")
                 continue

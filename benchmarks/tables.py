@@ -21,7 +21,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +310,26 @@ def accuracy(document: dict[str, Any]) -> str:
         [f"{row['model']}, {row['scheme']}: {row['figure']}"]
         + [f"{row[key]:.1f}" if "dB" in row["figure"] else f"{row[key]:.4f}" for key in ("before", "after", "least")]
         for row in document["rows"]
+        if "figure" in row
     ]
-    return markdown(["", "before", "after", "at least"], rows)
+    return "\n\n".join([markdown(["", "before", "after", "at least"], rows), *layers(document["rows"])])
+
+
+def layers(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Of each model a table of its layers' dB: a row for the layers of one name, a column for each block."""
+    for model in dict.fromkeys(row["model"] for row in rows if "layer" in row):
+        mine = [row for row in rows if row["model"] == model and "layer" in row]
+        names: dict[str, list[str]] = {}
+        for row in mine:
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row["layer"])
+            values = [value for key, value in row.items() if key not in ("model", "layer")]
+            names.setdefault(name, []).append(" / ".join(f"{value:.1f}" for value in values))
+        blocks = max(map(len, names.values()))
+        schemes = [key for key in mine[0] if key not in ("model", "layer")]
+        cells = [[name, *found, *["–"] * (blocks - len(found))] for name, found in names.items()]
+        columns = [f"block {i}" for i in range(blocks)] if blocks > 1 else ["dB"]
+        yield f"{model}, dB of each layer's output ({' / '.join(schemes)}):"
+        yield markdown(["layer", *columns], cells)
 
 
 def llama(document: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ each other as in a captured model; host cost is measured apart (``host_us``).
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -56,8 +57,14 @@ def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> di
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """hwkern.bench.record's, with this script's command line, without the folders of this machine."""
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])])
-    found = record.environment(device, command, commit, Path(__file__).parent)
+    found = _looked_up(device, command, commit)
     return found if device.startswith("cuda") else found | {"threads": 1}
+
+
+@functools.cache
+def _looked_up(device: str, command: str, commit: str | None) -> dict[str, Any]:
+    """Once, because files are written again and again and nvidia-smi takes a second."""
+    return record.environment(device, command, commit, Path(__file__).parent)
 
 
 def current_gpu() -> hardware.Gpu:

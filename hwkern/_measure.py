@@ -36,9 +36,9 @@ PEER_SECONDS = 0.1  # for all samples of one peer, but at least three
 HOPELESS = 1.5  # times the float layer's time: such a peer is sampled twice only
 SAMPLE_SECONDS = 4e-4  # a sample on the CPU has as many calls as fill this
 EAGER_CALLS = 50  # on a GPU a sample has at most so many, and one wait at its end
-EAGER_SECONDS = 5e-3  # and fewer, but three, when they would take longer than this
+EAGER_SECONDS = 3e-3  # and fewer, but three, when they would take longer than this
 GPU_SETS = 24  # of weights at most: layers so small that these fit into the L2 stay there in their models too
-GRAPH_SECONDS = 0.01  # of replays for each peer
+GRAPH_SECONDS = 0.005  # of replays for each peer; five replays of at least 20 calls in any case
 CPU_BYTES = 2**25  # weights that the CPU's calls rotate over: a model's other layers push a layer's out of the caches
 
 

@@ -38,12 +38,15 @@ class Guarded:
     def pointer(self) -> int:
         return self.body.data_ptr()
 
-    def assert_untouched_outside(self) -> None:
-        """Guards and the padding between rows still hold the poison."""
+    def untouched_outside(self) -> Tensor:
+        """Whether guards and the padding between rows still hold the poison: a bool on the GPU, for many at once."""
         outside = self.buffer.clone()
         inner = outside[self.offset : self.offset + self.body.numel()].view(self.matrix.dtype).view(self.matrix.shape)
         inner[:, : self.columns].view(torch.uint8).fill_(POISON)
-        assert bool((outside == POISON).all()), "bytes outside the output were written"
+        return (outside == POISON).all()
+
+    def assert_untouched_outside(self) -> None:
+        assert bool(self.untouched_outside()), "bytes outside the output were written"
 
 
 def random_int8(rows: int, columns: int, pitch: int | None = None) -> Tensor:
@@ -74,11 +77,18 @@ def gemm(
     )  # fmt: skip
 
 
-def same_bits(x: Tensor, y: Tensor) -> bool:
-    """Equal bit for bit, where every NaN counts as the same."""
+def equal_bits(x: Tensor, y: Tensor) -> Tensor:
+    """Equal bit for bit, where every NaN counts as the same: a bool on their device."""
+    assert x.shape == y.shape, (x.shape, y.shape)
+    assert x.dtype == y.dtype, (x.dtype, y.dtype)
     x, y = torch.where(x.isnan(), torch.zeros_like(x), x), torch.where(y.isnan(), torch.zeros_like(y), y)
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
-    return x.dtype == y.dtype and torch.equal(x.contiguous().view(width), y.contiguous().view(width))
+    return (x.contiguous().view(width) == y.contiguous().view(width)).all()
+
+
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """:func:`equal_bits`, and the same shape and dtype."""
+    return x.shape == y.shape and x.dtype == y.dtype and bool(equal_bits(x, y))
 
 
 def ulp_distance(value: Tensor, exact: Tensor) -> float:

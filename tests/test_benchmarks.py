@@ -302,11 +302,13 @@ def test_record_goes_on_after_a_failure_and_hands_options_on(tmp_path):
     (tmp_path / "linear.py").write_text(script.format("linear", "1 / 0"), encoding="utf-8")
     (tmp_path / "sweep.py").write_text(script.format("sweep", ""), encoding="utf-8")
     command = [sys.executable, str(tmp_path / "record.py"), "--gpu", "x", "--out", "o", "--seconds", "0.1", "--commit"]
-    done = subprocess.run([*command, "abc", "--", "--most", "9"], capture_output=True, text=True, check=False)
+    names = ["gemm", "linear --m '1, 2'", "sweep"]
+    done = subprocess.run([*command, "abc", *names, "--", "--most", "9"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     lines = done.stdout.splitlines()
     common = "--seconds 0.1 --commit abc"
     assert f"gemm got --json {Path('o') / 'gemm-x.json'} {common}" in lines
+    assert f"linear got --json {Path('o') / 'linear-x.json'} {common} --m 1, 2" in lines
     assert f"sweep got --json {Path('o') / 'sweep-x.json'} {common} --most 9" in lines
     assert "gemm FAILED: wrong result" in lines
     assert "linear FAILED" in lines
@@ -782,6 +784,39 @@ def test_a_model_that_fails_is_a_row_without_times_and_the_others_go_on(load, mo
     assert "1 cells of 1 models, 0 above 1.02, worst 0.500, 1 absent" in said
 
 
+def test_a_run_goes_on_where_an_earlier_one_stopped(load, monkeypatch, tmp_path, capsys):
+    never_slower = load("never_slower")
+    measured = []
+
+    def cells(name, size, device, dtype):
+        measured.append(name)
+        if name == "opt" and len(measured) < 3:
+            raise RuntimeError("out of memory")
+        figures = {"original": 1.0, "planned": 0.5, "ratio": 0.5, "first_ratio": 0.5, "error": 0.0, "plan_seconds": 1.0}
+        return [{"model": name, "size": size, "shape": "1x1", "mode": "eager", "int8": 1, "layers": 1, **figures}]
+
+    def run(*options):
+        common = ["--device", "cpu", "--sizes", "base", "--commit", "abc"]
+        monkeypatch.setattr(sys, "argv", ["never_slower.py", *common, *map(str, options)])
+        threads = torch.get_num_threads()
+        try:
+            return never_slower.main()
+        finally:
+            torch.set_num_threads(threads)
+
+    monkeypatch.setattr(never_slower, "cells", cells)
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+    assert run("--models", "t5,opt", "--json", first) == 1  # opt failed
+    assert run("--models", "t5,opt,phi", "--merge", first, "--json", second) == 0
+    assert measured == ["t5", "opt", "opt", "phi"]
+    assert [row["model"] for row in json.loads(second.read_text(encoding="utf-8"))["rows"]] == ["t5", "opt", "phi"]
+    document = json.loads(first.read_text(encoding="utf-8"))
+    document["environment"]["commit"] = "def"
+    first.write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(SystemExit, match="its commit is 'def', here 'abc'"):
+        run("--models", "t5", "--merge", first)
+
+
 def test_calls_in_turn_are_medians_and_as_many_as_fill_the_time(load, monkeypatch):
     never_slower = load("never_slower")
     monkeypatch.setattr(never_slower, "SECONDS", 0.05)
@@ -856,6 +891,23 @@ def test_targets_of_the_llama_benchmark_come_from_its_rows(load, capsys):
     assert "ok   weight memory: 0.51" in said
 
 
+def test_layers_of_calibrated_plans_are_rows_and_printed(load, monkeypatch, tmp_path, capsys):
+    accuracy = load("accuracy")
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    found = accuracy.hwkern.calibrate(model, [torch.randn(32, 64)], include="*", show=False)
+    rows = accuracy.layers("net", {"w8a8": None, "calibrated": found})
+    assert [row["layer"] for row in rows] == ["0", "2"]
+    assert rows[0] == {
+        "model": "net", "layer": "0", "w8a8": round(found.plain_snr["0"], 2), "calibrated": round(found.snr["0"], 2)
+    }  # fmt: skip
+    monkeypatch.setattr(accuracy, "PARTS", {"net": lambda device: rows})
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--json", str(path)])
+    assert accuracy.main() == 0
+    assert "net: dB of each layer" in capsys.readouterr().out
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"] == rows
+
+
 def test_a_bound_of_accuracy_that_does_not_hold_fails_the_run(load, monkeypatch, capsys):
     accuracy = load("accuracy")
     parts = {
@@ -893,4 +945,11 @@ def test_tables_of_the_model_benchmarks(load):
     assert text.startswith("2 cells, the slowest 1.030, 1 above 1.02.")
     assert "| vit, base, eager | 3 of 5 | 1: 0.90 | 2: 1.03 | – | – |" in text
     figure = {"model": "a", "scheme": "w8a8", "figure": "top-1", "before": 0.9, "after": 0.89, "least": 0.8}
-    assert "| a, w8a8: top-1 | 0.9000 | 0.8900 | 0.8000 |" in tables.accuracy({"rows": [figure]})
+    layer = {"model": "a", "w8a8": 30.04, "static": 21.96}
+    names = ("h.0.mlp.up", "h.1.mlp.up", "pooler")
+    text = tables.accuracy({"rows": [figure, *({**layer, "layer": name} for name in names)]})
+    assert "| a, w8a8: top-1 | 0.9000 | 0.8900 | 0.8000 |" in text
+    assert "a, dB of each layer's output (w8a8 / static):" in text
+    assert "| layer | block 0 | block 1 |" in text
+    assert "| h.*.mlp.up | 30.0 / 22.0 | 30.0 / 22.0 |" in text
+    assert "| pooler | 30.0 / 22.0 | – |" in text

@@ -573,7 +573,7 @@ def test_a_real_plan_on_this_cpu_is_never_slower(monkeypatch: pytest.MonkeyPatch
 def test_a_whole_model_that_is_not_faster_keeps_its_layers(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def seconds(model: nn.Module, batches: Any, modes: Any) -> dict[str, list[float]]:
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
         int8 = sum(isinstance(module, Int8Linear) for module in model.modules())
         calls.append(int8)
         return {"eager": [1.0 + 0.5 * int8]}
@@ -599,6 +599,54 @@ def test_one_slow_reading_of_the_whole_model_is_not_believed(device: Device, mon
     assert next(readings, None) is None
 
 
+@pytest.mark.parametrize(
+    ("graph", "eager", "calls"),
+    [
+        (1.1, 1.0, [0, 3]),  # slower on the GPU's clock
+        (0.9, 0.9, [0, 3]),  # faster everywhere
+        (0.9, 1.1, [0, 3, 0] * 2),  # the host may have been held up
+        (None, 1.1, [0, 3, 0] * 2),
+        (None, 0.9, [0, 3, 0]),
+    ],
+)
+def test_a_reading_that_is_clear_is_not_repeated(
+    device: Device, monkeypatch: pytest.MonkeyPatch, graph: float | None, eager: float, calls: list[int]
+) -> None:
+    int8 = []
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        int8.append(sum(isinstance(module, Int8Linear) for module in model.modules()))
+        found = {"eager": [eager if int8[-1] else 1.0]}
+        return found if graph is None else found | {"graph": [graph if int8[-1] else 1.0]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    found = make(Net(), verify=True)
+    assert int8 == calls
+    assert any(recipe.scheme != "keep" for recipe in found.recipes.values()) == (max(graph or 0.0, eager) < 1)
+
+
+def test_a_graph_is_captured_once_and_holds_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[tuple[Any, Any]] = []
+
+    def graph(model: nn.Module, batch: Any, device: torch.device, other: Any) -> Any:
+        captured.append((batch, other))
+        return None if batch == "waits" else f"graph of {batch}"
+
+    monkeypatch.setattr(_whole, "_graph", graph)
+    model, cpu = nn.Linear(2, 2), torch.device("cpu")
+    graphs = _whole.Graphs()
+    assert graphs.of(0, model, "a", cpu) == graphs.of(0, model, "a", cpu) == "graph of a"
+    assert graphs.of(1, model, "b", cpu) == "graph of b"
+    assert graphs.of(2, model, "waits", cpu) is None
+    assert captured == [("a", None), ("b", "graph of a"), ("waits", "graph of a")]
+    address = model.bias.data_ptr()
+    model.bias.data = torch.zeros(2)  # as fusing does
+    assert address in {tensor.data_ptr() for tensor in graphs._held}
+    graphs.clear()
+    assert graphs.of(0, model, "c", cpu) == "graph of c"
+    assert captured[-1] == ("c", None)
+
+
 def bert() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -616,7 +664,7 @@ def test_layers_that_are_slower_alone_are_taken_where_the_model_is_faster_with_t
 ) -> None:
     model = bert()
 
-    def seconds(model: nn.Module, batches: Any, modes: Any) -> dict[str, list[float]]:
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
         int8 = any(isinstance(module, Int8Linear) for module in model.modules())
         return {"eager": [ratio if int8 else 1.0]}
 
