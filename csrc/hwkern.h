@@ -64,8 +64,9 @@ enum class Activation : int32_t {
 
 // ---- GEMM ---------------------------------------------------------------------------------------------------------
 
-// What a row of the config table computes: int8 activations (gemm), or 16-bit ones (weight_only_linear).
-enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1 };
+// What a row of the config table computes: int8 activations (gemm), 16-bit ones (weight_only_linear), or those of a
+// linear that are quantized in the same launch (linear alone).
+enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1, kW8A8Linear = 2 };
 
 // One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
 // benchmark row. Ids live in caches and engines and are never reused.
@@ -76,11 +77,12 @@ struct GemmConfig {
   int block_m, block_n, block_k;
   int warps_m, warps_n, warps_k;
   int stages;
-  int cluster;        // blocks along M that share the tile of B; 1 before Hopper
+  int cluster;        // blocks along M that share the tile of B, or with kW8A8Linear the rows of x; 1 before Hopper
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
   Scheme scheme = Scheme::kW8A8;
   int split_k = 1;           // blocks of a cluster that split K between them
+  int max_k = static_cast<int>(kMaxK);  // the largest K that it takes
 };
 
 // What the choice of a config depends on.

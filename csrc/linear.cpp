@@ -1,5 +1,7 @@
 // Linear: quantize the activations per token into the workspace, then the GEMM.
+#include "core/device.h"
 #include "core/status.h"
+#include "gemm/configs.h"
 #include "hwkern.h"
 #include "quant/kernels.h"
 
@@ -10,6 +12,17 @@ size_t linear_workspace_bytes(int64_t m, int64_t k) {
   return static_cast<size_t>(m * round_up(k, kRowAlignment) + m * static_cast<int64_t>(sizeof(float)));
 }
 
+static Status one_launch(const Linear& p, int config_id, Stream stream) {
+  const GemmConfig* config = gemm_config(config_id);
+  if (!config) return invalid("linear: unknown config id; gemm_configs() lists them");
+  if (p.k > config->max_k) return invalid("linear: this config is for a smaller K; gemm_configs() lists its max_k");
+  Device device;
+  if (const Status status = current_device(&device); !status.ok()) return status;
+  if (!gemm_runs_on(*config, device))
+    return {StatusCode::kUnsupportedDevice, "linear: this config is for another GPU: see its compute capabilities"};
+  return launch_linear_sm90(p, *config, device.sm_count, stream);
+}
+
 constexpr double kLongProduct = int64_t{1} << 34;  // M·N·K: some 25 µs on an H100
 
 Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_bytes, Stream stream) {
@@ -18,6 +31,7 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
   if (!workspace || workspace_bytes < linear_workspace_bytes(p.m, p.k))
     return invalid("linear: the workspace is smaller than linear_workspace_bytes(M, K)");
   if (!is_aligned(workspace, kRowAlignment)) return invalid("linear: the workspace must be 16-byte aligned");
+  if (is_linear_sm90(config_id)) return one_launch(p, config_id, stream);
   const int64_t k16 = round_up(p.k, kRowAlignment);
   int8_t* q = static_cast<int8_t*>(workspace);
   float* scale = reinterpret_cast<float*>(q + p.m * k16);

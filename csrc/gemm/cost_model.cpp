@@ -113,6 +113,18 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 
 }  // namespace
 
+int linear_sm90_groups(const GemmConfig& c, int64_t m, int64_t n, int sm_count) {
+  const int64_t rows = ceil_div(m, c.block_m), tiles = ceil_div(n, c.block_n);
+  int64_t best = c.cluster;
+  double best_cost = 0;
+  for (int64_t groups = c.cluster; groups < tiles + c.cluster; groups += c.cluster) {
+    // Tiles that the busiest SM multiplies; its rows, in a row of tiles' time.
+    const double cost = double(ceil_div(rows * groups, sm_count)) * (double(ceil_div(tiles, groups)) + 1.0);
+    if (groups == c.cluster || cost < best_cost) best = groups, best_cost = cost;
+  }
+  return static_cast<int>(best);
+}
+
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
                        bool b_is_constant) {
   if (m < 1 || n < 1 || k < 1) return 0;
