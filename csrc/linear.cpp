@@ -1,7 +1,8 @@
-// Linear: quantize the activations per token into the workspace, then the GEMM.
+// Linear: quantize the activations per token into the workspace, then the GEMM; or both in one launch (linear_sm90.cu).
 #include "core/device.h"
 #include "core/status.h"
 #include "gemm/configs.h"
+#include "gemm/remember.h"
 #include "hwkern.h"
 #include "quant/kernels.h"
 
@@ -12,17 +13,6 @@ size_t linear_workspace_bytes(int64_t m, int64_t k) {
   return static_cast<size_t>(m * round_up(k, kRowAlignment) + m * static_cast<int64_t>(sizeof(float)));
 }
 
-static Status one_launch(const Linear& p, int config_id, Stream stream) {
-  const GemmConfig* config = gemm_config(config_id);
-  if (!config) return invalid("linear: unknown config id; gemm_configs() lists them");
-  if (p.k > config->max_k) return invalid("linear: this config is for a smaller K; gemm_configs() lists its max_k");
-  Device device;
-  if (const Status status = current_device(&device); !status.ok()) return status;
-  if (!gemm_runs_on(*config, device))
-    return {StatusCode::kUnsupportedDevice, "linear: this config is for another GPU: see its compute capabilities"};
-  return launch_linear_sm90(p, *config, device.sm_count, stream);
-}
-
 constexpr double kLongProduct = int64_t{1} << 34;  // M·N·K: some 25 µs on an H100
 
 Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_bytes, Stream stream) {
@@ -31,21 +21,37 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
   if (!workspace || workspace_bytes < linear_workspace_bytes(p.m, p.k))
     return invalid("linear: the workspace is smaller than linear_workspace_bytes(M, K)");
   if (!is_aligned(workspace, kRowAlignment)) return invalid("linear: the workspace must be 16-byte aligned");
-  if (is_linear_sm90(config_id)) return one_launch(p, config_id, stream);
   const int64_t k16 = round_up(p.k, kRowAlignment);
   int8_t* q = static_cast<int8_t*>(workspace);
   float* scale = reinterpret_cast<float*>(q + p.m * k16);
   const Quantize quantize{p.x, q, scale, p.ldx, k16, p.m, p.k, p.x_dtype};
+  Gemm product{q,   p.weight, scale, p.weight_scale, p.bias,    p.y,          k16,        p.ldb, p.ldy,
+               p.m, p.n,      p.k,   p.bias_dtype,   p.y_dtype, p.activation, p.residual, p.ldr, p.residual_dtype};
+
+  const bool apart = config_id >= 1000;  // EXPERIMENT
+  if (apart) config_id -= 1000;
+  Device device;
+  if (const Status status = current_device(&device); !status.ok()) return status;
+  if (config_id == kChoose) config_id = remembered<linear_choose>(p.m, p.n, p.k, device, p.weight_is_constant);
+  if (const GemmConfig* config = gemm_config(config_id); config && config->scheme == Scheme::kW8A8Linear) {
+    if (const Status status = validate_quantize(quantize); !status.ok()) return status;
+    if (const Status status = validate_gemm(product); !status.ok()) return status;
+    if (p.k > config->max_k)
+      return invalid("linear: K is too large for this config, which keeps rows in shared memory: see its max_k");
+    if (!gemm_runs_on(*config, device))
+      return {StatusCode::kUnsupportedDevice,
+              "linear: this config is for another GPU: see its compute capabilities and shared memory"};
+    return launch_linear_sm90(p, *config, device.sm_count, stream);
+  }
+
   const Status status = quantize_per_token(quantize, /*release_early=*/p.weight_is_constant, stream);
   if (!status.ok()) return status;
-  Gemm problem{q,   p.weight, scale, p.weight_scale, p.bias,    p.y,          k16,        p.ldb, p.ldy,
-               p.m, p.n,      p.k,   p.bias_dtype,   p.y_dtype, p.activation, p.residual, p.ldr, p.residual_dtype};
-  problem.b_is_constant = true;  // the kernel before the GEMM is quantize's; before that one: weight_is_constant
+  product.b_is_constant = true;  // the kernel before the GEMM is quantize's; before that one: weight_is_constant
   // The blocks of a large tile do not fit beside quantize's, so overlap hides little of a long GEMM's launch; and the layer
   // of 512×4096×14336 takes 61 µs with it, against 51 where a launch in between keeps them apart. Presumably the order
   // in which blocks come to the SMs, all at once or as quantize's leave, counts for what they share in L2.
-  problem.overlap = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) < kLongProduct;
-  return gemm(problem, config_id, stream);
+  product.overlap = static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(p.k) < kLongProduct && !apart;
+  return gemm(product, config_id, stream);
 }
 
 }  // namespace hwkern

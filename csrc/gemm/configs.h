@@ -52,18 +52,15 @@
 // X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
 #define HWKERN_LINEAR_SM90_CONFIGS(X)       \
-  X(400, 128, 192, 4, 6, 2, 1, 1, false)    \
-  X(401, 128, 192, 4, 6, 2, 2, 1, false)    \
-  X(402, 128, 192, 4, 6, 2, 1, 1, true)     \
-  X(403, 128, 192, 4, 6, 2, 2, 1, true)     \
-  X(404, 64, 192, 6, 6, 2, 1, 1, false)     \
-  X(405, 64, 192, 6, 6, 2, 2, 1, false)     \
-  X(406, 64, 128, 3, 6, 1, 1, 2, false)     \
-  X(407, 64, 128, 3, 6, 1, 2, 2, false)     \
-  X(408, 64, 64, 6, 6, 1, 1, 2, false)      \
-  X(409, 64, 64, 6, 6, 1, 2, 2, false)      \
-  X(410, 64, 64, 6, 6, 1, 4, 2, false)      \
-  X(411, 128, 128, 6, 6, 2, 2, 1, false)
+  X(400, 128, 128, 6, 6, 4, 2, 1, true)     \
+  X(401, 128, 128, 6, 6, 4, 1, 1, true)     \
+  X(402, 128, 192, 4, 6, 2, 2, 1, true)     \
+  X(403, 64, 192, 2, 6, 1, 4, 2, false)     \
+  X(404, 64, 192, 6, 6, 2, 2, 1, false)     \
+  X(405, 64, 128, 3, 6, 1, 4, 2, false)     \
+  X(406, 64, 128, 3, 6, 1, 2, 2, false)     \
+  X(407, 64, 64, 6, 6, 1, 2, 2, false)      \
+  X(408, 64, 64, 6, 6, 1, 4, 2, false)
 
 namespace hwkern {
 
@@ -132,11 +129,13 @@ constexpr int linear_sm90_shared_bytes(int block_m, int block_n, int stages, int
 // How many blocks share the rows of one: a multiple of the cluster's, so that the busiest SM has the least to do.
 int linear_sm90_groups(const GemmConfig& config, int64_t m, int64_t n, int sm_count);
 
+Status validate_gemm(const Gemm& problem);  // the contract of hwkern.h
+
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
 Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream);
 Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);
 Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream);
-// linear.cpp has validated the problem.
+// linear.cpp has validated the problem, and that K is not too large for the row.
 Status launch_linear_sm90(const Linear& problem, const GemmConfig& config, int sm_count, Stream stream);
 
 }  // namespace hwkern

@@ -125,6 +125,10 @@ int linear_sm90_groups(const GemmConfig& c, int64_t m, int64_t n, int sm_count) 
   return static_cast<int>(best);
 }
 
+int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool) {
+  return gemm_choose(m, n, k, device, /*b_is_constant=*/true);
+}
+
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
                        bool b_is_constant) {
   if (m < 1 || n < 1 || k < 1) return 0;

@@ -9,8 +9,8 @@
 //   producer      one thread has the copy engine fill a ring of STAGES buffers with 128 bytes of K of BLOCK_N columns;
 //                 of constant weights the first ones before the preceding kernel has ended
 //   a warp        brings the column terms of the next epilogue
-//   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong), or
-//                 both take 64 rows of one tile (SPLIT_ROWS)
+//   consumers     one, two or four warpgroups. A team of one, or of two with 64 rows each (SPLIT_ROWS), takes a tile; of
+//                 two teams one multiplies while the other writes (ping-pong)
 //
 // What bounds it: 4096×3072×768 is 128 blocks of 128 rows × 768 columns, 4 tiles of 4.6 thousand cycles of wgmma each;
 // the weight comes at 32 bytes a cycle and SM (without the rows in shared memory 53). Quantizing 128 rows of 768 takes
@@ -40,7 +40,8 @@ struct Config {
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_, CLUSTER = CLUSTER_;
   static constexpr int CONSUMERS = CONSUMERS_, BLOCKS_PER_SM = BLOCKS_, THREADS = (CONSUMERS + 1) * 128;
   static constexpr bool SPLIT_ROWS = SPLIT_;  // two consumers share a tile, 64 rows each
-  static constexpr int SHARERS = SPLIT_ROWS ? 2 : 1;  // consumers of one buffer, and of one tile
+  static constexpr int SHARERS = SPLIT_ROWS ? 2 : 1;  // consumers of one buffer, and of one tile: a team
+  static constexpr int TEAMS = CONSUMERS / SHARERS;  // that take turns
   static constexpr int K_MAX = K_TILES_ * BLOCK_K;
   static constexpr int SHARE = BLOCK_M / CLUSTER;  // rows that this block quantizes
   static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
@@ -57,15 +58,16 @@ struct Config {
   static constexpr int SCALES = TERMS + 2 * TERM_BYTES, BARRIERS = SCALES + 4 * BLOCK_M;
   static constexpr int SHARED_BYTES = linear_sm90_shared_bytes(BLOCK_M, BLOCK_N, STAGES, K_TILES_, CONSUMERS);
 
-  // What a consumer's registers are after the producer's warpgroup has given up all but 40.
+  // What a consumer's registers are after the producer's warpgroup has given up most of its own.
   static constexpr int AT_ENTRY = 65536 / BLOCKS_PER_SM / THREADS / 8 * 8;
-  static constexpr int FOR_CONSUMERS = (AT_ENTRY * (CONSUMERS + 1) - 40) / CONSUMERS / 8 * 8;
+  static constexpr int FOR_PRODUCER = CONSUMERS == 4 ? 32 : 40;
+  static constexpr int FOR_CONSUMERS = (AT_ENTRY * (CONSUMERS + 1) - FOR_PRODUCER) / CONSUMERS / 8 * 8;
   static constexpr int CONSUMER_REGISTERS = FOR_CONSUMERS > 232 ? 232 : FOR_CONSUMERS;
   static constexpr bool MOVES_REGISTERS = AT_ENTRY < 232;
 
   static_assert(BARRIERS + 16 * STAGES + 56 <= SHARED_BYTES);
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
-  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && (!SPLIT_ROWS || CONSUMERS == 2));
+  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS % SHARERS == 0 && TEAMS <= 2);
   static_assert(TILE_A % 1024 == 0 && STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
 };
 
@@ -94,32 +96,32 @@ __device__ __forceinline__ uint32_t rounded(const float* x, float inverse) {
   return __byte_perm(__byte_perm(v[0], v[1], 0x0040), __byte_perm(v[2], v[3], 0x0040), 0x5410);
 }
 
-// Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales.
+// Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales. What would
+// be a row beyond the share or beyond x is the last one again: no branches, and the same bytes twice do no harm.
 template <typename C, typename T, bool WHOLE>
 __device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0, int first) {
   using Row = RowVector<T>;
   constexpr int VECTORS = C::K_MAX * static_cast<int>(sizeof(T)) / 16 / 32;  // a lane's, of one row
-  constexpr int WARPS = C::THREADS / 32, MOST = (C::BLOCKS_PER_SM > 1 ? 12 : 18) / VECTORS;
+  constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::AT_ENTRY < 168 ? 12 : 18) / VECTORS : 1;
   constexpr int EVEN = (C::SHARE + WARPS - 1) / WARPS;
-  constexpr int ROWS = EVEN < MOST ? EVEN : MOST < 1 ? 1 : MOST;  // that a warp has under way at once
+  constexpr int ROWS = EVEN < MOST ? EVEN : MOST;  // that a warp has under way at once
   constexpr int STRIDE = 32 * Row::COUNT;  // elements of all lanes' vectors
-  const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
-  const Gemm& p = params.out.gemm;
+  static_assert(VECTORS * 512 == C::K_MAX * static_cast<int>(sizeof(T)) && ROWS > 0);
+  const int warp_id = __shfl_sync(~0u, threadIdx.x / 32, 0), lane_id = threadIdx.x % 32;
+  const int64_t last = params.out.gemm.m - 1;
   const T* x = static_cast<const T*>(params.x);
-  const uint32_t k = static_cast<uint32_t>(p.k), columns = (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K;
-  const int column = lane_id * Row::COUNT;
+  const uint32_t k = static_cast<uint32_t>(params.out.gemm.k), columns = (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K;
+  const uint32_t column = lane_id * Row::COUNT, chunk = column % BLOCK_K / 16 * 16;
   uint8_t* tile = rows + column / BLOCK_K * C::TILE_A + column % 16;
-  const int chunk = column % BLOCK_K / 16;
 #pragma unroll 1
   for (int r = warp_id * ROWS; r < C::SHARE; r += WARPS * ROWS) {
     Row kept[ROWS][VECTORS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
-      const int64_t m = m0 + first + r + i;
-      const uint32_t length = r + i < C::SHARE && m < p.m ? k : 0;
+      const int64_t m = min(m0 + first + min(r + i, C::SHARE - 1), last);
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
-        kept[i][v].template load<WHOLE>(x + m * params.ldx, column + v * STRIDE, length, params.rows_aligned);
+        kept[i][v].template load<WHOLE>(x + m * params.ldx, column + v * STRIDE, k, params.rows_aligned);
     }
     uint32_t largest = 0;  // of row lane_id
 #pragma unroll
@@ -131,21 +133,20 @@ __device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* row
       if (lane_id == i) largest = all;
     }
     const TokenScale token(largest);
-    if (lane_id < ROWS && r + lane_id < C::SHARE) scales[first + r + lane_id] = token.scale;
+    if (lane_id < ROWS) scales[first + min(r + lane_id, C::SHARE - 1)] = token.scale;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const float inverse = __shfl_sync(~0u, token.inverse, i);
-      const int row = first + r + i;
-      if (r + i >= C::SHARE) break;
-      uint8_t* out = tile + row * BLOCK_K + (chunk ^ (row % 8)) * 16;
+      const int row = first + min(r + i, C::SHARE - 1);
+      uint8_t* out = tile + row * BLOCK_K + (chunk ^ (row % 8 * 16));
+      const uint32_t finite = inverse == 0.0f ? 0 : ~0u;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
         Vector<uint32_t, Row::COUNT / 4> packed;
         float values[Row::COUNT];
         kept[i][v].values(values);
 #pragma unroll
-        for (int e = 0; e < Row::COUNT; e += 4)
-          packed.v[e / 4] = inverse == 0.0f ? 0 : rounded(values + e, inverse);  // not finite: 0
+        for (int e = 0; e < Row::COUNT; e += 4) packed.v[e / 4] = rounded(values + e, inverse) & finite;
         if (column + v * STRIDE < columns)
           *reinterpret_cast<decltype(packed)*>(out + v * (STRIDE / BLOCK_K) * C::TILE_A) = packed;
       }
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
       ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 4);
-      ptx::mbarrier_init(turn + i * 8, 1);
+      ptx::mbarrier_init(turn + i * 8, C::SHARERS);
     }
     ptx::mbarrier_init(rows_full, 1);
     ptx::mbarrier_init_fence();
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   }
 
   if (warpgroup == 0) {
-    if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_dec<40>();
+    if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_dec<C::FOR_PRODUCER>();
     if (threadIdx.x == 0) {
       produce(INT32_MAX);
     } else if (threadIdx.x / 32 == 1) {
@@ -268,25 +269,24 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     }
   } else {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_inc<C::CONSUMER_REGISTERS>();
-    constexpr bool TURNS = C::CONSUMERS == 2 && !C::SPLIT_ROWS;
-    constexpr int STEP = TURNS ? 2 : 1;
-    const int consumer = warpgroup - 1;
+    constexpr bool TURNS = C::TEAMS == 2;
+    const int consumer = warpgroup - 1, team = consumer / C::SHARERS, half = consumer % C::SHARERS;
     const bool leader = threadIdx.x % 128 == 0;
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
-    if (TURNS && consumer == 1) ring.skip(k_tiles);
+    if (team == 1) ring.skip(k_tiles);
     if (C::CLUSTER > 1) ptx::mbarrier_wait(rows_full, 0);
     int previous = 0;  // the buffer of the step before
-    int i = TURNS ? consumer : 0;
-    for (uint32_t round = 0; i < tiles; i += STEP, ++round) {
-      // NOTE: a wait on a buffer only tells odd fills from even ones, so the consumer whose tile is the next must not
-      // look before the other one has seen all of its own.
-      if (TURNS) ptx::mbarrier_wait(turn + consumer * 8, (round & 1) ^ (consumer == 0));
+    int i = team;
+    for (uint32_t round = 0; i < tiles; i += C::TEAMS, ++round) {
+      // NOTE: a wait on a buffer only tells odd fills from even ones, so the team whose tile is the next must not look
+      // before the other one has seen all of its own.
+      if (TURNS) ptx::mbarrier_wait(turn + team * 8, (round & 1) ^ (team == 0));
       int32_t acc[C::MMAS_M][C::ACCUMULATORS];
       // Invariant: on entry to step k the wgmmas of step k - 1 may still run; its buffer is not yet released.
       for (int k = 0; k < k_tiles; ++k) {
         ptx::mbarrier_wait(full + ring.stage * 8, ring.parity);
-        const uint32_t smem_a = base + k * C::TILE_A + (C::SPLIT_ROWS ? consumer * MMA_M * BLOCK_K : 0);
+        const uint32_t smem_a = base + k * C::TILE_A + half * MMA_M * BLOCK_K;
         const uint64_t a = ptx::wgmma_descriptor(smem_a);
         const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES);
         ptx::wgmma_fence();
@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
         previous = ring.stage;
         ring.advance();
       }
-      if (TURNS && leader) ptx::mbarrier_arrive(turn + (consumer ^ 1) * 8);
+      if (TURNS && leader) ptx::mbarrier_arrive(turn + (team ^ 1) * 8);
 
       uint32_t thread = threadIdx.x % 128;
       ptx::opaque(thread);  // nothing that the epilogue derives from it takes registers in the main loop
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       Part parts[C::MMAS_M];
 #pragma unroll
       for (int part = 0; part < C::MMAS_M; ++part) {
-        const int row = (C::SPLIT_ROWS ? consumer : part) * MMA_M + warp_id * 16;
+        const int row = (half + part) * MMA_M + warp_id * 16;
         parts[part] = {m0 + row, terms.n0, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
       }
       ptx::wgmma_wait<0>();
