@@ -16,7 +16,8 @@ constexpr int kAnyNewer = 999;
 // A ping-pong tile is four warps' alone.
 #define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG, BOXES, CLUSTER)              \
   GemmConfig{ID,                                                               \
-             !PINGPONG     ? "sm90_128x" #BN "x128_s" #STAGES                  \
+             !PINGPONG && CLUSTER > 1 ? "sm90_128x" #BN "x128_s" #STAGES "_c" #CLUSTER \
+             : !PINGPONG   ? "sm90_128x" #BN "x128_s" #STAGES                  \
              : CLUSTER > 1 ? "sm90_128x" #BN "x128_s" #STAGES "_pp_c" #CLUSTER \
                            : "sm90_128x" #BN "x128_s" #STAGES "_pp",           \
              90,                                                               \

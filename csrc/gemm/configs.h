@@ -23,7 +23,8 @@
   X(104, 128, 6, false, 2, 1)  \
   X(105, 128, 6, true, 2, 1)   \
   X(106, 192, 5, false, 1, 1)  \
-  X(107, 192, 5, true, 1, 2)
+  X(107, 192, 5, true, 1, 2)   \
+  X(108, 192, 5, false, 1, 2)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
 // EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
@@ -60,7 +61,9 @@
   X(405, 64, 128, 3, 6, 1, 4, 2, false)     \
   X(406, 64, 128, 3, 6, 1, 2, 2, false)     \
   X(407, 64, 64, 6, 6, 1, 2, 2, false)      \
-  X(408, 64, 64, 6, 6, 1, 4, 2, false)
+  X(408, 64, 64, 6, 6, 1, 4, 2, false)      \
+  X(409, 64, 128, 8, 6, 2, 2, 1, false)     \
+  X(410, 64, 192, 2, 6, 1, 2, 2, false)
 
 namespace hwkern {
 
