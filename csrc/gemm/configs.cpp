@@ -67,17 +67,17 @@ constexpr int kAnyNewer = 999;
              w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
              BLOCKS,                                                                 \
              Scheme::kW8A16},
-#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS, SPLIT_ROWS) \
+#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS, ROW_PARTS, COLUMN_PARTS) \
   GemmConfig{ID,                                                                                    \
-             SPLIT_ROWS ? "linear_" #BM "x" #BN "_c" #CLUSTER "_s" #STAGES                          \
-                        : "linear_" #BM "x" #BN "_c" #CLUSTER "_s" #STAGES "_pp",                   \
+             CONSUMERS > ROW_PARTS * COLUMN_PARTS ? "linear_" #BM "x" #BN "_c" #CLUSTER "_s" #STAGES "_pp"                          \
+                        : "linear_" #BM "x" #BN "_c" #CLUSTER "_s" #STAGES "_w" #CONSUMERS,                   \
              90,                                                                                    \
              90,                                                                                    \
              BM,                                                                                    \
              BN,                                                                                    \
              kSm90BlockK,                                                                           \
-             SPLIT_ROWS ? 8 : 4,                                                                    \
-             1,                                                                                     \
+             4 * ROW_PARTS,                                                                    \
+             COLUMN_PARTS,                                                                          \
              1,                                                                                     \
              STAGES,                                                                                \
              CLUSTER,                                                                               \

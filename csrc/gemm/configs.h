@@ -50,20 +50,21 @@
   X(228, 128, 192, 2, 5, 1, false)   \
   X(229, 128, 224, 2, 5, 1, false)
 
-// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
+// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, ROW_PARTS, COLUMN_PARTS): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
 #define HWKERN_LINEAR_SM90_CONFIGS(X)       \
-  X(400, 128, 128, 6, 6, 4, 2, 1, true)     \
-  X(401, 128, 128, 6, 6, 4, 1, 1, true)     \
-  X(402, 128, 192, 4, 6, 2, 2, 1, true)     \
-  X(403, 64, 192, 2, 6, 1, 4, 2, false)     \
-  X(404, 64, 192, 6, 6, 2, 2, 1, false)     \
-  X(405, 64, 128, 3, 6, 1, 4, 2, false)     \
-  X(406, 64, 128, 3, 6, 1, 2, 2, false)     \
-  X(407, 64, 64, 6, 6, 1, 2, 2, false)      \
-  X(408, 64, 64, 6, 6, 1, 4, 2, false)      \
-  X(409, 64, 128, 8, 6, 2, 2, 1, false)     \
-  X(410, 64, 192, 2, 6, 1, 2, 2, false)
+  X(400, 128, 128, 6, 6, 4, 2, 1, 2, 1)     \
+  X(401, 128, 128, 6, 6, 4, 1, 1, 2, 1)     \
+  X(402, 128, 192, 4, 6, 2, 2, 1, 2, 1)     \
+  X(403, 64, 192, 2, 6, 1, 4, 2, 1, 1)      \
+  X(404, 64, 192, 6, 6, 2, 2, 1, 1, 1)      \
+  X(405, 64, 128, 3, 6, 1, 4, 2, 1, 1)      \
+  X(406, 64, 128, 3, 6, 1, 2, 2, 1, 1)      \
+  X(407, 64, 64, 6, 6, 1, 2, 2, 1, 1)       \
+  X(408, 64, 64, 6, 6, 1, 4, 2, 1, 1)       \
+  X(409, 64, 128, 8, 6, 2, 2, 1, 1, 1)      \
+  X(410, 64, 192, 2, 6, 1, 2, 2, 1, 1)      \
+  X(411, 128, 192, 3, 6, 4, 2, 1, 2, 2)
 
 namespace hwkern {
 

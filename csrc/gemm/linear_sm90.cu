@@ -9,7 +9,7 @@
 //   producer      one thread has the copy engine fill a ring of STAGES buffers with 128 bytes of K of BLOCK_N columns;
 //                 of constant weights the first ones before the preceding kernel has ended
 //   a warp        brings the column terms of the next epilogue
-//   consumers     one, two or four warpgroups. A team of one, or of two with 64 rows each (SPLIT_ROWS), takes a tile; of
+//   consumers     one, two or four warpgroups. A team of one, or of two or four with a part each takes a tile; of
 //                 two teams one multiplies while the other writes (ping-pong)
 //
 // What bounds it: 4096×3072×768 is 128 blocks of 128 rows × 768 columns, 4 tiles of 4.6 thousand cycles of wgmma each;
@@ -35,22 +35,26 @@ namespace {
 
 constexpr int MMA_M = 64, MMA_K = 32, BLOCK_K = kSm90BlockK;
 
-template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_, bool SPLIT_>
+// A consumer's part of a tile, for the epilogue (epilogue_sm90.cuh): it stores alone, through a box of shared memory.
+template <int COLUMNS, int MMAS_M_>
+struct TilePart {
+  static constexpr bool PINGPONG = true;
+  static constexpr int BLOCK_N = COLUMNS, MMAS_M = MMAS_M_, ACCUMULATORS = COLUMNS / 2, OWN_BOXES = 1;
+};
+
+template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_, int ROW_PARTS_,
+          int COLUMN_PARTS_>
 struct Config {
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_, CLUSTER = CLUSTER_;
   static constexpr int CONSUMERS = CONSUMERS_, BLOCKS_PER_SM = BLOCKS_, THREADS = (CONSUMERS + 1) * 128;
-  static constexpr bool SPLIT_ROWS = SPLIT_;  // two consumers share a tile, 64 rows each
-  static constexpr int SHARERS = SPLIT_ROWS ? 2 : 1;  // consumers of one buffer, and of one tile: a team
+  static constexpr int ROW_PARTS = ROW_PARTS_, COLUMN_PARTS = COLUMN_PARTS_;  // of a tile: a consumer has one
+  static constexpr int SHARERS = ROW_PARTS * COLUMN_PARTS;  // consumers of one buffer, and of one tile: a team
   static constexpr int TEAMS = CONSUMERS / SHARERS;  // that take turns
   static constexpr int K_MAX = K_TILES_ * BLOCK_K;
   static constexpr int SHARE = BLOCK_M / CLUSTER;  // rows that this block quantizes
-  static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
-  static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each
+  static constexpr int MMAS_M = BLOCK_M / MMA_M / ROW_PARTS, COLUMNS = BLOCK_N / COLUMN_PARTS;  // of a part
+  using Part = TilePart<COLUMNS, MMAS_M>;
   static constexpr int TILE_A = BLOCK_M * BLOCK_K, STAGE_BYTES = BLOCK_N * BLOCK_K;
-
-  // For the epilogue (epilogue_sm90.cuh): a consumer stores alone, through a piece of shared memory a warp.
-  static constexpr bool PINGPONG = true;
-  static constexpr int OWN_BOXES = 1;
 
   // Shared memory: the rows, the ring, the staging, the terms of two tiles, the scales, the barriers.
   static constexpr int RING = K_TILES_ * TILE_A, STAGING = RING + STAGES * STAGE_BYTES;
@@ -67,7 +71,7 @@ struct Config {
 
   static_assert(BARRIERS + 16 * STAGES + 56 <= SHARED_BYTES);
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
-  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS % SHARERS == 0 && TEAMS <= 2);
+  static_assert(MMAS_M * COLUMNS / 2 <= 192 && SHARE % 8 == 0 && CONSUMERS % SHARERS == 0 && TEAMS <= 2);
   static_assert(TILE_A % 1024 == 0 && STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
 };
 
@@ -270,7 +274,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   } else {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_inc<C::CONSUMER_REGISTERS>();
     constexpr bool TURNS = C::TEAMS == 2;
-    const int consumer = warpgroup - 1, team = consumer / C::SHARERS, half = consumer % C::SHARERS;
+    const int consumer = warpgroup - 1, team = consumer / C::SHARERS;
+    const int row_part = consumer % C::ROW_PARTS, column_part = consumer % C::SHARERS / C::ROW_PARTS;
     const bool leader = threadIdx.x % 128 == 0;
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
@@ -282,13 +287,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       // NOTE: a wait on a buffer only tells odd fills from even ones, so the team whose tile is the next must not look
       // before the other one has seen all of its own.
       if (TURNS) ptx::mbarrier_wait(turn + team * 8, (round & 1) ^ (team == 0));
-      int32_t acc[C::MMAS_M][C::ACCUMULATORS];
+      int32_t acc[C::MMAS_M][C::Part::ACCUMULATORS];
       // Invariant: on entry to step k the wgmmas of step k - 1 may still run; its buffer is not yet released.
       for (int k = 0; k < k_tiles; ++k) {
         ptx::mbarrier_wait(full + ring.stage * 8, ring.parity);
-        const uint32_t smem_a = base + k * C::TILE_A + half * MMA_M * BLOCK_K;
+        const uint32_t smem_a = base + k * C::TILE_A + row_part * MMA_M * BLOCK_K;
         const uint64_t a = ptx::wgmma_descriptor(smem_a);
-        const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES);
+        const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES +
+                                                 column_part * C::COLUMNS * BLOCK_K);
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < BLOCK_K / MMA_K; ++step)
@@ -312,16 +318,16 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       const int buffer = i & 1;
       ptx::mbarrier_wait(terms_full + buffer * 8, i >> 1 & 1);
       const Terms<C>& terms = all_terms[buffer];
-      Part parts[C::MMAS_M];
+      hwkern::Part parts[C::MMAS_M];
 #pragma unroll
       for (int part = 0; part < C::MMAS_M; ++part) {
-        const int row = (half + part) * MMA_M + warp_id * 16;
-        parts[part] = {m0 + row, terms.n0, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
+        const int row = (row_part + part) * MMA_M + warp_id * 16;
+        parts[part] = {m0 + row, terms.n0 + column_part * C::COLUMNS, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
       }
       ptx::wgmma_wait<0>();
       if (leader) ptx::mbarrier_arrive(empty + previous * 8);
-      const float unused[C::BLOCK_N / 4] = {};  // for consumers that share boxes
-      store<C>(params.out, acc, parts, unused, terms.columns, staging, thread, 0, consumer);
+      const float unused[C::COLUMNS / 4] = {};  // for consumers that share boxes
+      store<typename C::Part>(params.out, acc, parts, unused, terms.columns + column_part * C::COLUMNS, staging, thread, 0, consumer);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(terms_empty + buffer * 8);
       if (TURNS) ring.skip(k_tiles);  // the other consumer's tile
