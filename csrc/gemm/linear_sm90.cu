@@ -180,22 +180,22 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
             tiles = tiles_n * (group + 1) / params.groups - first_tile;
   const int k_tiles = static_cast<int>((p.k + BLOCK_K - 1) / BLOCK_K);
 
-  auto load = [&](int tile, int k_tile, int stage) {
-    const int row = (first_tile + tile) * C::BLOCK_N;
-    const int64_t rows = p.n - row;
-    const bool whole = rows >= C::BLOCK_N;
-    ptx::mbarrier_arrive_expect(full + stage * 8, static_cast<int>(min(rows, int64_t{C::BLOCK_N})) * BLOCK_K);
-    ptx::tma_load(base + C::RING + stage * C::STAGE_BYTES, whole ? &params.out.b.whole : &params.out.b.last,
-                  full + stage * 8, k_tile * BLOCK_K, row);
-  };
-  int tile = 0, k_tile = 0;  // the producer's next
-  RingPosition<C::STAGES> at;
-  auto produce = [&](int most) {
+  // Buffers `from` … `to` - 1 of all that this block takes. No state is kept between two calls: it would not fit in the
+  // registers beside the rows that are quantized in between.
+  const int buffers = tiles * k_tiles, ahead = min(C::STAGES, buffers);
+  auto produce = [&](int from, int to) {
+    RingPosition<C::STAGES> at;
+    at.skip(from);
+    int row = (first_tile + from / k_tiles) * C::BLOCK_N, k_tile = from % k_tiles;
 #pragma unroll 1
-    for (; most > 0 && tile < tiles; --most, at.advance()) {
+    for (int i = from; i < to; ++i, at.advance()) {
+      const int64_t rows = p.n - row;
+      const uint32_t barrier = full + at.stage * 8;
       ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-      load(tile, k_tile, at.stage);
-      if (++k_tile == k_tiles) k_tile = 0, ++tile;
+      ptx::mbarrier_arrive_expect(barrier, static_cast<int>(min(rows, int64_t{C::BLOCK_N})) * BLOCK_K);
+      ptx::tma_load(base + C::RING + at.stage * C::STAGE_BYTES,
+                    rows >= C::BLOCK_N ? &params.out.b.whole : &params.out.b.last, barrier, k_tile * BLOCK_K, row);
+      if (++k_tile == k_tiles) k_tile = 0, row += C::BLOCK_N;
     }
   };
 
@@ -214,13 +214,13 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     ptx::tma_prefetch_map(&params.out.b.whole);
     // The rows of the others in the cluster, and their scales.
     ptx::mbarrier_arrive_expect(rows_full, (C::CLUSTER - 1) * C::SHARE * (k_tiles * BLOCK_K + 4));
-    if (p.b_is_constant) produce(C::STAGES);
+    if (p.b_is_constant) produce(0, ahead);
   }
   __syncthreads();
   if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // this block's barrier can be used by the others
   ptx::grid_wait();
   ptx::grid_release();
-  if (threadIdx.x == 0 && !p.b_is_constant) produce(C::STAGES);
+  if (threadIdx.x == 0 && !p.b_is_constant) produce(0, ahead);
 
   {
     const int first = rank * C::SHARE;
@@ -253,19 +253,16 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   if (warpgroup == 0) {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_dec<C::FOR_PRODUCER>();
     if (threadIdx.x == 0) {
-      produce(INT32_MAX);
+      produce(ahead, buffers);
     } else if (threadIdx.x / 32 == 1) {
       int buffer = 0;
       uint32_t parity = 0;
       for (int i = 0; i < tiles; ++i) {
         const int n0 = (first_tile + i) * C::BLOCK_N;
-        float2 columns[C::BLOCK_N / 32];
-#pragma unroll
-        for (int j = 0; j < C::BLOCK_N / 32; ++j) columns[j] = column_terms(p, n0 + j * 32 + lane_id);
         ptx::mbarrier_wait(terms_empty + buffer * 8, parity ^ 1);
         Terms<C>& terms = all_terms[buffer];
-#pragma unroll
-        for (int j = 0; j < C::BLOCK_N / 32; ++j) terms.columns[j * 32 + lane_id] = columns[j];
+#pragma unroll 2
+        for (int j = 0; j < C::BLOCK_N / 32; ++j) terms.columns[j * 32 + lane_id] = column_terms(p, n0 + j * 32 + lane_id);
         if (lane_id == 0) terms.n0 = n0;
         ptx::mbarrier_arrive(terms_full + buffer * 8);
         if (++buffer == 2) buffer = 0, parity ^= 1;
