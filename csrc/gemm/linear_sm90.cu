@@ -64,7 +64,7 @@ struct Config {
 
   // What a consumer's registers are after the producer's warpgroup has given up most of its own.
   static constexpr int AT_ENTRY = 65536 / BLOCKS_PER_SM / THREADS / 8 * 8;
-  static constexpr int FOR_PRODUCER = CONSUMERS == 4 ? 32 : 40;
+  static constexpr int FOR_PRODUCER = 40;
   static constexpr int FOR_CONSUMERS = (AT_ENTRY * (CONSUMERS + 1) - FOR_PRODUCER) / CONSUMERS / 8 * 8;
   static constexpr int CONSUMER_REGISTERS = FOR_CONSUMERS > 232 ? 232 : FOR_CONSUMERS;
   static constexpr bool MOVES_REGISTERS = AT_ENTRY < 232;
