@@ -193,12 +193,21 @@ def test_two_streams_with_layers_of_their_own(config: int):
     assert all(same_bits(y, want[i]) for i in range(2) for y in kept[i])
 
 
-def test_bert_s_layers_take_one_launch_and_longer_rows_two():
+@pytest.mark.parametrize(
+    ("m", "n", "k", "one"),
+    [
+        (4096, 3072, 768, 401), (4096, 2304, 768, 402), (4096, 2048, 512, 401), (512, 768, 768, 400),
+        (128, 3072, 768, 400), (64, 768, 768, None), (256, 3072, 768, None), (2048, 3072, 768, None),
+        (3000, 3072, 768, None), (4096, 768, 768, None), (4096, 1536, 384, None), (4096, 768, 3072, None),
+        (1, 3072, 768, None), (1 << 20, 3072, 768, None),
+    ],
+)  # fmt: skip
+def test_one_launch_where_it_was_measured_to_be_faster(m: int, n: int, k: int, one: int | None):
     choose = _native.extension().linear_choose
-    ids = {row["id"] for row in CONFIGS}
-    assert choose(4096, 3072, 768, *H100, True) in ids
-    assert choose(4096, 768, 3072, *H100, True) not in ids
-    assert choose(4096, 3072, 768, 108, 80, 166912, True) not in ids, "an A100 has none of them"
+    product = _native.extension().gemm_choose(m, n, k, *H100, True)
+    assert choose(m, n, k, *H100, True) == (product if one is None else one)
+    a100 = (108, 80, 166912)
+    assert choose(m, n, k, *a100, True) == _native.extension().gemm_choose(m, n, k, *a100, True)
 
 
 def test_a_product_of_int8_takes_none_of_them():

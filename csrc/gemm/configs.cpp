@@ -16,8 +16,7 @@ constexpr int kAnyNewer = 999;
 // A ping-pong tile is four warps' alone.
 #define HWKERN_SM90_ROW(ID, BN, STAGES, PINGPONG, BOXES, CLUSTER)              \
   GemmConfig{ID,                                                               \
-             !PINGPONG && CLUSTER > 1 ? "sm90_128x" #BN "x128_s" #STAGES "_c" #CLUSTER \
-             : !PINGPONG   ? "sm90_128x" #BN "x128_s" #STAGES                  \
+             !PINGPONG     ? "sm90_128x" #BN "x128_s" #STAGES                  \
              : CLUSTER > 1 ? "sm90_128x" #BN "x128_s" #STAGES "_pp_c" #CLUSTER \
                            : "sm90_128x" #BN "x128_s" #STAGES "_pp",           \
              90,                                                               \
@@ -67,17 +66,16 @@ constexpr int kAnyNewer = 999;
              w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
              BLOCKS,                                                                 \
              Scheme::kW8A16},
-#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS, ROW_PARTS, COLUMN_PARTS) \
+#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS, SPLIT_ROWS) \
   GemmConfig{ID,                                                                                    \
-             CONSUMERS > ROW_PARTS * COLUMN_PARTS ? "linear_" #BM "x" #BN "_c" #CLUSTER "_s" #STAGES "_pp"                          \
-                        : "linear_" #BM "x" #BN "_c" #CLUSTER "_s" #STAGES "_w" #CONSUMERS,                   \
+             "linear_" #BM "x" #BN "x128_s" #STAGES "_c" #CLUSTER,                                  \
              90,                                                                                    \
              90,                                                                                    \
              BM,                                                                                    \
              BN,                                                                                    \
              kSm90BlockK,                                                                           \
-             4 * ROW_PARTS,                                                                    \
-             COLUMN_PARTS,                                                                          \
+             SPLIT_ROWS ? 8 : 4,                                                                    \
+             1,                                                                                     \
              1,                                                                                     \
              STAGES,                                                                                \
              CLUSTER,                                                                               \

@@ -23,8 +23,7 @@
   X(104, 128, 6, false, 2, 1)  \
   X(105, 128, 6, true, 2, 1)   \
   X(106, 192, 5, false, 1, 1)  \
-  X(107, 192, 5, true, 1, 2)   \
-  X(108, 192, 5, false, 1, 2)
+  X(107, 192, 5, true, 1, 2)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
 // EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
@@ -50,24 +49,12 @@
   X(228, 128, 192, 2, 5, 1, false)   \
   X(229, 128, 224, 2, 5, 1, false)
 
-// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, ROW_PARTS, COLUMN_PARTS): a whole linear in one launch
+// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
-#define HWKERN_LINEAR_SM90_CONFIGS(X)       \
-  X(400, 128, 128, 6, 6, 4, 2, 1, 2, 1)     \
-  X(401, 128, 128, 6, 6, 4, 1, 1, 2, 1)     \
-  X(402, 128, 192, 4, 6, 2, 2, 1, 2, 1)     \
-  X(403, 64, 192, 2, 6, 1, 4, 2, 1, 1)      \
-  X(404, 64, 192, 6, 6, 2, 2, 1, 1, 1)      \
-  X(405, 64, 128, 3, 6, 1, 4, 2, 1, 1)      \
-  X(406, 64, 128, 3, 6, 1, 2, 2, 1, 1)      \
-  X(407, 64, 64, 6, 6, 1, 2, 2, 1, 1)       \
-  X(408, 64, 64, 6, 6, 1, 4, 2, 1, 1)       \
-  X(409, 64, 128, 8, 6, 2, 2, 1, 1, 1)      \
-  X(410, 64, 192, 2, 6, 1, 2, 2, 1, 1)      \
-  X(411, 128, 192, 3, 6, 4, 2, 1, 2, 2)     \
-  X(412, 64, 192, 5, 6, 4, 2, 1, 1, 2)      \
-  X(413, 64, 128, 2, 6, 2, 4, 2, 1, 2)      \
-  X(414, 64, 64, 5, 6, 2, 4, 2, 1, 2)
+#define HWKERN_LINEAR_SM90_CONFIGS(X)    \
+  X(400, 64, 64, 6, 6, 1, 4, 2, false)   \
+  X(401, 128, 128, 6, 6, 2, 2, 1, false) \
+  X(402, 128, 192, 4, 6, 2, 2, 1, true)
 
 namespace hwkern {
 
@@ -122,9 +109,6 @@ constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages)
 constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages) {
   return sm90_split_data_bytes(rows, tokens, split, stages) + 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
 }
-
-constexpr int kFirstLinearSm90Id = 400, kLastLinearSm90Id = 499;
-constexpr bool is_linear_sm90(int id) { return id >= kFirstLinearSm90Id && id <= kLastLinearSm90Id; }
 
 // The rows of x as int8, the ring, a consumer's staging, the terms of two tiles, the rows' scales, two barriers a stage and
 // seven more.

@@ -130,7 +130,7 @@ __device__ __forceinline__ void store_rows(const Sm90Params& params, const int32
     const int piece = c / PIECE % C::OWN_BOXES * kPieceBytes;
     if (C::OWN_BOXES == 1) __syncwarp();  // the piece before has been read
 #pragma unroll
-    for (int j = 0; j < PIECE / 8 && c + j * 8 < C::BLOCK_N; j += 2) {  // the last piece may be half of one
+    for (int j = 0; j < PIECE / 8; j += 2) {
       uint32_t words[2][2];  // two fragments, each with rows group and group + 8
 #pragma unroll
       for (int next = 0; next < 2; ++next) {
@@ -157,7 +157,7 @@ __device__ __forceinline__ void store_rows(const Sm90Params& params, const int32
       rows[i] = *reinterpret_cast<const uint4*>(staging + piece + staged(lane_id / 8 + i * 4, chunk));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (i * 4 < rows_left && c < columns_left && (c + PIECE <= C::BLOCK_N || c + chunk * PACK < C::BLOCK_N)) {
+      if (i * 4 < rows_left && c < columns_left) {
         uint4* out = reinterpret_cast<uint4*>(d + i * 4 * p.ldd + c);
         if (params.streams) {
           __stcs(out, rows[i]);

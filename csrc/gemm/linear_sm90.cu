@@ -9,12 +9,12 @@
 //   producer      one thread has the copy engine fill a ring of STAGES buffers with 128 bytes of K of BLOCK_N columns;
 //                 of constant weights the first ones before the preceding kernel has ended
 //   a warp        brings the column terms of the next epilogue
-//   consumers     one, two or four warpgroups. A team of one, or of two or four with a part each takes a tile; of
-//                 two teams one multiplies while the other writes (ping-pong)
+//   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong), or
+//                 both take 64 rows of one tile (SPLIT_ROWS)
 //
-// What bounds it: 4096×3072×768 is 128 blocks of 128 rows × 768 columns, 4 tiles of 4.6 thousand cycles of wgmma each;
-// the weight comes at 32 bytes a cycle and SM (without the rows in shared memory 53). Quantizing 128 rows of 768 takes
-// some 5 instructions an element, 3.8 thousand cycles of all schedulers: why a cluster shares it.
+// What bounds it: the way from x to the first wgmma is exposed. Quantizing takes 150 instructions a row of 768 and warp, 1.4
+// µs for 64 rows on an SM, and with launch and latency 5 µs pass before the first tile is stored, of the 0.6 µs that a
+// megabyte of D costs. So it wins where one wave of blocks fills the GPU, or few tiles hardly use it: see linear_choose.
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue_sm90.cuh"
@@ -35,26 +35,22 @@ namespace {
 
 constexpr int MMA_M = 64, MMA_K = 32, BLOCK_K = kSm90BlockK;
 
-// A consumer's part of a tile, for the epilogue (epilogue_sm90.cuh): it stores alone, through a box of shared memory.
-template <int COLUMNS, int MMAS_M_>
-struct TilePart {
-  static constexpr bool PINGPONG = true;
-  static constexpr int BLOCK_N = COLUMNS, MMAS_M = MMAS_M_, ACCUMULATORS = COLUMNS / 2, OWN_BOXES = 1;
-};
-
-template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_, int ROW_PARTS_,
-          int COLUMN_PARTS_>
+template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_, bool SPLIT_>
 struct Config {
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_, CLUSTER = CLUSTER_;
   static constexpr int CONSUMERS = CONSUMERS_, BLOCKS_PER_SM = BLOCKS_, THREADS = (CONSUMERS + 1) * 128;
-  static constexpr int ROW_PARTS = ROW_PARTS_, COLUMN_PARTS = COLUMN_PARTS_;  // of a tile: a consumer has one
-  static constexpr int SHARERS = ROW_PARTS * COLUMN_PARTS;  // consumers of one buffer, and of one tile: a team
-  static constexpr int TEAMS = CONSUMERS / SHARERS;  // that take turns
+  static constexpr bool SPLIT_ROWS = SPLIT_;  // two consumers share a tile, 64 rows each
+  static constexpr int SHARERS = SPLIT_ROWS ? 2 : 1;  // consumers of one buffer, and of one tile
+  static constexpr bool TURNS = CONSUMERS > SHARERS;  // consumers multiply in turn
   static constexpr int K_MAX = K_TILES_ * BLOCK_K;
   static constexpr int SHARE = BLOCK_M / CLUSTER;  // rows that this block quantizes
-  static constexpr int MMAS_M = BLOCK_M / MMA_M / ROW_PARTS, COLUMNS = BLOCK_N / COLUMN_PARTS;  // of a part
-  using Part = TilePart<COLUMNS, MMAS_M>;
+  static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
+  static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each
   static constexpr int TILE_A = BLOCK_M * BLOCK_K, STAGE_BYTES = BLOCK_N * BLOCK_K;
+
+  // For the epilogue (epilogue_sm90.cuh): a consumer stores alone, through a box of shared memory.
+  static constexpr bool PINGPONG = true;
+  static constexpr int OWN_BOXES = 1;
 
   // Shared memory: the rows, the ring, the staging, the terms of two tiles, the scales, the barriers.
   static constexpr int RING = K_TILES_ * TILE_A, STAGING = RING + STAGES * STAGE_BYTES;
@@ -71,7 +67,7 @@ struct Config {
 
   static_assert(BARRIERS + 16 * STAGES + 56 <= SHARED_BYTES);
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
-  static_assert(MMAS_M * COLUMNS / 2 <= 192 && SHARE % 8 == 0 && CONSUMERS % SHARERS == 0 && TEAMS <= 2);
+  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS <= 2 && CONSUMERS >= SHARERS);
   static_assert(TILE_A % 1024 == 0 && STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
 };
 
@@ -106,7 +102,7 @@ template <typename C, typename T, bool WHOLE>
 __device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0, int first) {
   using Row = RowVector<T>;
   constexpr int VECTORS = C::K_MAX * static_cast<int>(sizeof(T)) / 16 / 32;  // a lane's, of one row
-  constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::AT_ENTRY < 168 ? 12 : 18) / VECTORS : 1;
+  constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::BLOCKS_PER_SM > 1 ? 12 : 18) / VECTORS : 1;
   constexpr int EVEN = (C::SHARE + WARPS - 1) / WARPS;
   constexpr int ROWS = EVEN < MOST ? EVEN : MOST;  // that a warp has under way at once
   constexpr int STRIDE = 32 * Row::COUNT;  // elements of all lanes' vectors
@@ -207,7 +203,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
       ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 4);
-      ptx::mbarrier_init(turn + i * 8, C::SHARERS);
+      ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init(rows_full, 1);
     ptx::mbarrier_init_fence();
@@ -270,28 +266,25 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     }
   } else {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_inc<C::CONSUMER_REGISTERS>();
-    constexpr bool TURNS = C::TEAMS == 2;
-    const int consumer = warpgroup - 1, team = consumer / C::SHARERS;
-    const int row_part = consumer % C::ROW_PARTS, column_part = consumer % C::SHARERS / C::ROW_PARTS;
+    const int consumer = warpgroup - 1, half = C::SPLIT_ROWS ? consumer : 0;
     const bool leader = threadIdx.x % 128 == 0;
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
-    if (team == 1) ring.skip(k_tiles);
+    if (C::TURNS && consumer == 1) ring.skip(k_tiles);
     if (C::CLUSTER > 1) ptx::mbarrier_wait(rows_full, 0);
     int previous = 0;  // the buffer of the step before
-    int i = team;
-    for (uint32_t round = 0; i < tiles; i += C::TEAMS, ++round) {
-      // NOTE: a wait on a buffer only tells odd fills from even ones, so the team whose tile is the next must not look
-      // before the other one has seen all of its own.
-      if (TURNS) ptx::mbarrier_wait(turn + team * 8, (round & 1) ^ (team == 0));
-      int32_t acc[C::MMAS_M][C::Part::ACCUMULATORS];
+    int i = C::TURNS ? consumer : 0;
+    for (uint32_t round = 0; i < tiles; i += C::TURNS ? 2 : 1, ++round) {
+      // NOTE: a wait on a buffer only tells odd fills from even ones, so the consumer whose tile is the next must not
+      // look before the other one has seen all of its own.
+      if (C::TURNS) ptx::mbarrier_wait(turn + consumer * 8, (round & 1) ^ (consumer == 0));
+      int32_t acc[C::MMAS_M][C::ACCUMULATORS];
       // Invariant: on entry to step k the wgmmas of step k - 1 may still run; its buffer is not yet released.
       for (int k = 0; k < k_tiles; ++k) {
         ptx::mbarrier_wait(full + ring.stage * 8, ring.parity);
-        const uint32_t smem_a = base + k * C::TILE_A + row_part * MMA_M * BLOCK_K;
+        const uint32_t smem_a = base + k * C::TILE_A + half * MMA_M * BLOCK_K;
         const uint64_t a = ptx::wgmma_descriptor(smem_a);
-        const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES +
-                                                 column_part * C::COLUMNS * BLOCK_K);
+        const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES);
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < BLOCK_K / MMA_K; ++step)
@@ -307,7 +300,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
         previous = ring.stage;
         ring.advance();
       }
-      if (TURNS && leader) ptx::mbarrier_arrive(turn + (team ^ 1) * 8);
+      if (C::TURNS && leader) ptx::mbarrier_arrive(turn + (consumer ^ 1) * 8);
 
       uint32_t thread = threadIdx.x % 128;
       ptx::opaque(thread);  // nothing that the epilogue derives from it takes registers in the main loop
@@ -315,19 +308,19 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       const int buffer = i & 1;
       ptx::mbarrier_wait(terms_full + buffer * 8, i >> 1 & 1);
       const Terms<C>& terms = all_terms[buffer];
-      hwkern::Part parts[C::MMAS_M];
+      Part parts[C::MMAS_M];
 #pragma unroll
       for (int part = 0; part < C::MMAS_M; ++part) {
-        const int row = (row_part + part) * MMA_M + warp_id * 16;
-        parts[part] = {m0 + row, terms.n0 + column_part * C::COLUMNS, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
+        const int row = (half + part) * MMA_M + warp_id * 16;
+        parts[part] = {m0 + row, terms.n0, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
       }
       ptx::wgmma_wait<0>();
       if (leader) ptx::mbarrier_arrive(empty + previous * 8);
-      const float unused[C::COLUMNS / 4] = {};  // for consumers that share boxes
-      store<typename C::Part>(params.out, acc, parts, unused, terms.columns + column_part * C::COLUMNS, staging, thread, 0, consumer);
+      const float unused[C::BLOCK_N / 4] = {};  // for consumers that share boxes
+      store<C>(params.out, acc, parts, unused, terms.columns, staging, thread, 0, consumer);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(terms_empty + buffer * 8);
-      if (TURNS) ring.skip(k_tiles);  // the other consumer's tile
+      if (C::TURNS) ring.skip(k_tiles);  // the other consumer's tile
     }
   }
   __syncwarp();
