@@ -1,7 +1,6 @@
 """Linears that quantize their rows in the GEMM's launch: every such config id, bit for bit the reference's results.
 
-The int32 sums show through float32 outputs with scales of one's own choice, and every other operation is one rounding in
-a fixed order, so all comparisons are exact.
+The sums are integers and every other operation is one rounding in a fixed order, so all comparisons are exact.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ def linear(
     constant: bool = False,
 ) -> None:  # fmt: skip
     """The raw call: any leading dimension of x and y, nothing copied on the way."""
-    (m, k), n, workspace = x.shape, weight.shape[0], torch.empty(x.shape[0] * (x.shape[1] + 20), dtype=torch.int8)
-    workspace = workspace.cuda()
+    (m, k), n = x.shape, weight.shape[0]
+    workspace = torch.empty(m * (k + 20), dtype=torch.int8, device="cuda")  # not less than linear_workspace_bytes
     _native.extension().linear(
         x.data_ptr(), DTYPES[x.dtype], x.stride(0), weight.data_ptr(), weight.stride(0), scale.data_ptr(),
         0 if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype], y.pointer(), y.pitch,
@@ -141,7 +140,9 @@ def test_a_hundred_runs_give_the_same_bits_over_many_tiles(config: int, m: int, 
     first = ops.int8_linear(x, weight, scale, bias, config=config)
     assert same_bits(first, want)
     for _ in range(5 if REDUCED else 99):
-        assert torch.equal(ops.int8_linear(x, weight, scale, bias, config=config).view(torch.int16), first.view(torch.int16))
+        assert torch.equal(
+            ops.int8_linear(x, weight, scale, bias, config=config).view(torch.int16), first.view(torch.int16)
+        )
 
 
 @pytest.mark.gpu

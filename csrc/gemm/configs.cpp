@@ -84,9 +84,10 @@ constexpr int kAnyNewer = 999;
              Scheme::kW8A8Linear,                                                                   \
              1,                                                                                     \
              K_TILES * kSm90BlockK},
-constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(
-    HWKERN_SM90_ROW) HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW) HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)
-                                       HWKERN_LINEAR_SM90_CONFIGS(HWKERN_LINEAR_SM90_ROW)};
+constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
+                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)
+                                           HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)
+                                               HWKERN_LINEAR_SM90_CONFIGS(HWKERN_LINEAR_SM90_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW

@@ -99,7 +99,8 @@ __device__ __forceinline__ uint32_t rounded(const float* x, float inverse) {
 // Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales. What would
 // be a row beyond the share or beyond x is the last one again: no branches, and the same bytes twice do no harm.
 template <typename C, typename T, bool WHOLE>
-__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0, int first) {
+__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0,
+                                              int first) {
   using Row = RowVector<T>;
   constexpr int VECTORS = C::K_MAX * static_cast<int>(sizeof(T)) / 16 / 32;  // a lane's, of one row
   constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::BLOCKS_PER_SM > 1 ? 12 : 18) / VECTORS : 1;
@@ -172,8 +173,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   const int rank = C::CLUSTER > 1 ? static_cast<int>(blockIdx.x % C::CLUSTER) : 0;
   const int row_block = blockIdx.x / params.groups, group = blockIdx.x % params.groups;
   const int m0 = row_block * C::BLOCK_M, tiles_n = static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N);
-  const int first_tile = tiles_n * group / params.groups,
-            tiles = tiles_n * (group + 1) / params.groups - first_tile;
+  const int first_tile = tiles_n * group / params.groups, tiles = tiles_n * (group + 1) / params.groups - first_tile;
   const int k_tiles = static_cast<int>((p.k + BLOCK_K - 1) / BLOCK_K);
 
   // Buffers `from` … `to` - 1 of all that this block takes. No state is kept between two calls: it would not fit in the
@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
         ptx::mbarrier_wait(terms_empty + buffer * 8, parity ^ 1);
         Terms<C>& terms = all_terms[buffer];
 #pragma unroll 2
-        for (int j = 0; j < C::BLOCK_N / 32; ++j) terms.columns[j * 32 + lane_id] = column_terms(p, n0 + j * 32 + lane_id);
+        for (int j = 0; j < C::BLOCK_N / 32; ++j)
+          terms.columns[j * 32 + lane_id] = column_terms(p, n0 + j * 32 + lane_id);
         if (lane_id == 0) terms.n0 = n0;
         ptx::mbarrier_arrive(terms_full + buffer * 8);
         if (++buffer == 2) buffer = 0, parity ^= 1;
@@ -333,8 +334,8 @@ Status launch_config(const Linear& l, const GemmConfig& config, int sm_count, St
   if (!encode_tiled()) return kNoTensorMaps;
   Params params{};
   Gemm& p = params.out.gemm;
-  p = {nullptr, l.weight, nullptr, l.weight_scale, l.bias,       l.y,       0,            l.ldb,      l.ldy,
-       l.m,     l.n,      l.k,     l.bias_dtype,   l.y_dtype,    l.activation, l.residual, l.ldr, l.residual_dtype};
+  p = {nullptr, l.weight, nullptr, l.weight_scale, l.bias,    l.y,          0,          l.ldb, l.ldy,
+       l.m,     l.n,      l.k,     l.bias_dtype,   l.y_dtype, l.activation, l.residual, l.ldr, l.residual_dtype};
   p.b_is_constant = l.weight_is_constant;
   const int64_t element = size_of(l.y_dtype), x_element = size_of(l.x_dtype), count = 16 / x_element;
   params.out.chunks = l.n % 8 == 0 && l.ldy * element % 16 == 0 && is_aligned(l.y, 16);
