@@ -65,8 +65,9 @@ enum class Activation : int32_t {
 
 // ---- GEMM ---------------------------------------------------------------------------------------------------------
 
-// What a row of the config table computes: int8 activations (gemm), or 16-bit ones (weight_only_linear).
-enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1 };
+// What a row of the config table computes: int8 activations (gemm), 16-bit ones (weight_only_linear), or those of a
+// linear that are quantized in the same launch (linear alone).
+enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1, kW8A8Linear = 2 };
 
 // One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
 // benchmark row. Ids live in caches and engines and are never reused.
@@ -77,11 +78,12 @@ struct GemmConfig {
   int block_m, block_n, block_k;
   int warps_m, warps_n, warps_k;
   int stages;
-  int cluster;        // blocks along M that share the tile of B; 1 before Hopper
+  int cluster;        // blocks along M that share the tile of B, or with kW8A8Linear the rows of x; 1 before Hopper
   int shared_bytes;          // dynamic shared memory of one block
   int blocks_per_sm;         // what the kernel is compiled for: its register budget allows this many at once
   Scheme scheme = Scheme::kW8A8;
   int split_k = 1;           // blocks of a cluster that split K between them
+  int max_k = static_cast<int>(kMaxK);  // the largest K that it takes
 };
 
 // What the choice of a config depends on.
@@ -239,6 +241,12 @@ struct Linear {
 
 // Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.
 size_t linear_workspace_bytes(int64_t m, int64_t k);
+// The id of the fastest way to a whole linear with 16-bit x and y and no options: of a row of Scheme::kW8A8Linear, which
+// quantizes in the GEMM's launch, or the GEMM's (gemm_choose) after a launch for quantize; -1 if none runs.
+// `weight_is_constant`: as in Linear.
+int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool weight_is_constant = false);
+
+// `config_id`: of a row of Scheme::kW8A8 (two launches) or kW8A8Linear (one, which leaves the workspace alone).
 Status linear(const Linear& problem, int config_id, void* workspace, size_t workspace_bytes, Stream stream);
 
 // ---- Weight-only linear (W8A16): int8 weights, 16-bit activations -------------------------------------------------

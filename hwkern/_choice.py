@@ -5,6 +5,7 @@ Needs no torch, like the two constants of hwkern.h below.
 
 from __future__ import annotations
 
+import functools
 import os
 from bisect import bisect_left
 from typing import Any
@@ -34,6 +35,22 @@ def config_for(device: int, m: int, n: int, k: int, dtype: Any) -> int:
     if steps is None:
         return config_for(device, m, n, k, dtype) if load_pending() else CHOOSE
     return steps[bisect_left(EDGES, m)]
+
+
+def linear_config_for(device: int, m: int, n: int, k: int, dtype: Any) -> int:
+    """:func:`config_for` of a linear, which keeps what was measured of products out where it takes one launch."""
+    config = config_for(device, m, n, k, dtype)
+    return CHOOSE if config != CHOOSE and dtype.itemsize == 2 and _in_one_launch(device, m, n, k) else config
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_one_launch(device: int, m: int, n: int, k: int) -> bool:
+    """Whether the cost model quantizes ``x`` in the product's own launch: configs that ``tune`` does not measure."""
+    from hwkern import _native, hardware
+
+    native, gpu = _native.extension(), hardware.gpu(device)
+    chosen = native.linear_choose(m, n, k, gpu.sm_count, gpu.compute, gpu.shared_bytes, weight_is_constant=True)
+    return any(row["id"] == chosen and row["scheme"] == "w8a8_linear" for row in native.gemm_configs())
 
 
 def load_pending() -> bool:

@@ -133,13 +133,17 @@ void py_cpu_rescale(uintptr_t sum, uintptr_t scale_m, uintptr_t scale_n, uintptr
   run([&] { return cpu::rescale(problem, threads); });
 }
 
+const char* scheme_name(Scheme scheme) {
+  return scheme == Scheme::kW8A16 ? "w8a16" : scheme == Scheme::kW8A8Linear ? "w8a8_linear" : "w8a8";
+}
+
 py::dict as_dict(const GemmConfig& c) {
   using py::operator""_a;
   return py::dict("id"_a = c.id, "name"_a = c.name, "min_compute"_a = c.min_compute, "max_compute"_a = c.max_compute,
                   "cluster"_a = c.cluster, "block_m"_a = c.block_m, "block_n"_a = c.block_n, "block_k"_a = c.block_k,
                   "warps_m"_a = c.warps_m, "warps_n"_a = c.warps_n, "warps_k"_a = c.warps_k, "stages"_a = c.stages,
                   "shared_bytes"_a = c.shared_bytes, "blocks_per_sm"_a = c.blocks_per_sm,
-                  "scheme"_a = c.scheme == Scheme::kW8A16 ? "w8a16" : "w8a8", "split_k"_a = c.split_k);
+                  "scheme"_a = scheme_name(c.scheme), "split_k"_a = c.split_k, "max_k"_a = c.max_k);
 }
 
 py::list configs() {
@@ -200,6 +204,12 @@ PYBIND11_MODULE(_C, m) {
         return gemm_choose(M, N, K, {sm_count, compute, shared_bytes}, b_is_constant);
       },
       "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a, "b_is_constant"_a = false);
+  m.def(
+      "linear_choose",
+      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes, bool weight_is_constant) {
+        return linear_choose(M, N, K, {sm_count, compute, shared_bytes}, weight_is_constant);
+      },
+      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a, "weight_is_constant"_a = false);
   m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a,
         "b_is_constant"_a = false);
 

@@ -51,6 +51,13 @@
   X(228, 128, 192, 2, 5, 1, false)   \
   X(229, 128, 224, 2, 5, 1, false)
 
+// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
+// (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
+#define HWKERN_LINEAR_SM90_CONFIGS(X)    \
+  X(400, 64, 64, 6, 6, 1, 4, 2, false)   \
+  X(401, 128, 128, 6, 6, 2, 2, 1, false) \
+  X(402, 128, 192, 4, 6, 2, 2, 1, true)
+
 namespace hwkern {
 
 constexpr int kColumnTermBytes = 8;  // float2: scale_n and bias of one column
@@ -121,9 +128,23 @@ constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stage
   return sm90_split_data_bytes(rows, tokens, split, stages) + 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
 }
 
+// The rows of x as int8, the ring, a consumer's staging, the terms of two tiles, the rows' scales, two barriers a stage and
+// seven more.
+constexpr int linear_sm90_shared_bytes(int block_m, int block_n, int stages, int k_tiles, int consumers) {
+  return (k_tiles * block_m + stages * block_n) * kSm90BlockK + consumers * kSm90BoxBytes +
+         2 * sm90_term_bytes(block_n) + 4 * block_m + 16 * stages + 64;
+}
+
+// How many blocks share the rows of one: a multiple of the cluster's, so that the busiest SM has the least to do.
+int linear_sm90_groups(const GemmConfig& config, int64_t m, int64_t n, int sm_count);
+
+Status validate_gemm(const Gemm& problem);  // the contract of hwkern.h
+
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
 Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream);
 Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);
 Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream);
+// linear.cpp has validated the problem, and that K is not too large for the row.
+Status launch_linear_sm90(const Linear& problem, const GemmConfig& config, int sm_count, Stream stream);
 
 }  // namespace hwkern

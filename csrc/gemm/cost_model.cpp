@@ -119,6 +119,51 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 
 }  // namespace
 
+int linear_sm90_groups(const GemmConfig& c, int64_t m, int64_t n, int sm_count) {
+  const int64_t rows = ceil_div(m, c.block_m), tiles = ceil_div(n, c.block_n);
+  int64_t best = c.cluster;
+  double best_cost = 0;
+  for (int64_t groups = c.cluster; groups < tiles + c.cluster; groups += c.cluster) {
+    // Tiles that the busiest SM multiplies; its rows, in a row of tiles' time.
+    const double cost = double(ceil_div(rows * groups, sm_count)) * (double(ceil_div(tiles, groups)) + 1.0);
+    if (groups == c.cluster || cost < best_cost) best = groups, best_cost = cost;
+  }
+  return static_cast<int>(best);
+}
+
+// Where one launch was faster than two on an H100 SXM, mostly by 5 – 9 %. By rules and not by predicted times, because such
+// a difference is within what the model is wrong by. Measured with bfloat16 in and out, one launch / two, µs:
+//   400   64 × 64     128×3072×768 4.8 / 5.2, 512×768×768 5.0 / 5.3, 256×1536×384 4.0 / 4.5, 512×384×384 3.9 / 4.2; but with
+//                     fewer than 24 blocks, 64×768×768, 4.3 / 3.8, and with more than one an SM, 256×3072×768, 6.1 / 5.6
+//   401   128 × 128   4096×3072×768 24.9 / 26.5, 4096×2048×512 15.5 / 16.7; but with 384 columns a block, 2048×3072×768,
+//                     15.9 / 14.7, and with 96 blocks, 3000×3072×768, 23.8 / 21.5
+//   402   128 × 192   4096×2304×768 21.5 / 22.7
+static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& device) {
+  constexpr double kWide = 1.06;  // time of a column in 402's tiles, in that of one in 401's
+  const GemmConfig &small = *gemm_config(400), &square = *gemm_config(401), &wide = *gemm_config(402);
+  if (m < small.block_m || m > 8192 || n < 1 || k < 1 || k > small.max_k || !gemm_runs_on(square, device) ||
+      !gemm_runs_on(wide, device))
+    return -1;
+  if (m <= 512) {
+    const int64_t blocks = ceil_div(m, small.block_m) * ceil_div(n, small.block_n);
+    return blocks >= 24 && 4 * blocks <= 3 * device.sm_count ? small.id : -1;
+  }
+  // Columns that a block multiplies, where one wave of blocks fills the GPU; else 0.
+  auto columns = [&](const GemmConfig& c) -> int64_t {
+    const int64_t groups = linear_sm90_groups(c, m, n, device.sm_count), wave = ceil_div(m, c.block_m) * groups;
+    const bool fills = wave <= device.sm_count && 100 * wave >= 93 * device.sm_count;
+    return fills ? ceil_div(ceil_div(n, c.block_n), groups) * c.block_n : 0;
+  };
+  const int64_t in_square = columns(square), in_wide = columns(wide);
+  if (in_square < 512 || in_wide < 512 || in_square > 1024) return -1;
+  return static_cast<double>(in_square) <= kWide * static_cast<double>(in_wide) ? square.id : wide.id;
+}
+
+int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool) {
+  const int one_launch = choose_one_launch(m, n, k, device);
+  return one_launch >= 0 ? one_launch : gemm_choose(m, n, k, device, /*b_is_constant=*/true);  // after quantize
+}
+
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,
                        bool b_is_constant) {
   if (m < 1 || n < 1 || k < 1) return 0;

@@ -1,9 +1,8 @@
 // The GEMM's front door: checks the contract of hwkern.h, chooses a config and launches it.
-#include <array>
-
 #include "core/device.h"
 #include "core/status.h"
 #include "gemm/configs.h"
+#include "gemm/remember.h"
 
 namespace hwkern {
 
@@ -21,7 +20,7 @@ static Status validate_options(const Gemm& p) {
   return kSuccess;
 }
 
-static Status validate(const Gemm& p) {
+Status validate_gemm(const Gemm& p) {
   if (p.m < 0 || p.n < 1 || p.k < 1) return invalid("gemm: M >= 0, N >= 1 and K >= 1 are needed");
   if (p.k > kMaxK) return invalid("gemm: K must be below 2^17, or the int32 sum could overflow");
   if (p.m > INT32_MAX || p.n > INT32_MAX) return invalid("gemm: M and N must fit in 31 bits");
@@ -42,33 +41,12 @@ static Status validate(const Gemm& p) {
   return validate_options(p);
 }
 
-// gemm_choose, remembered: weighing all configs takes 2 µs for few rows, where the whole eager call of a layer takes 17.
-// One slot for each hash, a thread's own, so that nothing is locked; a model has fewer shapes than there are slots.
-static int remembered_choice(const Gemm& p, const Device& device) {
-  struct Entry {
-    int64_t m, n, k;
-    Device device;
-    bool b_is_constant;
-    int id;
-  };
-  thread_local std::array<Entry, 256> slots{};  // an M of 0 is never asked for: the slot is empty
-  const uint64_t hash = (static_cast<uint64_t>(p.m) * 0x9E3779B97F4A7C15u) ^
-                        (static_cast<uint64_t>(p.n) * 0xC2B2AE3D27D4EB4Fu) ^
-                        (static_cast<uint64_t>(p.k) * 0x165667B19E3779F9u);
-  Entry& slot = slots[hash >> 56];
-  const bool known = slot.m == p.m && slot.n == p.n && slot.k == p.k && slot.b_is_constant == p.b_is_constant &&
-                     slot.device.sm_count == device.sm_count && slot.device.compute == device.compute &&
-                     slot.device.shared_bytes == device.shared_bytes;
-  if (!known) slot = {p.m, p.n, p.k, device, p.b_is_constant, gemm_choose(p.m, p.n, p.k, device, p.b_is_constant)};
-  return slot.id;
-}
-
 Status gemm(const Gemm& p, int config_id, Stream stream) {
   if (p.m == 0) return kSuccess;
-  if (const Status status = validate(p); !status.ok()) return status;
+  if (const Status status = validate_gemm(p); !status.ok()) return status;
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
-  if (config_id == kChoose) config_id = remembered_choice(p, device);
+  if (config_id == kChoose) config_id = remembered<gemm_choose>(p.m, p.n, p.k, device, p.b_is_constant);
   if (config_id < 0)
     return {StatusCode::kUnsupportedDevice,
             "gemm: no kernel for this GPU; hwkern needs compute capability 8.0 or newer"};

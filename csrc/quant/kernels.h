@@ -5,6 +5,8 @@
 
 namespace hwkern {
 
+Status validate_quantize(const Quantize& problem);  // the contract of hwkern.h
+
 // As in hwkern.h. `release_early`: the next kernel on the stream may start while the one before this still runs. It must
 // wait for this one before it touches anything that the one before reads or writes.
 Status quantize_per_token(const Quantize& problem, bool release_early, Stream stream);

@@ -4,7 +4,7 @@
 
 namespace hwkern {
 
-static Status validate(const Quantize& p) {
+Status validate_quantize(const Quantize& p) {
   if (p.m < 0 || p.k < 1) return invalid("quantize: M >= 0 and K >= 1 are needed");
   if (p.m > INT32_MAX || p.ldq > INT32_MAX) return invalid("quantize: M and the row length must fit in 31 bits");
   if (p.ldx < p.k || p.ldq < p.k) return invalid("quantize: a leading dimension is shorter than its row");
@@ -26,7 +26,7 @@ static Status validate(const Dequantize& p) {
 
 Status quantize_per_token(const Quantize& p, bool release_early, Stream stream) {
   if (p.m == 0) return kSuccess;
-  const Status status = validate(p);
+  const Status status = validate_quantize(p);
   return status.ok() ? launch_quantize_per_token(p, release_early, stream) : status;
 }
 
@@ -34,7 +34,7 @@ Status quantize_per_token(const Quantize& p, Stream stream) { return quantize_pe
 
 Status quantize_static(const Quantize& p, ScaleAxis axis, Stream stream) {
   if (p.m == 0) return kSuccess;
-  const Status status = validate(p);
+  const Status status = validate_quantize(p);
   return status.ok() ? launch_quantize_static(p, axis, stream) : status;
 }
 

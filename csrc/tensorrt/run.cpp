@@ -17,7 +17,7 @@ bool scheme_is_built(int32_t scheme) { return scheme != kW8A16 || HWKERN_WEIGHT_
 bool config_fits(int32_t scheme, int config_id) {
   const GemmConfig* config = gemm_config(config_id);
 #if HWKERN_WEIGHT_ONLY
-  return config && (config->scheme == Scheme::kW8A16) == (scheme == kW8A16);
+  return config && config->scheme == (scheme == kW8A16 ? Scheme::kW8A16 : Scheme::kW8A8);
 #else
   return config && scheme != kW8A16;
 #endif
