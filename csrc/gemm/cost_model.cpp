@@ -4,7 +4,7 @@
 //   mma.sync rows             45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at
 //                             worst; used before Hopper and after it
 //   split-K rows              219 shapes (M 1 … 8192, tails of tokens too), constant B
-//   wgmma rows                65 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.3 % slower
+//   wgmma rows                65 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.4 % slower
 //                             than the best in the geometric mean, 3 % at worst
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
