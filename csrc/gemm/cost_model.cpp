@@ -3,8 +3,9 @@
 // Constants were fitted to times measured on an H100 SXM (Llama-3-8B and BERT-base shapes, cold L2, graph replays):
 //   mma.sync rows             45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at
 //                             worst; used before Hopper and after it
-//   wgmma and split-K rows    219 shapes (M 1 … 8192, tails of tokens too), constant B: 1.0 %; 18 % at worst, at
-//                             128×768×768, where that is 0.4 µs
+//   split-K rows              219 shapes (M 1 … 8192, tails of tokens too), constant B
+//   wgmma rows                65 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.4 % slower
+//                             than the best in the geometric mean, 3 % at worst
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -57,24 +58,25 @@ double l2_bytes(int64_t rows_of_tiles, int64_t columns_of_tiles, int64_t m, int6
 
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kMacsPerUs = 6.905e6, kL2BytesPerUs = 12.5e6, kMemoryBytesPerUs = 2.97e6;
-  constexpr double kOutBytes = 3.4;  // what an element of D costs, in bytes read
-  constexpr double kEpilogueUsPerColumn = 0.0055;
-  constexpr double kFixedUs = 2.415;
-  constexpr double kPair = 1.091;  // blocks of a cluster wait for each other
-  constexpr double kWide = 1.041;  // more than 128 columns a tile, without a cluster
-  constexpr double kNarrow = 1.016;  // some tiles are narrow
+  constexpr double kMacsPerUs = 6.996e6, kL2BytesPerUs = 13.34e6, kMemoryBytesPerUs = 2.795e6;
+  constexpr double kOutBytes = 2.916;  // what an element of D costs, in bytes read
+  constexpr double kEpilogueUsPerColumn = 0.0054, kHiddenEpilogue = 0.918;  // the latter in ping-pong
+  constexpr double kFixedUs = 2.642;
+  constexpr double kPair = 1.109;  // blocks of a cluster wait for each other: longer tiles
+  constexpr double kWide = 1.029;  // more than 128 columns a tile, without a cluster
+  constexpr double kNarrow = 0.979;  // tiles of two widths: not all blocks have as much as the busiest
   const int64_t tiles_m = ceil_div(m, c.block_m * c.cluster), clusters = device.sm_count / c.cluster;
   const int narrow = sm90_narrow(c.id);
   const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow);
   const int64_t tiles_n = columns.wide + columns.narrow;
-  const double rounds = c.warps_m == 4 ? 1 : double(ceil_div(tiles_m * tiles_n, clusters));
+  const double rounds = double(ceil_div(tiles_m * tiles_n, clusters));
+  const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (rounds - 1) : rounds;
   const double loop_us = (c.cluster > 1     ? kPair
                           : c.block_n > 128 ? kWide
                                             : 1) *
                          (columns.narrow > 0 ? kNarrow : 1) * double(columns.most) * c.block_m * c.block_k *
                          double(ceil_div(k, c.block_k)) / kMacsPerUs;
-  const double epilogue_us = kEpilogueUsPerColumn * (columns.narrow > 0 ? narrow : c.block_n) * rounds;
+  const double epilogue_us = kEpilogueUsPerColumn * (columns.narrow > 0 ? narrow : c.block_n) * exposed;
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
   const double l2_us = l2_bytes(tiles_m, tiles_n, m, n, k) / kL2BytesPerUs;
   return kFixedUs + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);

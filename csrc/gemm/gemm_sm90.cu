@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
     }
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
-      ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 4);
+      ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 128);
       ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init_fence();
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
       store<C>(params, acc, parts, scale_n, terms.columns, own, thread,
                base + previous * C::STAGE_BYTES + consumer * C::BORROWED * kSm90BoxBytes, consumer);
       __syncwarp();
-      if (lane_id == 0) ptx::mbarrier_arrive(terms_empty + buffer * 8);
+      ptx::mbarrier_arrive(terms_empty + buffer * 8);  // every thread: racecheck does not see what __syncwarp orders
       if (C::PINGPONG) at.skip(k_tiles);  // the other consumer's tile
     }
     if (!C::PINGPONG && leader) ptx::bulk_wait_read<0>();  // shared memory lives as long as the block
