@@ -48,31 +48,30 @@
   X(227, 64, 192, 2, 7, 1, false)    \
   X(228, 128, 192, 2, 5, 1, false)   \
   X(229, 128, 224, 2, 5, 1, false) \
-  X(230, 128, 80, 1, 8, 1, 0) \
-  X(231, 128, 112, 1, 7, 1, 0) \
-  X(232, 128, 144, 1, 6, 1, 0) \
-  X(233, 128, 192, 1, 5, 1, 0) \
-  X(234, 128, 224, 1, 5, 1, 0) \
-  X(235, 128, 256, 1, 4, 1, 0) \
-  X(236, 128, 288, 1, 4, 1, 0) \
-  X(237, 128, 320, 1, 4, 1, 0) \
-  X(238, 128, 384, 1, 3, 1, 0) \
-  X(239, 128, 352, 1, 3, 1, 0) \
-  X(240, 64, 128, 1, 4, 2, 1) \
-  X(241, 64, 160, 1, 3, 2, 1) \
-  X(242, 64, 192, 1, 3, 2, 1) \
-  X(244, 64, 64, 1, 4, 3, 1) \
-  X(245, 128, 64, 1, 4, 2, 1) \
-  X(246, 64, 224, 1, 3, 2, 1) \
-  X(250, 64, 64, 1, 7, 2, 3) \
-  X(251, 64, 96, 1, 5, 2, 3) \
-  X(252, 128, 128, 1, 7, 1, 2) \
-  X(253, 64, 32, 2, 9, 2, 4) \
-  X(254, 128, 64, 2, 9, 1, 4) \
-  X(255, 64, 128, 2, 9, 1, 4) \
-  X(247, 64, 64, 1, 7, 2, 0) \
-  X(248, 64, 96, 2, 11, 1, 0) \
-  X(249, 64, 256, 1, 5, 1, 0)
+  X(230, 128, 80, 1, 8, 1, false) \
+  X(231, 128, 112, 1, 7, 1, false) \
+  X(232, 128, 144, 1, 6, 1, false) \
+  X(233, 128, 192, 1, 5, 1, false) \
+  X(234, 128, 224, 1, 5, 1, false) \
+  X(235, 128, 256, 1, 4, 1, false) \
+  X(236, 128, 288, 1, 4, 1, false) \
+  X(237, 128, 320, 1, 4, 1, false) \
+  X(238, 128, 352, 1, 3, 1, false) \
+  X(239, 128, 384, 1, 3, 1, false) \
+  X(240, 64, 128, 1, 4, 2, true) \
+  X(241, 64, 144, 1, 8, 1, false) \
+  X(242, 64, 160, 1, 8, 1, false) \
+  X(243, 64, 192, 1, 7, 1, false) \
+  X(244, 64, 224, 1, 6, 1, false) \
+  X(245, 64, 128, 2, 8, 1, false) \
+  X(246, 128, 64, 2, 8, 1, false) \
+  X(247, 128, 128, 2, 6, 1, false) \
+  X(248, 128, 80, 2, 7, 1, false) \
+  X(249, 64, 160, 2, 7, 1, false) \
+  X(250, 64, 192, 2, 6, 1, false) \
+  X(251, 64, 224, 2, 6, 1, false) \
+  X(252, 64, 64, 1, 13, 1, false) \
+  X(253, 64, 96, 1, 10, 1, false)
 
 namespace hwkern {
 
@@ -101,31 +100,41 @@ constexpr bool is_sm90_split(int id) { return id >= kFirstSm90SplitId && id <= k
 
 constexpr bool sm90_split_releases_early(int id) {
 #define HWKERN_EARLY(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, EARLY) \
-  if (id == ID) return EARLY & 1;
+  if (id == ID) return EARLY;
   HWKERN_SM90_SPLIT_CONFIGS(HWKERN_EARLY)
 #undef HWKERN_EARLY
   return false;
 }
 
-// The other blocks' sums of one block's share of the tile: in memory of their own while that is little, so that they can
-// arrive while the ring is in use; else over the ring.
+constexpr int kSmSharedBytes = 233472;  // 228 KB an SM, of which the system takes 1 KB a block
+
+// What a block receives: the other blocks' sums of its share of the tile.
 constexpr int sm90_split_receive_bytes(int rows, int tokens, int split) {
   return rows * tokens * 4 / split * (split - 1);
 }
-constexpr bool sm90_split_own_receive(int rows, int tokens, int split) {
-  return sm90_split_receive_bytes(rows, tokens, split) <= 8 * 1024;
+// The token scales, the column terms, two barriers a stage and two more.
+constexpr int sm90_split_term_bytes(int rows, int tokens, int stages) {
+  return 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
 }
-// The ring, over it the block's own sums, and what it receives.
-constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages) {
-  const int ring = stages * (rows + tokens) * kSm90BlockK, staging = rows * tokens * 4;
-  const int receive = sm90_split_receive_bytes(rows, tokens, split);
-  const bool own = sm90_split_own_receive(rows, tokens, split);
-  const int over_ring = staging + (own ? 0 : receive);
-  return (ring > over_ring ? ring : over_ring) + (own ? receive : 0);
+constexpr int max_bytes(int a, int b) { return a > b ? a : b; }
+// The ring, and over it, when it is done, the block's own sums.
+constexpr int sm90_split_ring_bytes(int rows, int tokens, int stages) {
+  return max_bytes(stages * (rows + tokens) * kSm90BlockK, rows * tokens * 4);
 }
-// That, the token scales, the column terms, two barriers a stage and two more.
-constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages) {
-  return sm90_split_data_bytes(rows, tokens, split, stages) + 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
+// What is received has memory of its own where it fits, so that it can arrive while the ring is in use; else it lies over
+// the ring.
+constexpr bool sm90_split_own_receive(int rows, int tokens, int split, int stages, int blocks) {
+  return blocks * (sm90_split_ring_bytes(rows, tokens, stages) + sm90_split_receive_bytes(rows, tokens, split) +
+                   sm90_split_term_bytes(rows, tokens, stages) + 1024) <=
+         kSmSharedBytes;
+}
+constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages, int blocks) {
+  const int ring = sm90_split_ring_bytes(rows, tokens, stages), receive = sm90_split_receive_bytes(rows, tokens, split);
+  return sm90_split_own_receive(rows, tokens, split, stages, blocks) ? ring + receive
+                                                                     : max_bytes(ring, rows * tokens * 4 + receive);
+}
+constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages, int blocks) {
+  return sm90_split_data_bytes(rows, tokens, split, stages, blocks) + sm90_split_term_bytes(rows, tokens, stages);
 }
 
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.

@@ -22,7 +22,6 @@
 #include "ptx/cp_async.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/prefetch.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 
@@ -31,16 +30,15 @@ namespace {
 
 constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
-constexpr int AHEAD = 8;  // k-steps of A that are asked for early
 constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, int EARLY_>
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, bool EARLY_>
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
-  static constexpr bool EARLY = EARLY_ & 1, KEEP = EARLY_ & 2, PREFETCH = !(EARLY_ & 4);
+  static constexpr bool EARLY = EARLY_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
-  // A wgmma takes at most 256 tokens: more are two of half the width.
+  // A wgmma and a box of the copy engine take at most 256 tokens: more are two of half the width.
   static constexpr int MMAS = TOKENS > 256 ? 2 : 1, MMA_N = TOKENS / MMAS;
   // Those sums want registers that the other threads give up: a whole warpgroup then, of which one warp produces.
   static constexpr bool WIDE = MMAS > 1;
@@ -58,19 +56,19 @@ struct Config {
 
   static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
   static constexpr int RECEIVE_BYTES = sm90_split_receive_bytes(ROWS, TOKENS, SPLIT);
-  static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT);
+  static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
   static constexpr int RECEIVE =
       OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
-  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES);  // offset of the scales
+  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);  // offset of the scales
   static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
-  static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES);
+  static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
 
   static_assert(ROWS % 64 == 0 && TOKENS % (8 * MMAS) == 0 && TOKENS <= 384);
   static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
   static_assert(!WIDE || (CONSUMERS == 2 && SPLIT == 1 && BLOCKS_PER_SM == 1));
   static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
   static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
-  static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
+  static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= kSmSharedBytes);
 };
 
 struct Params {
@@ -134,12 +132,8 @@ struct Share {
       T* out = d + (m0 + t) * p.ldd;
       if (vectors) {
 #pragma unroll
-        for (int v = 0; v < VECTOR; v += PACK) {
-          if constexpr (C::KEEP)
-            ptx::store_keep(out + v, *reinterpret_cast<const int4*>(&values[v]));
-          else
-            *reinterpret_cast<Vector<T, PACK>*>(out + v) = *reinterpret_cast<const Vector<T, PACK>*>(&values[v]);
-        }
+        for (int v = 0; v < VECTOR; v += PACK)
+          *reinterpret_cast<Vector<T, PACK>*>(out + v) = *reinterpret_cast<const Vector<T, PACK>*>(&values[v]);
       } else {
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v)
@@ -193,9 +187,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
       ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
     }
   };
+  const int box_tokens = C::WIDE ? C::MMA_N : params.tile_tokens;
   auto load_tokens = [&](int i, int stage) {
-    const CUtensorMap* map = tokens < params.tile_tokens ? &params.tokens.last : &params.tokens.whole;
-    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, map, full + stage * 8, (k_first + i) * BLOCK_K, token0);
+    const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B;
+#pragma unroll
+    for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
+      if (first >= tokens) break;
+      const CUtensorMap* map = tokens - first < box_tokens ? &params.tokens.last : &params.tokens.whole;
+      ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
+    }
   };
 
   int requested = 0;  // weights of the first buffers
@@ -241,13 +241,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   if (C::WIDE) ptx::setmaxnreg_inc<232>();
   float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
   float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
-  // The first k-steps of A on their way to L2 while the preceding kernel ends, which may still write them: a hint, no read.
-  if (C::PREFETCH && row_tile == 0) {
-    const int step = threadIdx.x % AHEAD;
-    const int8_t* a = static_cast<const int8_t*>(p.a) + token0 * p.lda + (k_first + step) * BLOCK_K;
-    for (int t = threadIdx.x / AHEAD; t < tokens && step < k_count; t += C::CONSUMER_THREADS / AHEAD)
-      ptx::prefetch_l2(a + t * p.lda);
-  }
   if (!p.b_is_constant) ptx::grid_wait();
   if (threadIdx.x < C::ROWS) columns[threadIdx.x] = column_terms(p, row0 + threadIdx.x);
   if (p.b_is_constant) ptx::grid_wait();
@@ -357,9 +350,9 @@ Status launch_config(const Gemm& p, Stream stream) {
   Params params;
   params.gemm = p;
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
-  params.tile_tokens = static_cast<int>(ceil_div(p.m, params.tiles_m));
+  params.tile_tokens = C::WIDE ? C::TOKENS : static_cast<int>(ceil_div(p.m, params.tiles_m));
   if (!make_boxes(&params.weights, p.b, p.n, p.k, p.ldb, C::ROWS) ||
-      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, params.tile_tokens))
+      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, C::WIDE ? C::MMA_N : params.tile_tokens))
     return kTensorMapRefused;
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
   const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
