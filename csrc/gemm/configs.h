@@ -73,6 +73,24 @@
   X(252, 64, 64, 1, 13, 1, false) \
   X(253, 64, 96, 1, 10, 1, false)
 
+#define HWKERN_SM90_SPLIT2_CONFIGS(X) \
+  X(260, 64, 128, 1, 7, 3, 2, false) \
+  X(261, 64, 128, 2, 7, 3, 2, false) \
+  X(262, 64, 96, 1, 7, 4, 2, false) \
+  X(263, 64, 64, 1, 8, 5, 2, false) \
+  X(264, 64, 160, 1, 6, 3, 2, false) \
+  X(265, 128, 64, 1, 5, 3, 2, false) \
+  X(266, 128, 96, 1, 5, 2, 2, false) \
+  X(267, 128, 128, 1, 4, 2, 2, false) \
+  X(268, 64, 192, 1, 7, 2, 2, false) \
+  X(270, 64, 256, 1, 12, 4, 1, false) \
+  X(271, 128, 256, 1, 6, 4, 1, false) \
+  X(272, 64, 224, 2, 10, 5, 1, false) \
+  X(273, 64, 256, 2, 12, 4, 1, false) \
+  X(274, 128, 192, 1, 7, 4, 1, false) \
+  X(275, 64, 128, 2, 14, 6, 1, false) \
+  X(276, 128, 64, 2, 10, 5, 1, false)
+
 namespace hwkern {
 
 constexpr int kColumnTermBytes = 8;  // float2: scale_n and bias of one column
@@ -137,6 +155,27 @@ constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stage
   return sm90_split_data_bytes(rows, tokens, split, stages, blocks) + sm90_split_term_bytes(rows, tokens, stages);
 }
 
+// The ring, and over it, when it is done, the block's own sums.
+constexpr int sm90_split2_ring_bytes(int rows, int tokens, int stages, int token_stages) {
+  return max_bytes((stages * rows + token_stages * tokens) * kSm90BlockK, rows * tokens * 4);
+}
+// What is received has memory of its own where it fits, so that it can arrive while the ring is in use; else it lies over
+// the ring.
+constexpr bool sm90_split2_own_receive(int rows, int tokens, int split, int stages, int token_stages, int blocks) {
+  return blocks * (sm90_split2_ring_bytes(rows, tokens, stages, token_stages) + sm90_split_receive_bytes(rows, tokens, split) +
+                   sm90_split_term_bytes(rows, tokens, stages) + 1024) <=
+         kSmSharedBytes;
+}
+constexpr int sm90_split2_data_bytes(int rows, int tokens, int split, int stages, int token_stages, int blocks) {
+  const int ring = sm90_split2_ring_bytes(rows, tokens, stages, token_stages), receive = sm90_split_receive_bytes(rows, tokens, split);
+  return sm90_split2_own_receive(rows, tokens, split, stages, token_stages, blocks) ? ring + receive
+                                                                     : max_bytes(ring, rows * tokens * 4 + receive);
+}
+constexpr int sm90_split2_shared_bytes(int rows, int tokens, int split, int stages, int token_stages, int blocks) {
+  return sm90_split2_data_bytes(rows, tokens, split, stages, token_stages, blocks) + sm90_split_term_bytes(rows, tokens, stages);
+}
+
+Status launch_gemm_sm90_split2(const Gemm& problem, int config_id, Stream stream);
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
 Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream);
 Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);

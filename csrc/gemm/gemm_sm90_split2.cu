@@ -1,0 +1,385 @@
+// INT8 GEMM for Hopper (sm_90a) with few rows of A: D = epilogue(A · Bᵀ), limited by how fast B streams from memory.
+//
+// Swapped operands: ROWS rows of B are the M side of wgmma and TOKENS rows of A its N side, so that 8 tokens waste
+// nothing. The SPLIT blocks of a cluster share one such tile and split K between them; a block's SPLITth of the sums is
+// its own to finish. Sums are int32, so their order does not matter: the same bits in every run.
+//
+//   producer warp   fills a ring of STAGES buffers of 128 bytes of K by TMA. Constant weights are requested before
+//                   the preceding kernel has ended (see Overlap in hwkern.h), the activations after.
+//   consumers       a warpgroup for every 64 rows. Then each warp lays its sums out by token in shared memory, sends the
+//                   other blocks of the cluster their shares with the copy engine, and finishes its own with 16-byte
+//                   stores along N.
+//
+// What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 64 KB and
+// more in each of the BLOCKS_PER_SM blocks of an SM.
+#include "core/launch.cuh"
+#include "gemm/configs.h"
+#include "gemm/epilogue.cuh"
+#include "gemm/ring.cuh"
+#include "gemm/tensor_map.h"
+#include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/grid.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace hwkern {
+namespace {
+
+constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
+constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
+constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
+
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int TOKEN_STAGES_, int BLOCKS_, bool EARLY_>
+struct Config {
+  static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
+  static constexpr int STAGES = STAGES_, TOKEN_STAGES = TOKEN_STAGES_, BLOCKS_PER_SM = BLOCKS_;
+  static constexpr bool EARLY = EARLY_;
+  static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
+  // A wgmma and a box of the copy engine take at most 256 tokens: more are two of half the width.
+  static constexpr int MMAS = TOKENS > 256 ? 2 : 1, MMA_N = TOKENS / MMAS;
+  // Those sums want registers that the other threads give up: a whole warpgroup then, of which one warp produces.
+  static constexpr bool WIDE = MMAS > 1;
+  static constexpr int THREADS = CONSUMER_THREADS + (WIDE ? 128 : 32);
+  static constexpr int BYTES_B = ROWS * BLOCK_K, BYTES_A = TOKENS * BLOCK_K;
+  static constexpr int TOKEN_RING = STAGES * BYTES_B, RING_BYTES = TOKEN_RING + TOKEN_STAGES * BYTES_A;
+
+  // A block's part of the sums: TOKENS / SPLIT tokens of all rows while that is whole groups of 8; else all tokens of
+  // some warps' rows.
+  static constexpr bool BY_TOKEN = TOKENS / 8 % SPLIT == 0;
+  static constexpr int PART_TOKENS = BY_TOKEN ? TOKENS / SPLIT : TOKENS;
+  static constexpr int PART_SLABS = BY_TOKEN ? WARPS : WARPS / SPLIT;
+  static constexpr int PIECES = BY_TOKEN ? SPLIT : 1;  // of a warp's sums: each goes to one block
+  static constexpr int PIECE_BYTES = PART_TOKENS * SLAB_ROWS * 4;
+
+  static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
+  static constexpr int RECEIVE_BYTES = sm90_split_receive_bytes(ROWS, TOKENS, SPLIT);
+  static constexpr bool OWN_RECEIVE = sm90_split2_own_receive(ROWS, TOKENS, SPLIT, STAGES, TOKEN_STAGES, BLOCKS_PER_SM);
+  static constexpr int RECEIVE =
+      OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
+  static constexpr int TERMS = sm90_split2_data_bytes(ROWS, TOKENS, SPLIT, STAGES, TOKEN_STAGES, BLOCKS_PER_SM);  // offset of the scales
+  static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
+  static constexpr int SHARED_BYTES = sm90_split2_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, TOKEN_STAGES, BLOCKS_PER_SM);
+
+  static_assert(ROWS % 64 == 0 && TOKENS % (8 * MMAS) == 0 && TOKENS <= 384);
+  static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
+  static_assert(!WIDE || (CONSUMERS == 2 && SPLIT == 1 && BLOCKS_PER_SM == 1));
+  static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
+  static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
+  static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= kSmSharedBytes);
+};
+
+struct Params {
+  Boxes weights, tokens;
+  Gemm gemm;
+  int tile_tokens;  // of a token tile, at most TOKENS: all tiles but the last have as many
+  int tiles_m, k_tiles;
+};
+
+// Where the sum of (token, row) of a warp's slab lies, in words. The exclusive-or stays inside two tokens' 128 bytes and
+// keeps 4 rows together. It spreads over all banks the lanes of a fragment's store (8 rows of every second token of 8)
+// and each 8 lanes that load 16 bytes (every second 4 rows of 4 tokens).
+__device__ __forceinline__ int slab_word(int token, int row) {
+  const int key = token >> 1 & 3;
+  return (token * SLAB_ROWS + row) ^ (key * 8 + (key & 1) * 4);
+}
+
+// What a thread finishes of its block's part: VECTOR columns of D from `n` on, of the tokens token, token + TOKEN_STEP, …
+// below `tokens`. The sums of all the part's tokens in these columns lie in `own` and SPLIT - 1 times in `received`;
+// `scale_m` and m0 belong to the part's first token, `columns` to n.
+template <typename C>
+struct Share {
+  const int32_t *own, *received;
+  const float* scale_m;
+  const float2* columns;
+  int64_t m0, n;
+  int token, tokens, half;
+
+  static constexpr int TOKEN_STEP = C::CONSUMER_THREADS / (8 * C::PART_SLABS) * 4;
+
+  __device__ __forceinline__ void sum(int t, int32_t (&sums)[VECTOR]) const {
+#pragma unroll
+    for (int s = 0; s < C::SPLIT; ++s) {
+      const int32_t* slab = s == 0 ? own : received + (s - 1) * C::PART_SLABS * C::PIECE_BYTES / 4;
+#pragma unroll
+      for (int v = 0; v < VECTOR; v += 4) {
+        const int4 four = *reinterpret_cast<const int4*>(slab + slab_word(t, half * VECTOR + v));
+        const int32_t parts[] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[v + e] = s == 0 ? parts[e] : sums[v + e] + parts[e];
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(const Gemm& p) const {
+    constexpr int PACK = 16 / sizeof(T);  // elements of one 16-byte store
+    float2 terms[VECTOR];
+#pragma unroll
+    for (int v = 0; v < VECTOR; ++v) terms[v] = columns[v];
+    const bool vectors = p.ldd % PACK == 0 && reinterpret_cast<uintptr_t>(p.d) % 16 == 0 && n + VECTOR <= p.n;
+    T* d = static_cast<T*>(p.d) + n;
+#pragma unroll 2
+    for (int t = token; t < tokens; t += TOKEN_STEP) {
+      int32_t sums[VECTOR];
+      sum(t, sums);
+      alignas(16) T values[VECTOR];
+#pragma unroll
+      for (int v = 0; v < VECTOR; v += 2)
+        finish<T>(&values[v], sums[v], sums[v + 1], scale_m[t], terms[v], terms[v + 1]);
+      T* out = d + (m0 + t) * p.ldd;
+      if (vectors) {
+#pragma unroll
+        for (int v = 0; v < VECTOR; v += PACK)
+          *reinterpret_cast<Vector<T, PACK>*>(out + v) = *reinterpret_cast<const Vector<T, PACK>*>(&values[v]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < VECTOR; ++v)
+          if (n + v < p.n) out[v] = values[v];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_with_options(const Gemm& p) const {
+    const float inverse = inverse_d_scale(p);
+#pragma unroll 1
+    for (int t = token; t < tokens; t += TOKEN_STEP) {
+      int32_t sums[VECTOR];
+      sum(t, sums);
+      float y[VECTOR];
+#pragma unroll
+      for (int v = 0; v < VECTOR; ++v) y[v] = scaled(sums[v], scale_m[t], columns[v]);
+      finish_row(p, y, m0 + t, n, inverse);
+    }
+  }
+};
+
+template <typename C>
+__global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split2(const __grid_constant__ Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const Gemm& p = params.gemm;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  const uint32_t base = ptx::shared_address(shared);
+  const uint32_t full = base + C::BARRIERS, empty = full + C::STAGES * 8;
+  const uint32_t received = empty + C::STAGES * 8;  // the other blocks' sums of this block's share
+  const uint32_t ready = received + 8;  // every block of the cluster is done with its ring
+  const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
+  const bool is_producer = warp_id >= C::WARPS, is_first = warp_id == C::WARPS && lane_id == 0;
+
+  const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
+  // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
+  const int tile = blockIdx.x / C::SPLIT, row_tile = params.tiles_m == 1 ? tile : tile / params.tiles_m;
+  const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * params.tile_tokens;
+  // How many there are of both: the last tile's boxes end with the matrices.
+  const int rows = static_cast<int>(min(p.n - row0, int64_t{C::ROWS}));
+  const int tokens = static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}));
+  const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
+
+  auto load_weights = [&](int i, int stage) {
+    const uint32_t barrier = full + stage * 8, smem = base + stage * C::BYTES_B;
+    const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
+    ptx::mbarrier_arrive_expect(barrier, (rows + tokens) * BLOCK_K);
+    if (params.tiles_m == 1) {
+      ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+    } else {
+      ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+    }
+  };
+  const int box_tokens = C::WIDE ? C::MMA_N : params.tile_tokens;
+  auto load_tokens = [&](int i, int stage, int token_stage) {
+    const uint32_t smem = base + C::TOKEN_RING + token_stage * C::BYTES_A;
+#pragma unroll
+    for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
+      if (first >= tokens) break;
+      const CUtensorMap* map = tokens - first < box_tokens ? &params.tokens.last : &params.tokens.whole;
+      ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
+    }
+  };
+
+  int requested = 0;  // weights of the first buffers
+  if (is_first) {
+    for (int s = 0; s < C::STAGES; ++s) {
+      ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
+      ptx::mbarrier_init(empty + s * 8, C::CONSUMERS);
+    }
+    ptx::mbarrier_init(received, 1);
+    ptx::mbarrier_init(ready, C::SPLIT);
+    ptx::mbarrier_init_fence();
+    if (p.b_is_constant)
+#pragma unroll 1
+      for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested, requested);
+    if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
+  }
+  __syncthreads();
+  if (C::SPLIT > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
+
+  if (is_producer) {
+    if (C::WIDE) ptx::setmaxnreg_dec<24>();
+    if (is_first) {
+      ptx::grid_wait();
+      if (C::EARLY) ptx::grid_release();
+      // Step i's tokens take the buffer of step i - TOKEN_STAGES, whose weights make room for those of i - TOKEN_STAGES + STAGES.
+      RingPosition<C::STAGES> at, freed;
+      RingPosition<C::TOKEN_STAGES> tokens_at;
+#pragma unroll 1
+      for (int i = 0; i < k_count; ++i, at.advance(), tokens_at.advance()) {
+        int wanted = i + 1;
+        if (i >= C::TOKEN_STAGES) {
+          ptx::mbarrier_wait(empty + freed.stage * 8, freed.parity);
+          freed.advance();
+        }
+        if (i >= C::TOKEN_STAGES - 1) wanted += C::STAGES - C::TOKEN_STAGES;
+#pragma unroll 1
+        for (; requested < min(wanted, k_count); ++requested) load_weights(requested, requested % C::STAGES);
+        load_tokens(i, at.stage, tokens_at.stage);
+      }
+      if (!C::EARLY) ptx::grid_release();
+    }
+    __syncwarp();
+    if (C::SPLIT > 1) {
+      ptx::cluster_wait();
+      ptx::cluster_arrive_relaxed();
+      ptx::cluster_wait();
+    }
+    return;
+  }
+
+  if (C::WIDE) ptx::setmaxnreg_inc<232>();
+  float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
+  float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
+  if (!p.b_is_constant) ptx::grid_wait();
+  if (threadIdx.x < C::ROWS) columns[threadIdx.x] = column_terms(p, row0 + threadIdx.x);
+  if (p.b_is_constant) ptx::grid_wait();
+#pragma unroll
+  for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
+    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = row_scale(p, token0 + t + threadIdx.x);
+
+  // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
+  int32_t acc[C::MMAS][C::MMA_N / 2];
+  // Invariant: on entry to step i the wgmmas of step i - 1 may still run; its buffer is not yet released.
+  RingPosition<C::STAGES> at;
+  RingPosition<C::TOKEN_STAGES> tokens_at;
+  int previous = 0;
+#pragma unroll 1
+  for (int i = 0; i < k_count; ++i) {
+    ptx::mbarrier_wait(full + at.stage * 8, at.parity);
+    const uint64_t a = ptx::wgmma_descriptor(base + at.stage * C::BYTES_B + warp_id / 4 * 64 * BLOCK_K);
+    const uint64_t b = ptx::wgmma_descriptor(base + C::TOKEN_RING + tokens_at.stage * C::BYTES_A);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < BLOCK_K / MMA_K; ++step)
+#pragma unroll
+      for (int j = 0; j < C::MMAS; ++j)
+        ptx::wgmma_m64k32_s8(acc[j], a + step * MMA_K / 16, b + (j * C::MMA_N * BLOCK_K + step * MMA_K) / 16,
+                             i > 0 || step > 0);
+    ptx::wgmma_commit();
+    if (i > 0) {
+      ptx::wgmma_wait<1>();
+      if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty + previous * 8);
+    }
+    previous = at.stage;
+    at.advance();
+    tokens_at.advance();
+  }
+  ptx::wgmma_wait<0>();
+  ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
+
+  // D's fragment of a warp: lane (group, pair) holds rows group, group + 8 of tokens pair, pair + 1 of every 8.
+  int32_t* staging = reinterpret_cast<int32_t*>(shared);
+  int32_t* own_slab = staging + warp_id * C::TOKENS * SLAB_ROWS;
+  const int group = lane_id / 4, pair = lane_id % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < C::TOKENS / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      own_slab[j * 8 * SLAB_ROWS + slab_word(pair + e % 2, group + e / 2 * 8)] =
+          k_count > 0 ? acc[j * 8 / C::MMA_N][j * 8 % C::MMA_N / 2 + e] : 0;
+
+  if (C::SPLIT > 1) {
+    ptx::cluster_wait();  // the others have started
+    if (!C::OWN_RECEIVE) {
+      if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, threadIdx.x);
+      ptx::mbarrier_wait(ready, 0);
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    // A piece of this warp's sums goes to each block that finishes some; a block keeps a slot for each of the others.
+    const int to = C::BY_TOKEN ? lane_id : warp_id / C::PART_SLABS;
+    if (lane_id < C::PIECES && to != rank) {
+      const int slot = rank < to ? rank : rank - 1;
+      const uint32_t target = base + C::RECEIVE + (slot * C::PART_SLABS + warp_id % C::PART_SLABS) * C::PIECE_BYTES;
+      ptx::bulk_copy_to_block(ptx::cluster_address(target, to),
+                              ptx::shared_address(own_slab) + lane_id * C::PIECE_BYTES, C::PIECE_BYTES,
+                              ptx::cluster_address(received, to));
+    }
+  }
+  ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // this block's own sums lie there
+  if (C::SPLIT > 1) {
+    ptx::mbarrier_wait(received, 0);
+    __syncwarp();
+    ptx::cluster_arrive_relaxed();  // the others' copies have been read
+  }
+
+  // 8 lanes take 4 tokens of 16 columns, neighbouring groups of 8 neighbouring columns.
+  const int slab = threadIdx.x / 8 % C::PART_SLABS, half = threadIdx.x % 2;
+  const int slab0 = C::BY_TOKEN ? 0 : rank * C::PART_SLABS, first_token = C::BY_TOKEN ? rank * C::PART_TOKENS : 0;
+  const int column = (slab0 + slab) * SLAB_ROWS + half * VECTOR;
+  const Share<C> mine{staging + ((slab0 + slab) * C::TOKENS + first_token) * SLAB_ROWS,
+                      reinterpret_cast<const int32_t*>(shared + C::RECEIVE) + slab * C::PIECE_BYTES / 4,
+                      scale_m + first_token,
+                      columns + column,
+                      token0 + first_token,
+                      row0 + column,
+                      static_cast<int>(threadIdx.x / (8 * C::PART_SLABS) * 4 + threadIdx.x / 2 % 4),
+                      min(tokens - first_token, C::PART_TOKENS),
+                      half};
+  if (has_options(p)) {
+    mine.store_with_options(p);
+  } else {
+    switch (p.d_dtype) {
+      case DType::kFloat32: mine.template store<float>(p); break;
+      case DType::kFloat16: mine.template store<__half>(p); break;
+      case DType::kBFloat16: mine.template store<__nv_bfloat16>(p); break;
+      default: mine.template store<int32_t>(p); break;
+    }
+  }
+  // The copies that the others read lie in this block's memory: it stays until all have arrived there.
+  if (C::SPLIT > 1) {
+    __syncwarp();
+    ptx::cluster_wait();
+  }
+#endif
+}
+
+template <typename C>
+Status launch_config(const Gemm& p, Stream stream) {
+  if (!encode_tiled()) return kNoTensorMaps;
+  Params params;
+  params.gemm = p;
+  params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
+  params.tile_tokens = C::WIDE ? C::TOKENS : static_cast<int>(ceil_div(p.m, params.tiles_m));
+  if (!make_boxes(&params.weights, p.b, p.n, p.k, p.ldb, C::ROWS) ||
+      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, C::WIDE ? C::MMA_N : params.tile_tokens))
+    return kTensorMapRefused;
+  params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
+  const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
+  if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
+  return launch<gemm_sm90_split2<C>>(
+      {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::SPLIT, p.overlap}, stream, params);
+}
+
+}  // namespace
+
+Status launch_gemm_sm90_split2(const Gemm& problem, int config_id, Stream stream) {
+  switch (config_id) {
+#define HWKERN_CASE(ID, ...) \
+  case ID: return launch_config<Config<__VA_ARGS__>>(problem, stream);
+    HWKERN_SM90_SPLIT2_CONFIGS(HWKERN_CASE)
+#undef HWKERN_CASE
+    default: return invalid("gemm: this id is not one of the sm90 split-K kernels");
+  }
+}
+
+}  // namespace hwkern
