@@ -177,8 +177,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split2
   const int tokens = static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}));
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
-  auto load_weights = [&](int i, int stage) {
-    const uint32_t barrier = full + stage * 8, smem = base + stage * C::BYTES_B;
+  // Step i's weights, and the bytes that its barrier waits for; then its tokens.
+  auto load_weights = [&](int i) {
+    const uint32_t stage = i % C::STAGES, barrier = full + stage * 8, smem = base + stage * C::BYTES_B;
     const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
     ptx::mbarrier_arrive_expect(barrier, (rows + tokens) * BLOCK_K);
     if (params.tiles_m == 1) {
@@ -188,17 +189,17 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split2
     }
   };
   const int box_tokens = C::WIDE ? C::MMA_N : params.tile_tokens;
-  auto load_tokens = [&](int i, int stage, int token_stage) {
-    const uint32_t smem = base + C::TOKEN_RING + token_stage * C::BYTES_A;
+  auto load_tokens = [&](int i) {
+    const uint32_t barrier = full + i % C::STAGES * 8, smem = base + C::TOKEN_RING + i % C::TOKEN_STAGES * C::BYTES_A;
 #pragma unroll
     for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
       if (first >= tokens) break;
       const CUtensorMap* map = tokens - first < box_tokens ? &params.tokens.last : &params.tokens.whole;
-      ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
+      ptx::tma_load(smem + first * BLOCK_K, map, barrier, (k_first + i) * BLOCK_K, token0 + first);
     }
   };
 
-  int requested = 0;  // weights of the first buffers
+  int requested = 0;  // steps whose weights have been asked for
   if (is_first) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split2
     ptx::mbarrier_init_fence();
     if (p.b_is_constant)
 #pragma unroll 1
-      for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested, requested);
+      for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested);
     if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
   }
   __syncthreads();
@@ -220,20 +221,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split2
     if (is_first) {
       ptx::grid_wait();
       if (C::EARLY) ptx::grid_release();
-      // Step i's tokens take the buffer of step i - TOKEN_STAGES, whose weights make room for those of i - TOKEN_STAGES + STAGES.
-      RingPosition<C::STAGES> at, freed;
-      RingPosition<C::TOKEN_STAGES> tokens_at;
 #pragma unroll 1
-      for (int i = 0; i < k_count; ++i, at.advance(), tokens_at.advance()) {
-        int wanted = i + 1;
-        if (i >= C::TOKEN_STAGES) {
-          ptx::mbarrier_wait(empty + freed.stage * 8, freed.parity);
-          freed.advance();
-        }
-        if (i >= C::TOKEN_STAGES - 1) wanted += C::STAGES - C::TOKEN_STAGES;
+      for (int i = 0; i < k_count; ++i) {
+        const int freed = i - C::TOKEN_STAGES;  // the step whose tokens make room for this one's
+        if (freed >= 0) ptx::mbarrier_wait(empty + freed % C::STAGES * 8, freed / C::STAGES & 1);
+        const int end = min(freed < -1 ? i + 1 : freed + 1 + C::STAGES, k_count);
 #pragma unroll 1
-        for (; requested < min(wanted, k_count); ++requested) load_weights(requested, requested % C::STAGES);
-        load_tokens(i, at.stage, tokens_at.stage);
+        for (; requested < end; ++requested) load_weights(requested);
+        load_tokens(i);
       }
       if (!C::EARLY) ptx::grid_release();
     }
