@@ -49,23 +49,6 @@ constexpr int kAnyNewer = 999;
              BLOCKS,                                                          \
              Scheme::kW8A8,                                                   \
              SPLIT},
-#define HWKERN_SM90_SPLIT2_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, AST, BLOCKS, EARLY) \
-  GemmConfig{ID,                                                              \
-             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES "a" #AST,          \
-             90,                                                              \
-             90,                                                              \
-             TOKENS,                                                          \
-             ROWS,                                                            \
-             kSm90BlockK,                                                     \
-             1,                                                               \
-             ROWS / 16,                                                       \
-             1,                                                               \
-             STAGES,                                                          \
-             1,                                                               \
-             sm90_split2_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, AST, BLOCKS),    \
-             BLOCKS,                                                          \
-             Scheme::kW8A8,                                                   \
-             SPLIT},
 // A cluster or the copy engine needs Hopper or newer.
 #define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS) \
   GemmConfig{ID,                                                                     \
@@ -84,7 +67,7 @@ constexpr int kAnyNewer = 999;
              BLOCKS,                                                                 \
              Scheme::kW8A16},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(
-    HWKERN_SM90_ROW) HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW) HWKERN_SM90_SPLIT2_CONFIGS(HWKERN_SM90_SPLIT2_ROW) HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
+    HWKERN_SM90_ROW) HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW) HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW

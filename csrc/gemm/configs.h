@@ -1,6 +1,8 @@
 // The config table: one row, one instantiation. gemm_sm80.cu expands the rows into kernels, configs.cpp into data.
 #pragma once
 
+#include <algorithm>
+
 #include "hwkern.h"
 
 // X(id, BLOCK_M, BLOCK_N, BLOCK_K, WARPS_M, WARPS_N, WARPS_K, STAGES, BLOCKS_PER_SM)
@@ -26,80 +28,37 @@
   X(107, 192, 5, true, 1, 2)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
-// EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
-// missing had other ring sizes, or were slower than these.
+// EARLY lets the next launch start beside this one from its beginning, else from its last load on. Ids that are missing
+// had other ring sizes, or were not faster than these.
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \
-  X(201, 64, 16, 4, 7, 3, true)      \
-  X(206, 64, 32, 2, 9, 2, false)     \
-  X(209, 64, 64, 1, 7, 2, true)      \
-  X(210, 128, 128, 2, 7, 1, false)   \
-  X(215, 128, 16, 1, 6, 2, true)     \
-  X(216, 128, 48, 1, 5, 2, true)     \
-  X(217, 128, 64, 2, 9, 1, false)    \
-  X(218, 128, 80, 2, 8, 1, false)    \
-  X(219, 64, 96, 1, 5, 2, true)      \
-  X(220, 128, 96, 1, 8, 1, false)    \
-  X(221, 64, 128, 2, 9, 1, false)    \
-  X(222, 64, 128, 1, 9, 1, false)    \
-  X(223, 128, 128, 1, 7, 1, false)   \
-  X(224, 64, 160, 2, 8, 1, false)    \
-  X(225, 128, 160, 1, 6, 1, false)   \
-  X(226, 128, 160, 2, 6, 1, false)   \
-  X(227, 64, 192, 2, 7, 1, false)    \
-  X(228, 128, 192, 2, 5, 1, false)   \
-  X(229, 128, 224, 2, 5, 1, false) \
-  X(230, 128, 80, 1, 8, 1, false) \
-  X(231, 128, 112, 1, 7, 1, false) \
-  X(232, 128, 144, 1, 6, 1, false) \
-  X(233, 128, 192, 1, 5, 1, false) \
-  X(234, 128, 224, 1, 5, 1, false) \
-  X(235, 128, 256, 1, 4, 1, false) \
-  X(236, 128, 288, 1, 4, 1, false) \
-  X(237, 128, 320, 1, 4, 1, false) \
-  X(238, 128, 352, 1, 3, 1, false) \
-  X(239, 128, 384, 1, 3, 1, false) \
-  X(240, 64, 128, 1, 4, 2, true) \
-  X(241, 64, 144, 1, 8, 1, false) \
-  X(242, 64, 160, 1, 8, 1, false) \
-  X(243, 64, 192, 1, 7, 1, false) \
-  X(244, 64, 224, 1, 6, 1, false) \
-  X(245, 64, 128, 2, 8, 1, false) \
-  X(246, 128, 64, 2, 8, 1, false) \
-  X(247, 128, 128, 2, 6, 1, false) \
-  X(248, 128, 80, 2, 7, 1, false) \
-  X(249, 64, 160, 2, 7, 1, false) \
-  X(250, 64, 192, 2, 6, 1, false) \
-  X(251, 64, 224, 2, 6, 1, false) \
-  X(252, 64, 64, 1, 13, 1, false) \
-  X(253, 64, 96, 1, 10, 1, false)
-
-#define HWKERN_SM90_SPLIT2_CONFIGS(X) \
-  X(260, 64, 128, 1, 7, 3, 2, false) \
-  X(261, 64, 128, 2, 7, 3, 2, false) \
-  X(262, 64, 96, 1, 7, 4, 2, false) \
-  X(263, 64, 64, 1, 8, 5, 2, false) \
-  X(264, 64, 160, 1, 6, 3, 2, false) \
-  X(265, 128, 64, 1, 5, 3, 2, false) \
-  X(266, 128, 96, 1, 5, 2, 2, false) \
-  X(267, 128, 128, 1, 4, 2, 2, false) \
-  X(268, 64, 192, 1, 7, 2, 2, false) \
-  X(270, 64, 256, 1, 12, 4, 1, false) \
-  X(271, 128, 256, 1, 6, 4, 1, false) \
-  X(272, 64, 224, 2, 10, 5, 1, false) \
-  X(273, 64, 256, 2, 12, 4, 1, false) \
-  X(274, 128, 192, 1, 7, 4, 1, false) \
-  X(275, 64, 128, 2, 14, 6, 1, false) \
-  X(276, 128, 64, 2, 10, 5, 1, false) \
-  X(277, 128, 384, 1, 5, 3, 1, false) \
-  X(278, 128, 320, 1, 6, 3, 1, false) \
-  X(279, 128, 288, 1, 7, 3, 1, false) \
-  X(280, 128, 352, 1, 5, 3, 1, false) \
-  X(281, 64, 128, 1, 7, 3, 2, true) \
-  X(282, 64, 96, 1, 7, 4, 2, true) \
-  X(283, 64, 64, 1, 9, 4, 2, true) \
-  X(284, 128, 64, 1, 5, 3, 2, true) \
-  X(285, 64, 160, 1, 6, 3, 2, true) \
-  X(286, 64, 192, 1, 7, 2, 2, true)
+  X(201, 64, 16, 4, 7, 3, true)    \
+  X(206, 64, 32, 2, 9, 2, false)   \
+  X(209, 64, 64, 1, 7, 2, true)    \
+  X(215, 128, 16, 1, 6, 2, true)   \
+  X(217, 128, 64, 2, 9, 1, false)  \
+  X(218, 128, 80, 2, 8, 1, false)  \
+  X(219, 64, 96, 1, 5, 2, true)    \
+  X(222, 64, 128, 1, 9, 1, false)  \
+  X(223, 128, 128, 1, 7, 1, false) \
+  X(224, 64, 160, 2, 8, 1, false)  \
+  X(225, 128, 160, 1, 6, 1, false) \
+  X(227, 64, 192, 2, 7, 1, false)  \
+  X(228, 128, 192, 2, 5, 1, false) \
+  X(230, 64, 64, 1, 13, 1, false)  \
+  X(231, 64, 96, 1, 10, 1, false)  \
+  X(232, 64, 128, 2, 8, 1, false)  \
+  X(233, 64, 160, 1, 8, 1, false)  \
+  X(234, 64, 192, 1, 7, 1, false)  \
+  X(235, 64, 224, 1, 6, 1, false)  \
+  X(236, 64, 224, 2, 6, 1, false)  \
+  X(237, 128, 144, 1, 6, 1, false) \
+  X(238, 128, 176, 1, 5, 1, false) \
+  X(239, 128, 192, 1, 5, 1, false) \
+  X(240, 128, 224, 1, 5, 1, false) \
+  X(241, 128, 256, 1, 4, 1, false) \
+  X(242, 128, 288, 1, 4, 1, false) \
+  X(243, 128, 320, 1, 4, 1, false) \
+  X(244, 128, 352, 1, 3, 1, false)
 
 namespace hwkern {
 
@@ -144,10 +103,9 @@ constexpr int sm90_split_receive_bytes(int rows, int tokens, int split) {
 constexpr int sm90_split_term_bytes(int rows, int tokens, int stages) {
   return 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
 }
-constexpr int max_bytes(int a, int b) { return a > b ? a : b; }
 // The ring, and over it, when it is done, the block's own sums.
 constexpr int sm90_split_ring_bytes(int rows, int tokens, int stages) {
-  return max_bytes(stages * (rows + tokens) * kSm90BlockK, rows * tokens * 4);
+  return std::max(stages * (rows + tokens) * kSm90BlockK, rows * tokens * 4);
 }
 // What is received has memory of its own where it fits, so that it can arrive while the ring is in use; else it lies over
 // the ring.
@@ -159,33 +117,12 @@ constexpr bool sm90_split_own_receive(int rows, int tokens, int split, int stage
 constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages, int blocks) {
   const int ring = sm90_split_ring_bytes(rows, tokens, stages), receive = sm90_split_receive_bytes(rows, tokens, split);
   return sm90_split_own_receive(rows, tokens, split, stages, blocks) ? ring + receive
-                                                                     : max_bytes(ring, rows * tokens * 4 + receive);
+                                                                     : std::max(ring, rows * tokens * 4 + receive);
 }
 constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages, int blocks) {
   return sm90_split_data_bytes(rows, tokens, split, stages, blocks) + sm90_split_term_bytes(rows, tokens, stages);
 }
 
-// The ring, and over it, when it is done, the block's own sums.
-constexpr int sm90_split2_ring_bytes(int rows, int tokens, int stages, int token_stages) {
-  return max_bytes((stages * rows + token_stages * tokens) * kSm90BlockK, rows * tokens * 4);
-}
-// What is received has memory of its own where it fits, so that it can arrive while the ring is in use; else it lies over
-// the ring.
-constexpr bool sm90_split2_own_receive(int rows, int tokens, int split, int stages, int token_stages, int blocks) {
-  return blocks * (sm90_split2_ring_bytes(rows, tokens, stages, token_stages) + sm90_split_receive_bytes(rows, tokens, split) +
-                   sm90_split_term_bytes(rows, tokens, stages) + 1024) <=
-         kSmSharedBytes;
-}
-constexpr int sm90_split2_data_bytes(int rows, int tokens, int split, int stages, int token_stages, int blocks) {
-  const int ring = sm90_split2_ring_bytes(rows, tokens, stages, token_stages), receive = sm90_split_receive_bytes(rows, tokens, split);
-  return sm90_split2_own_receive(rows, tokens, split, stages, token_stages, blocks) ? ring + receive
-                                                                     : max_bytes(ring, rows * tokens * 4 + receive);
-}
-constexpr int sm90_split2_shared_bytes(int rows, int tokens, int split, int stages, int token_stages, int blocks) {
-  return sm90_split2_data_bytes(rows, tokens, split, stages, token_stages, blocks) + sm90_split_term_bytes(rows, tokens, stages);
-}
-
-Status launch_gemm_sm90_split2(const Gemm& problem, int config_id, Stream stream);
 // One row of the table launched on `stream`; gemm.cpp has validated the problem and that the device can run the row.
 Status launch_gemm_sm80(const Gemm& problem, int config_id, int compute, Stream stream);
 Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream stream);

@@ -2,7 +2,8 @@
 //
 // Swapped operands: ROWS rows of B are the M side of wgmma and TOKENS rows of A its N side, so that 8 tokens waste
 // nothing. The SPLIT blocks of a cluster share one such tile and split K between them; a block's SPLITth of the sums is
-// its own to finish. Sums are int32, so their order does not matter: the same bits in every run.
+// its own to finish. Sums are int32, so their order does not matter: the same bits in every run. More than TOKENS rows of
+// A are tiles of equal height, so that no block has more to load than the others.
 //
 //   producer warp   fills a ring of STAGES buffers of 128 bytes of K by TMA. Constant weights are requested before
 //                   the preceding kernel has ended (see Overlap in hwkern.h), the activations after.
@@ -10,8 +11,8 @@
 //                   other blocks of the cluster their shares with the copy engine, and finishes its own with 16-byte
 //                   stores along N.
 //
-// What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 64 KB and
-// more in each of the BLOCKS_PER_SM blocks of an SM.
+// What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 48 KB and
+// more of weights.
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
@@ -74,7 +75,7 @@ struct Config {
 struct Params {
   Boxes weights, tokens;
   Gemm gemm;
-  int tile_tokens;  // of a token tile, at most TOKENS: all tiles but the last have as many
+  int tile_tokens, box_tokens;  // of a token tile, and of each box of one: all but the last have as many
   int tiles_m, k_tiles;
 };
 
@@ -187,13 +188,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
       ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
     }
   };
-  const int box_tokens = C::WIDE ? C::MMA_N : params.tile_tokens;
   auto load_tokens = [&](int i, int stage) {
     const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B;
-#pragma unroll
-    for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
-      if (first >= tokens) break;
-      const CUtensorMap* map = tokens - first < box_tokens ? &params.tokens.last : &params.tokens.whole;
+    for (int first = 0; first < tokens; first += params.box_tokens) {
+      const CUtensorMap* map = tokens - first < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
       ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
     }
   };
@@ -351,8 +349,9 @@ Status launch_config(const Gemm& p, Stream stream) {
   params.gemm = p;
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
   params.tile_tokens = C::WIDE ? C::TOKENS : static_cast<int>(ceil_div(p.m, params.tiles_m));
+  params.box_tokens = C::WIDE ? C::MMA_N : params.tile_tokens;
   if (!make_boxes(&params.weights, p.b, p.n, p.k, p.ldb, C::ROWS) ||
-      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, C::WIDE ? C::MMA_N : params.tile_tokens))
+      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, params.box_tokens))
     return kTensorMapRefused;
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
   const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
