@@ -24,9 +24,13 @@ def runs_here(config: dict[str, int]) -> bool:
 RUNNABLE = [c for c in CONFIGS if runs_here(c)]
 all_configs = pytest.mark.parametrize("config", [c["id"] for c in RUNNABLE], ids=[c["name"] for c in RUNNABLE])
 
-# Around every tile edge (16, 32, 48, 64, 80, 96, 128, 160, 192, 224, 256), one element, odd sizes, K shorter than one
-# chunk, one buffer, the ring.
-M = [5, 130] if REDUCED else [1, 2, 15, 16, 17, 31, 33, 49, 64, 65, 81, 97, 127, 128, 129, 161, 193, 225, 257]
+# Around every tile edge (16, 32, 64, 80, 96, 128, 144, 160 … 352), tokens for two and three tiles of equal height, one
+# element, odd sizes, K shorter than one chunk, one buffer, the ring.
+M = (
+    [5, 300]
+    if REDUCED
+    else [1, 2, 15, 16, 17, 31, 33, 64, 65, 81, 97, 127, 128, 129, 145, 161, 177, 193, 225, 257, 289, 321, 353, 390]
+)
 N = [72, 257] if REDUCED else [1, 7, 8, 31, 32, 33, 64, 72, 127, 128, 129, 255, 256, 257, 520]
 K = [17, 700] if REDUCED else [1, 15, 16, 17, 32, 63, 64, 65, 127, 128, 129, 255, 256, 257, 700, 1024, 4096]
 

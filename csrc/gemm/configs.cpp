@@ -48,7 +48,7 @@ constexpr int kAnyNewer = 999;
              1,                                                               \
              STAGES,                                                          \
              1,                                                               \
-             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES),            \
+             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS),    \
              BLOCKS,                                                          \
              Scheme::kW8A8,                                                   \
              SPLIT},

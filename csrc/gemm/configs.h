@@ -1,6 +1,8 @@
 // The config table: one row, one instantiation. gemm_sm80.cu expands the rows into kernels, configs.cpp into data.
 #pragma once
 
+#include <algorithm>
+
 #include "hwkern.h"
 
 // X(id, BLOCK_M, BLOCK_N, BLOCK_K, WARPS_M, WARPS_N, WARPS_K, STAGES, BLOCKS_PER_SM)
@@ -28,28 +30,37 @@
   X(108, 192, 5, true, 1, 1, 128)
 
 // X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
-// EARLY lets the next launch start beside this one from its beginning, else from its last load on. 200 … 214 that are
-// missing had other ring sizes, or were slower than these.
+// EARLY lets the next launch start beside this one from its beginning, else from its last load on. Ids that are missing
+// had other ring sizes, or were not faster than these.
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \
-  X(201, 64, 16, 4, 7, 3, true)      \
-  X(206, 64, 32, 2, 9, 2, false)     \
-  X(209, 64, 64, 1, 7, 2, true)      \
-  X(210, 128, 128, 2, 7, 1, false)   \
-  X(215, 128, 16, 1, 6, 2, true)     \
-  X(216, 128, 48, 1, 5, 2, true)     \
-  X(217, 128, 64, 2, 9, 1, false)    \
-  X(218, 128, 80, 2, 8, 1, false)    \
-  X(219, 64, 96, 1, 5, 2, true)      \
-  X(220, 128, 96, 1, 8, 1, false)    \
-  X(221, 64, 128, 2, 9, 1, false)    \
-  X(222, 64, 128, 1, 9, 1, false)    \
-  X(223, 128, 128, 1, 7, 1, false)   \
-  X(224, 64, 160, 2, 8, 1, false)    \
-  X(225, 128, 160, 1, 6, 1, false)   \
-  X(226, 128, 160, 2, 6, 1, false)   \
-  X(227, 64, 192, 2, 7, 1, false)    \
-  X(228, 128, 192, 2, 5, 1, false)   \
-  X(229, 128, 224, 2, 5, 1, false)
+  X(201, 64, 16, 4, 7, 3, true)    \
+  X(206, 64, 32, 2, 9, 2, false)   \
+  X(209, 64, 64, 1, 7, 2, true)    \
+  X(215, 128, 16, 1, 6, 2, true)   \
+  X(217, 128, 64, 2, 9, 1, false)  \
+  X(218, 128, 80, 2, 8, 1, false)  \
+  X(219, 64, 96, 1, 5, 2, true)    \
+  X(222, 64, 128, 1, 9, 1, false)  \
+  X(223, 128, 128, 1, 7, 1, false) \
+  X(224, 64, 160, 2, 8, 1, false)  \
+  X(225, 128, 160, 1, 6, 1, false) \
+  X(227, 64, 192, 2, 7, 1, false)  \
+  X(228, 128, 192, 2, 5, 1, false) \
+  X(230, 64, 64, 1, 13, 1, false)  \
+  X(231, 64, 96, 1, 10, 1, false)  \
+  X(232, 64, 128, 2, 8, 1, false)  \
+  X(233, 64, 160, 1, 8, 1, false)  \
+  X(234, 64, 192, 1, 7, 1, false)  \
+  X(235, 64, 224, 1, 6, 1, false)  \
+  X(236, 64, 224, 2, 6, 1, false)  \
+  X(237, 128, 144, 1, 6, 1, false) \
+  X(238, 128, 176, 1, 5, 1, false) \
+  X(239, 128, 192, 1, 5, 1, false) \
+  X(240, 128, 224, 1, 5, 1, false) \
+  X(241, 128, 256, 1, 4, 1, false) \
+  X(242, 128, 288, 1, 4, 1, false) \
+  X(243, 128, 320, 1, 4, 1, false) \
+  X(244, 128, 352, 1, 3, 1, false)
 
 // X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
@@ -107,25 +118,34 @@ constexpr bool sm90_split_releases_early(int id) {
   return false;
 }
 
-// The other blocks' sums of one block's share of the tile: in memory of their own while that is little, so that they can
-// arrive while the ring is in use; else over the ring.
+constexpr int kSmSharedBytes = 233472;  // 228 KB an SM, of which the system takes 1 KB a block
+
+// What a block receives: the other blocks' sums of its share of the tile.
 constexpr int sm90_split_receive_bytes(int rows, int tokens, int split) {
   return rows * tokens * 4 / split * (split - 1);
 }
-constexpr bool sm90_split_own_receive(int rows, int tokens, int split) {
-  return sm90_split_receive_bytes(rows, tokens, split) <= 8 * 1024;
+// The token scales, the column terms, two barriers a stage and two more.
+constexpr int sm90_split_term_bytes(int rows, int tokens, int stages) {
+  return 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
 }
-// The ring, over it the block's own sums, and what it receives.
-constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages) {
-  const int ring = stages * (rows + tokens) * kSm90BlockK, staging = rows * tokens * 4;
-  const int receive = sm90_split_receive_bytes(rows, tokens, split);
-  const bool own = sm90_split_own_receive(rows, tokens, split);
-  const int over_ring = staging + (own ? 0 : receive);
-  return (ring > over_ring ? ring : over_ring) + (own ? receive : 0);
+// The ring, and over it, when it is done, the block's own sums.
+constexpr int sm90_split_ring_bytes(int rows, int tokens, int stages) {
+  return std::max(stages * (rows + tokens) * kSm90BlockK, rows * tokens * 4);
 }
-// That, the token scales, the column terms, two barriers a stage and two more.
-constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages) {
-  return sm90_split_data_bytes(rows, tokens, split, stages) + 4 * tokens + kColumnTermBytes * rows + 16 * stages + 16;
+// What is received has memory of its own where it fits, so that it can arrive while the ring is in use; else it lies over
+// the ring.
+constexpr bool sm90_split_own_receive(int rows, int tokens, int split, int stages, int blocks) {
+  return blocks * (sm90_split_ring_bytes(rows, tokens, stages) + sm90_split_receive_bytes(rows, tokens, split) +
+                   sm90_split_term_bytes(rows, tokens, stages) + 1024) <=
+         kSmSharedBytes;
+}
+constexpr int sm90_split_data_bytes(int rows, int tokens, int split, int stages, int blocks) {
+  const int ring = sm90_split_ring_bytes(rows, tokens, stages), receive = sm90_split_receive_bytes(rows, tokens, split);
+  return sm90_split_own_receive(rows, tokens, split, stages, blocks) ? ring + receive
+                                                                     : std::max(ring, rows * tokens * 4 + receive);
+}
+constexpr int sm90_split_shared_bytes(int rows, int tokens, int split, int stages, int blocks) {
+  return sm90_split_data_bytes(rows, tokens, split, stages, blocks) + sm90_split_term_bytes(rows, tokens, stages);
 }
 
 // The rows of x as int8, the ring, a consumer's staging, the terms of two tiles, the rows' scales, two barriers a stage and

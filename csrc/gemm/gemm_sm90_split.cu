@@ -2,7 +2,8 @@
 //
 // Swapped operands: ROWS rows of B are the M side of wgmma and TOKENS rows of A its N side, so that 8 tokens waste
 // nothing. The SPLIT blocks of a cluster share one such tile and split K between them; a block's SPLITth of the sums is
-// its own to finish. Sums are int32, so their order does not matter: the same bits in every run.
+// its own to finish. Sums are int32, so their order does not matter: the same bits in every run. More than TOKENS rows of
+// A are tiles of equal height, so that no block has more to load than the others.
 //
 //   producer warp   fills a ring of STAGES buffers of 128 bytes of K by TMA. Constant weights are requested before
 //                   the preceding kernel has ended (see Overlap in hwkern.h), the activations after.
@@ -10,8 +11,8 @@
 //                   other blocks of the cluster their shares with the copy engine, and finishes its own with 16-byte
 //                   stores along N.
 //
-// What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 64 KB and
-// more in each of the BLOCKS_PER_SM blocks of an SM.
+// What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 48 KB and
+// more of weights.
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
@@ -38,8 +39,11 @@ struct Config {
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
   static constexpr bool EARLY = EARLY_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
-  static constexpr int THREADS = CONSUMER_THREADS + 32;
-  static constexpr int ACCUMULATORS = TOKENS / 2;  // int32 registers a thread
+  // A wgmma and a box of the copy engine take at most 256 tokens: more are two of half the width.
+  static constexpr int MMAS = TOKENS > 256 ? 2 : 1, MMA_N = TOKENS / MMAS;
+  // Those sums want registers that the other threads give up: a whole warpgroup then, of which one warp produces.
+  static constexpr bool WIDE = MMAS > 1;
+  static constexpr int THREADS = CONSUMER_THREADS + (WIDE ? 128 : 32);
   static constexpr int BYTES_B = ROWS * BLOCK_K, BYTES_A = TOKENS * BLOCK_K, STAGE_BYTES = BYTES_B + BYTES_A;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
@@ -53,23 +57,25 @@ struct Config {
 
   static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
   static constexpr int RECEIVE_BYTES = sm90_split_receive_bytes(ROWS, TOKENS, SPLIT);
-  static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT);
+  static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
   static constexpr int RECEIVE =
       OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
-  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES);  // offset of the scales
+  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);  // offset of the scales
   static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
-  static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES);
+  static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
 
-  static_assert(ROWS % 64 == 0 && TOKENS % 8 == 0 && TOKENS <= 256);
+  static_assert(ROWS % 64 == 0 && TOKENS % (8 * MMAS) == 0 && TOKENS <= 384);
   static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
+  static_assert(!WIDE || (CONSUMERS == 2 && SPLIT == 1 && BLOCKS_PER_SM == 1));
   static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
   static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
-  static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
+  static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= kSmSharedBytes);
 };
 
 struct Params {
   Boxes weights, tokens;
   Gemm gemm;
+  int tile_tokens, box_tokens;  // of a token tile, and of each box of one: all but the last have as many
   int tiles_m, k_tiles;
 };
 
@@ -82,15 +88,15 @@ __device__ __forceinline__ int slab_word(int token, int row) {
 }
 
 // What a thread finishes of its block's part: VECTOR columns of D from `n` on, of the tokens token, token + TOKEN_STEP, …
-// The sums of all the part's tokens in these columns lie in `own` and SPLIT - 1 times in `received`; `scale_m` and m0
-// belong to the part's first token, `columns` to n.
+// below `tokens`. The sums of all the part's tokens in these columns lie in `own` and SPLIT - 1 times in `received`;
+// `scale_m` and m0 belong to the part's first token, `columns` to n.
 template <typename C>
 struct Share {
   const int32_t *own, *received;
   const float* scale_m;
   const float2* columns;
   int64_t m0, n;
-  int token, half;
+  int token, tokens, half;
 
   static constexpr int TOKEN_STEP = C::CONSUMER_THREADS / (8 * C::PART_SLABS) * 4;
 
@@ -117,16 +123,14 @@ struct Share {
     const bool vectors = p.ldd % PACK == 0 && reinterpret_cast<uintptr_t>(p.d) % 16 == 0 && n + VECTOR <= p.n;
     T* d = static_cast<T*>(p.d) + n;
 #pragma unroll 2
-    for (int t = token; t < C::PART_TOKENS; t += TOKEN_STEP) {
-      const int64_t m = m0 + t;
-      if (m >= p.m) break;
+    for (int t = token; t < tokens; t += TOKEN_STEP) {
       int32_t sums[VECTOR];
       sum(t, sums);
       alignas(16) T values[VECTOR];
 #pragma unroll
       for (int v = 0; v < VECTOR; v += 2)
         finish<T>(&values[v], sums[v], sums[v + 1], scale_m[t], terms[v], terms[v + 1]);
-      T* out = d + m * p.ldd;
+      T* out = d + (m0 + t) * p.ldd;
       if (vectors) {
 #pragma unroll
         for (int v = 0; v < VECTOR; v += PACK)
@@ -142,7 +146,7 @@ struct Share {
   __device__ __forceinline__ void store_with_options(const Gemm& p) const {
     const float inverse = inverse_d_scale(p);
 #pragma unroll 1
-    for (int t = token; t < C::PART_TOKENS && m0 + t < p.m; t += TOKEN_STEP) {
+    for (int t = token; t < tokens; t += TOKEN_STEP) {
       int32_t sums[VECTOR];
       sum(t, sums);
       float y[VECTOR];
@@ -163,15 +167,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const uint32_t received = empty + C::STAGES * 8;  // the other blocks' sums of this block's share
   const uint32_t ready = received + 8;  // every block of the cluster is done with its ring
   const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
-  const bool is_producer = warp_id == C::WARPS;
+  const bool is_producer = warp_id >= C::WARPS, is_first = warp_id == C::WARPS && lane_id == 0;
 
   const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
   const int tile = blockIdx.x / C::SPLIT, row_tile = params.tiles_m == 1 ? tile : tile / params.tiles_m;
-  const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * C::TOKENS;
+  const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * params.tile_tokens;
   // How many there are of both: the last tile's boxes end with the matrices.
   const int rows = static_cast<int>(min(p.n - row0, int64_t{C::ROWS}));
-  const int tokens = static_cast<int>(min(p.m - token0, int64_t{C::TOKENS}));
+  const int tokens = static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}));
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
   auto load_weights = [&](int i, int stage) {
@@ -185,12 +189,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     }
   };
   auto load_tokens = [&](int i, int stage) {
-    const CUtensorMap* map = tokens < C::TOKENS ? &params.tokens.last : &params.tokens.whole;
-    ptx::tma_load(base + stage * C::STAGE_BYTES + C::BYTES_B, map, full + stage * 8, (k_first + i) * BLOCK_K, token0);
+    const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B;
+    for (int first = 0; first < tokens; first += params.box_tokens) {
+      const CUtensorMap* map = tokens - first < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
+      ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
+    }
   };
 
   int requested = 0;  // weights of the first buffers
-  if (is_producer && lane_id == 0) {
+  if (is_first) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
       ptx::mbarrier_init(empty + s * 8, C::CONSUMERS);
@@ -207,7 +214,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   if (C::SPLIT > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
 
   if (is_producer) {
-    if (lane_id == 0) {
+    if (C::WIDE) ptx::setmaxnreg_dec<24>();
+    if (is_first) {
       ptx::grid_wait();
       if (C::EARLY) ptx::grid_release();
       RingPosition<C::STAGES> at;
@@ -228,6 +236,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     return;
   }
 
+  if (C::WIDE) ptx::setmaxnreg_inc<232>();
   float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
   float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
   if (!p.b_is_constant) ptx::grid_wait();
@@ -238,7 +247,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = row_scale(p, token0 + t + threadIdx.x);
 
   // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
-  int32_t acc[C::ACCUMULATORS];
+  int32_t acc[C::MMAS][C::MMA_N / 2];
   // Invariant: on entry to step i the wgmmas of step i - 1 may still run; its buffer is not yet released.
   RingPosition<C::STAGES> at;
   int previous = 0;
@@ -251,7 +260,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < BLOCK_K / MMA_K; ++step)
-      ptx::wgmma_m64k32_s8(acc, a + step * MMA_K / 16, b + step * MMA_K / 16, i > 0 || step > 0);
+#pragma unroll
+      for (int j = 0; j < C::MMAS; ++j)
+        ptx::wgmma_m64k32_s8(acc[j], a + step * MMA_K / 16, b + (j * C::MMA_N * BLOCK_K + step * MMA_K) / 16,
+                             i > 0 || step > 0);
     ptx::wgmma_commit();
     if (i > 0) {
       ptx::wgmma_wait<1>();
@@ -271,7 +283,8 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   for (int j = 0; j < C::TOKENS / 8; ++j)
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      own_slab[j * 8 * SLAB_ROWS + slab_word(pair + e % 2, group + e / 2 * 8)] = k_count > 0 ? acc[j * 4 + e] : 0;
+      own_slab[j * 8 * SLAB_ROWS + slab_word(pair + e % 2, group + e / 2 * 8)] =
+          k_count > 0 ? acc[j * 8 / C::MMA_N][j * 8 % C::MMA_N / 2 + e] : 0;
 
   if (C::SPLIT > 1) {
     ptx::cluster_wait();  // the others have started
@@ -309,6 +322,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
                       token0 + first_token,
                       row0 + column,
                       static_cast<int>(threadIdx.x / (8 * C::PART_SLABS) * 4 + threadIdx.x / 2 % 4),
+                      min(tokens - first_token, C::PART_TOKENS),
                       half};
   if (has_options(p)) {
     mine.store_with_options(p);
@@ -333,10 +347,12 @@ Status launch_config(const Gemm& p, Stream stream) {
   if (!encode_tiled()) return kNoTensorMaps;
   Params params;
   params.gemm = p;
-  if (!make_boxes(&params.weights, p.b, p.n, p.k, p.ldb, C::ROWS) ||
-      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, C::TOKENS))
-    return kTensorMapRefused;
   params.tiles_m = static_cast<int>(ceil_div(p.m, C::TOKENS));
+  params.tile_tokens = C::WIDE ? C::TOKENS : static_cast<int>(ceil_div(p.m, params.tiles_m));
+  params.box_tokens = C::WIDE ? C::MMA_N : params.tile_tokens;
+  if (!make_boxes(&params.weights, p.b, p.n, p.k, p.ldb, C::ROWS) ||
+      !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, params.box_tokens))
+    return kTensorMapRefused;
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
   const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
   if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
