@@ -50,7 +50,7 @@ struct Config {
 
   // For the epilogue (epilogue_sm90.cuh): a consumer stores alone, through a box of shared memory.
   static constexpr bool PINGPONG = true;
-  static constexpr int OWN_BOXES = 1;
+  static constexpr int OWN_BOXES = 1, NARROW = BLOCK_N;
 
   // Shared memory: the rows, the ring, the staging, the terms of two tiles, the scales, the barriers.
   static constexpr int RING = K_TILES_ * TILE_A, STAGING = RING + STAGES * STAGE_BYTES;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     }
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
-      ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 4);
+      ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 128);
       ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init(rows_full, 1);
@@ -313,14 +313,14 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
 #pragma unroll
       for (int part = 0; part < C::MMAS_M; ++part) {
         const int row = (half + part) * MMA_M + warp_id * 16;
-        parts[part] = {m0 + row, terms.n0, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
+        parts[part] = {m0 + row, terms.n0, C::BLOCK_N, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
       }
       ptx::wgmma_wait<0>();
       if (leader) ptx::mbarrier_arrive(empty + previous * 8);
       const float unused[C::BLOCK_N / 4] = {};  // for consumers that share boxes
       store<C>(params.out, acc, parts, unused, terms.columns, staging, thread, 0, consumer);
       __syncwarp();
-      if (lane == 0) ptx::mbarrier_arrive(terms_empty + buffer * 8);
+      ptx::mbarrier_arrive(terms_empty + buffer * 8);  // every thread, as in gemm_sm90.cu
       if (C::TURNS) ring.skip(k_tiles);  // the other consumer's tile
     }
   }
