@@ -188,8 +188,8 @@ def norm_engine(trt: Any, library: str) -> None:
     flags |= dict.fromkeys(("has_norm_bias", "has_skip", "has_norm_output", "has_sum_output"), 1)
     node = helper.make_node(
         "NormLinearInt8", ["x", "x", *values], ["y", "normed", "sum"], domain="hwkern", plugin_namespace="hwkern",
-        plugin_version="1", in_features=k, out_features=n, scheme="w8a8_dynamic", activation="none", config=-1, constant_weights=1,
-        norm="layer", epsilon=1e-12, norm_offset=0.0, **flags,
+        plugin_version="1", in_features=k, out_features=n, scheme="w8a8_dynamic", activation="none", config=-1,
+        constant_weights=1, norm="layer", epsilon=1e-12, norm_offset=0.0, **flags,
     )  # fmt: skip
     outputs = [("y", n), ("normed", k), ("sum", k)]
     infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", "S", size]) for name, size in outputs]
