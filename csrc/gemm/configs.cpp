@@ -75,6 +75,15 @@ constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_S
 
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
+// What was timed of the split-K rows, and the model fitted to: at most four tiles of few tokens; two rounds of blocks, and
+// one for more than 512 tokens, where tiles of more than 224 were left out.
+bool split_fits(const GemmConfig& config, int64_t m, int64_t n, const Device& device) {
+  if (config.block_m < 64 && m > 4 * config.block_m) return false;
+  const int64_t blocks = ceil_div(m, config.block_m) * ceil_div(n, config.block_n) * config.split_k;
+  const int64_t slots = int64_t{device.sm_count} * config.blocks_per_sm;
+  return m <= 512 ? blocks <= 2 * slots : blocks <= slots && config.block_m <= 224;
+}
+
 }  // namespace
 
 const GemmConfig* gemm_configs(int* count) {
@@ -91,15 +100,6 @@ const GemmConfig* gemm_config(int id) {
 bool gemm_runs_on(const GemmConfig& config, const Device& device) {
   return device.compute >= config.min_compute && device.compute <= config.max_compute &&
          device.shared_bytes >= config.shared_bytes;
-}
-
-// What was timed of the split-K rows, and the model fitted to: at most four tiles of few tokens; two rounds of blocks, and
-// one for more than 512 tokens, where tiles of more than 224 were left out.
-static bool split_fits(const GemmConfig& config, int64_t m, int64_t n, const Device& device) {
-  if (config.block_m < 64 && m > 4 * config.block_m) return false;
-  const int64_t blocks = ceil_div(m, config.block_m) * ceil_div(n, config.block_n) * config.split_k;
-  const int64_t slots = int64_t{device.sm_count} * config.blocks_per_sm;
-  return m <= 512 ? blocks <= 2 * slots : blocks <= slots && config.block_m <= 224;
 }
 
 int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
