@@ -82,28 +82,47 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   return kFixedUs + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
 }
 
+// What a split-K row takes more than the formula below says: fitted with its constants, where the row is the best or near.
+// 238 was not timed: the mean of its neighbours.
+constexpr struct {
+  int id;
+  double us;
+} kSplitRowUs[] = {{201, -0.57}, {206, -0.42}, {209, -0.31}, {215, -0.65}, {217, -0.18}, {218, 0.10},  {219, -0.41},
+                   {222, -0.08}, {223, -0.24}, {224, 0.37},  {225, -0.21}, {227, 0.40},  {228, 0.51},  {230, 0.19},
+                   {231, 0.00},  {232, 0.27},  {233, -0.22}, {234, -0.35}, {235, -0.59}, {236, 0.38},  {237, -0.19},
+                   {238, -0.18}, {239, -0.17}, {240, -0.12}, {241, -0.14}, {242, -0.05}, {243, -0.02}, {244, 0.02}};
+
+double split_row_us(int id) {
+  for (const auto& row : kSplitRowUs)
+    if (row.id == id) return row.us;
+  return 0;
+}
+
 // One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
 double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
-  constexpr double kFixedUs = 1.746;  // from the preceding kernel's end to the first wgmma, and the epilogue
-  constexpr double kMemoryBytesPerUs = 3.14e6, kL2BytesPerUs = 13.44e6;  // L2: into all SMs
-  constexpr double kOutBytes = 4.368;  // what an element of D costs, in bytes read
-  constexpr double kMacsPerUs = 6.163e6, kSmBytesPerUs = 124.8e3;  // of one SM
-  constexpr double kBlockUs = 0.07603, kRoundUs = 2.898;  // start and end of a block; of all that run at once
-  constexpr double kOutUs = 0.1699, kExchangeUs = 0.2577;  // of 8192 sums: finished, received
-  constexpr double kTokenTilesUs = 0.03073, kSplitTokenTilesUs = 0.9365;  // more than one tile of tokens
+  constexpr double kFixedUs = 1.952;  // from the preceding kernel's end to the first wgmma, and the epilogue
+  constexpr double kMemoryBytesPerUs = 3.155e6, kL2BytesPerUs = 14.85e6;  // L2: into all SMs
+  constexpr double kOutBytes = 5.127;  // what an element of D costs, in bytes read
+  constexpr double kMacsPerUs = 6.448e6, kSmBytesPerUs = 133.5e3, kSplitSmBytesPerUs = 96.75e3;  // of one SM
+  constexpr double kLatencyUs = 1.379;  // of a load: a block that runs alone takes so long for STAGES steps
+  constexpr double kBlockUs = 0.04864, kRoundUs = 1.955;  // start and end of a block; of all that run at once
+  constexpr double kOutUs = 0.04804, kExchangeUs = 0.1503;  // of 8192 sums: finished, received
+  constexpr double kTokenTilesUs = 0.1455, kSplitTokenTilesUs = 0.9152;  // more than one tile of tokens
   // The next launch's first loads: early with slots for all of them, they compete with this launch's (kClash of their
-  // time); early with too few, they fill this one's tail; late with too few, they come later.
-  constexpr double kClash = 0.1983, kTailUs = 0.9043, kLateUs = 0.116;
+  // time); early with too few, they fill this one's tail; late with too few, they come later. Weights that are not
+  // constant are asked for after the wait: with slots for all of them, that much (kWait) of their time is lost, and
+  // kPartlyUs of a split row with slots for some of them.
+  constexpr double kClash = 0.03652, kTailUs = 0.02502, kLateUs = 0.06758, kWait = 0.3219, kPartlyUs = 1.921;
   const int64_t tiles_m = ceil_div(m, c.block_m), blocks = tiles_m * ceil_div(n, c.block_n) * c.split_k;
   const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
   // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
   const int64_t at_once = c.split_k < 4 ? slots : slots - slots / 16;
   const double on_one_sm = double(ceil_div(blocks, device.sm_count)), rounds = double(ceil_div(blocks, at_once));
-  const double steps = double(ceil_div(ceil_div(k, c.block_k), c.split_k)),
-               tokens = double(std::min<int64_t>(m, c.block_m));
+  const double steps = double(ceil_div(ceil_div(k, c.block_k), c.split_k)), tokens = double(ceil_div(m, tiles_m));
   const double macs = double(c.block_m) * c.block_n * c.block_k * steps;
   const double bytes = (tokens + c.block_n) * c.block_k * steps;
-  const double sm_us = on_one_sm * (std::max(bytes / kSmBytesPerUs, macs / kMacsPerUs) + kBlockUs * c.split_k);
+  const double block_us = std::max(bytes / (c.split_k > 1 ? kSplitSmBytesPerUs : kSmBytesPerUs), macs / kMacsPerUs);
+  const double sm_us = std::max(on_one_sm * (block_us + kBlockUs * c.split_k), rounds * steps * kLatencyUs / c.stages);
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
   const double stream_us =
       smooth_max(smooth_max(memory_us, l2_bytes(tiles_m, ceil_div(n, c.block_n), m, n, k) / kL2BytesPerUs), sm_us);
@@ -113,10 +132,14 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   const double first_us =
       double(blocks) * c.block_n * c.block_k * std::min<double>(c.stages, steps) / kMemoryBytesPerUs;
   const bool next_fits = 2 * blocks <= slots, early = sm90_split_releases_early(c.id);
-  const double next_us = next_fits ? (early ? kClash * first_us : 0) : early ? -kTailUs : kLateUs;
+  const double waiting_us = next_fits ? kWait * first_us : c.split_k > 1 && 1.1 * blocks < slots ? kPartlyUs : 0;
+  const double next_us = !b_is_constant ? waiting_us
+                         : next_fits    ? (early ? kClash * first_us : 0)
+                         : early        ? -kTailUs
+                                        : kLateUs;
   const double busy = std::min(1.0, double(blocks) / device.sm_count);
   const double tiles_us = tiles_m == 1 ? 0 : busy * (c.split_k > 1 ? kSplitTokenTilesUs : kTokenTilesUs);
-  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + (b_is_constant ? next_us : 0) + tiles_us;
+  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + next_us + tiles_us + split_row_us(c.id);
 }
 
 }  // namespace

@@ -60,7 +60,8 @@ struct Config {
   static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
   static constexpr int RECEIVE =
       OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
-  static constexpr int TERMS = sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);  // offset of the scales
+  static constexpr int TERMS =
+      sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);  // offset of the scales
   static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
   static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
 
