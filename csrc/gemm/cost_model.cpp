@@ -81,7 +81,7 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
 constexpr struct {
   int id;
   double us;
-} kSplitRowUs[] = {{201, -0.48}, {206, -0.46}, {209, -0.35}, {215, -0.76}, {217, -0.06}, {218, 0.04},  {219, -0.35},
+} kSplitRowUs[] = {{201, -0.48}, {206, -0.46}, {209, -0.35}, {215, -0.76}, {217, -0.10}, {218, 0.04},  {219, -0.35},
                    {222, 0.12},  {223, -0.04}, {224, 0.50},  {225, -0.41}, {227, 0.62},  {228, 0.15},  {230, 0.33},
                    {231, 0.04},  {232, 0.38},  {233, -0.29}, {234, -0.46}, {235, -0.51}, {236, 0.60},  {237, -0.52},
                    {238, -0.37}, {239, -0.22}, {240, -0.44}, {241, -0.77}, {242, -0.30}, {243, -0.20}, {244, 0.01}};
@@ -106,7 +106,7 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   // time); early with too few, they fill this one's tail; late with too few, they come later. Weights that are not
   // constant are asked for after the wait: with slots for all of them, that much (kWait) of their time is lost, and
   // kPartlyUs of a split row with slots for some of them.
-  constexpr double kClash = 0.007593, kTailUs = 1.444e-06, kLateUs = 0.04486, kWait = 0.2978, kPartlyUs = 1.994;
+  constexpr double kClash = 0.15, kLateUs = 0.04486, kWait = 0.2978, kPartlyUs = 1.994;
   const int64_t tiles_m = ceil_div(m, c.block_m), blocks = tiles_m * ceil_div(n, c.block_n) * c.split_k;
   const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
   // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
@@ -128,7 +128,7 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   const double waiting_us = next_fits ? kWait * first_us : c.split_k > 1 && 1.1 * blocks < slots ? kPartlyUs : 0;
   const double next_us = !b_is_constant ? waiting_us
                          : next_fits    ? (early ? kClash * first_us : 0)
-                         : early        ? -kTailUs
+                         : early        ? 0
                                         : kLateUs;
   const double busy = std::min(1.0, double(blocks) / device.sm_count);
   const double tiles_us = tiles_m == 1 ? 0 : busy * (c.split_k > 1 ? kSplitTokenTilesUs : kTokenTilesUs);
