@@ -100,9 +100,10 @@ constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_S
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
 // What was timed of the split-K rows, and the model fitted to: at most four tiles of few tokens; two rounds of blocks, and
-// one for more than 512 tokens, where tiles of more than 224 were left out.
-bool split_fits(const GemmConfig& config, int64_t m, int64_t n, const Device& device) {
+// one for more than 512 tokens, where tiles of more than 224 were left out; rows from 230 on with large matrices alone.
+bool split_fits(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device) {
   if (config.block_m < 64 && m > 4 * config.block_m) return false;
+  if (config.id >= 230 && n * k < int64_t{8} << 20) return false;
   const int64_t blocks = ceil_div(m, config.block_m) * ceil_div(n, config.block_n) * config.split_k;
   const int64_t slots = int64_t{device.sm_count} * config.blocks_per_sm;
   return m <= 512 ? blocks <= 2 * slots : blocks <= slots && config.block_m <= 224;
@@ -153,7 +154,7 @@ int gemm_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool b_is
     if (config.scheme != Scheme::kW8A8 || !gemm_runs_on(config, device)) continue;
     // On Hopper no mma.sync row was the fastest at any of 132 shapes; their predictions are for other GPUs.
     if (device.compute == 90 && config.id < kFirstSm90Id) continue;
-    if (is_sm90_split(config.id) && !split_fits(config, m, n, device)) continue;
+    if (is_sm90_split(config.id) && !split_fits(config, m, n, k, device)) continue;
     const double us = gemm_predict_us(config, m, n, k, device, b_is_constant);
     if (best < 0 || us < best_us) best = config.id, best_us = us;
   }
