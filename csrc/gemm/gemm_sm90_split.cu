@@ -191,7 +191,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   };
   auto load_tokens = [&](int i, int stage) {
     const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B;
-    for (int first = 0; first < tokens; first += params.box_tokens) {
+    // NOTE: how many boxes there may be is known here: a build with a loop over their number at run time, in the one thread
+    // that asks for everything, took 33.9 µs for 256×4096×14336 where one like this had taken 30.2.
+#pragma unroll
+    for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
+      if (first >= tokens) break;
       const CUtensorMap* map = tokens - first < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
       ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
     }
