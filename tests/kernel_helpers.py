@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +21,41 @@ GUARD = 512  # bytes before and after every output
 POISON = 0xA5
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def configs(scheme: str) -> list[dict[str, Any]]:
+    """The rows of the config table of one scheme."""
+    return [row for row in _native.extension().gemm_configs() if row["scheme"] == scheme]
+
+
+def runs_here(config: dict[str, Any]) -> bool:
+    """Whether this machine's GPU is one that the config is for; without a GPU the gpu marker skips anyway."""
+    if not torch.cuda.is_available():
+        return True
+    properties = torch.cuda.get_device_properties(0)
+    fits = config["shared_bytes"] <= properties.shared_memory_per_block_optin
+    return fits and config["min_compute"] <= 10 * properties.major + properties.minor <= config["max_compute"]
+
+
+def each_config(rows: list[dict[str, Any]]) -> pytest.MarkDecorator:
+    """Parametrizes a test with ``config``, an id of each row."""
+    return pytest.mark.parametrize("config", [row["id"] for row in rows], ids=[row["name"] for row in rows])
+
+
+def assert_a_chain_gives_the_bits_of_single_steps(chain: Callable[[bool], Tensor], rounds: int) -> None:
+    """``chain(wait)`` runs launches that may overlap, or waits after each: the same bits, in a replayed graph too."""
+    expected = chain(True)
+    for _ in range(rounds):
+        assert same_bits(chain(False), expected)
+    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
+        return  # under a sanitizer every tensor is a cudaMalloc of its own, which no capture allows
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(False)
+    for _ in range(rounds):
+        y.zero_()
+        graph.replay()
+        assert same_bits(y, expected)
 
 
 class Guarded:

@@ -6,23 +6,24 @@ import itertools
 
 import pytest
 import torch
-from kernel_helpers import FLOATS, REDUCED, Guarded, gemm, random_int8, same_bits, ulp_distance
+from kernel_helpers import (
+    FLOATS,
+    REDUCED,
+    Guarded,
+    configs,
+    each_config,
+    gemm,
+    random_int8,
+    runs_here,
+    same_bits,
+    ulp_distance,
+)
 
 from hwkern import _native, ops, reference
 
-CONFIGS = [row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"]
-
-
-def runs_here(config: dict[str, int]) -> bool:
-    """Whether this machine's GPU is one that the config is for; without a GPU the gpu marker skips anyway."""
-    if not torch.cuda.is_available():
-        return True
-    major, minor = torch.cuda.get_device_capability()
-    return config["min_compute"] <= 10 * major + minor <= config["max_compute"]
-
-
-RUNNABLE = [c for c in CONFIGS if runs_here(c)]
-all_configs = pytest.mark.parametrize("config", [c["id"] for c in RUNNABLE], ids=[c["name"] for c in RUNNABLE])
+CONFIGS = configs("w8a8")
+RUNNABLE = [row for row in CONFIGS if runs_here(row)]
+all_configs = each_config(RUNNABLE)
 
 # Around every tile edge (16, 32, 64, 80, 96, 128, 144, 160 … 352), tokens for two and three tiles of equal height, one
 # element, odd sizes, K shorter than one chunk, one buffer, the ring.
@@ -148,7 +149,7 @@ def test_more_tiles_than_the_gpu_runs_at_once(config: int):
 
 @pytest.mark.gpu
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("config", [c["id"] for c in RUNNABLE if 100 <= c["id"] < 200])
+@each_config([row for row in RUNNABLE if 100 <= row["id"] < 200])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16], ids=str)
 def test_narrow_tiles_of_the_last_round_meet_the_wide_ones(config: int, dtype: torch.dtype):
     """On 132 SMs 107 and 108 cut these N into both widths: 16 × 192 and 8 × 128, 132 and 26, 88 and 40 tiles a row,

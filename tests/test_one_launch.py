@@ -6,28 +6,27 @@ The sums are integers and every other operation is one rounding in a fixed order
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
-from kernel_helpers import FLOATS, REDUCED, Guarded, same_bits
+from kernel_helpers import (
+    FLOATS,
+    REDUCED,
+    Guarded,
+    assert_a_chain_gives_the_bits_of_single_steps,
+    configs,
+    each_config,
+    runs_here,
+    same_bits,
+)
 
 from hwkern import _native, ops, reference
 from hwkern.ops import DTYPES
 
-CONFIGS = [row for row in _native.extension().gemm_configs() if row["scheme"] == "w8a8_linear"]
+CONFIGS = configs("w8a8_linear")
 H100 = (132, 90, 232448)
-
-
-def runs_here(config: dict[str, int]) -> bool:
-    if not torch.cuda.is_available():
-        return True
-    major, minor = torch.cuda.get_device_capability()
-    return config["min_compute"] <= 10 * major + minor <= config["max_compute"]
-
-
-RUNNABLE = [c for c in CONFIGS if runs_here(c)]
-all_configs = pytest.mark.parametrize("config", [c["id"] for c in RUNNABLE], ids=[c["name"] for c in RUNNABLE])
+RUNNABLE = [row for row in CONFIGS if runs_here(row)]
+all_configs = each_config(RUNNABLE)
 
 # Around the edges of tiles (64, 128, 192 rows and columns), of a cluster's shares, of vectors and of buffers of K.
 M = [5, 130] if REDUCED else [1, 2, 15, 17, 31, 33, 63, 64, 65, 127, 128, 129, 191, 257]
@@ -163,18 +162,7 @@ def test_a_chain_of_layers_gives_the_bits_of_single_steps(config: int, m: int):
                 torch.cuda.synchronize()
         return y
 
-    expected = chain(wait=True)
-    for _ in range(3 if REDUCED else 20):
-        assert same_bits(chain(wait=False), expected)
-    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
-        return  # under a sanitizer every tensor is a cudaMalloc of its own, which no capture allows
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(3 if REDUCED else 20):
-        y.zero_()
-        graph.replay()
-        assert same_bits(y, expected)
+    assert_a_chain_gives_the_bits_of_single_steps(chain, 3 if REDUCED else 20)
 
 
 @pytest.mark.gpu

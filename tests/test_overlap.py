@@ -5,11 +5,16 @@ Every test enqueues without a synchronisation and compares with the same calls o
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from kernel_helpers import REDUCED, Guarded, gemm, random_int8, same_bits
+from kernel_helpers import (
+    REDUCED,
+    Guarded,
+    assert_a_chain_gives_the_bits_of_single_steps,
+    gemm,
+    random_int8,
+    same_bits,
+)
 from test_gemm import all_configs
 
 from hwkern import _native, ops, reference
@@ -45,18 +50,7 @@ def test_a_chain_of_layers_gives_the_bits_of_single_steps(config: int, m: int):
                 torch.cuda.synchronize()
         return y
 
-    expected = chain(wait=True)
-    for _ in range(ROUNDS):
-        assert same_bits(chain(wait=False), expected)
-    if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
-        return  # under a sanitizer every tensor is a cudaMalloc of its own, which no capture allows
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(wait=False)
-    for _ in range(ROUNDS):
-        y.zero_()
-        graph.replay()
-        assert same_bits(y, expected)
+    assert_a_chain_gives_the_bits_of_single_steps(chain, ROUNDS)
 
 
 @all_configs

@@ -7,27 +7,16 @@ import itertools
 
 import pytest
 import torch
-from kernel_helpers import FLOATS, REDUCED, Guarded, random_int8, same_bits
+from kernel_helpers import FLOATS, REDUCED, Guarded, configs, each_config, random_int8, runs_here, same_bits
 from torch import Tensor
 
 from hwkern import _native, _tensors, _weight_only, ops, reference
 
 HALVES = (torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-CONFIGS = [c for c in _native.extension().gemm_configs() if c["scheme"] == "w8a16"]
-
-
-def runs_here(config: dict[str, int]) -> bool:
-    """Whether this machine's GPU is one that the config is for; without a GPU the gpu marker skips anyway."""
-    if not torch.cuda.is_available():
-        return True
-    properties = torch.cuda.get_device_properties(0)
-    fits = config["shared_bytes"] <= properties.shared_memory_per_block_optin
-    return fits and config["min_compute"] <= 10 * properties.major + properties.minor <= config["max_compute"]
-
-
-RUNNABLE = [c for c in CONFIGS if runs_here(c)]
-all_configs = pytest.mark.parametrize("config", [c["id"] for c in RUNNABLE], ids=[c["name"] for c in RUNNABLE])
+CONFIGS = configs("w8a16")
+RUNNABLE = [row for row in CONFIGS if runs_here(row)]
+all_configs = each_config(RUNNABLE)
 halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
 # Around every tile edge in tokens (8, 16, 32, 64) and weight rows (32, 64); K around a 16-byte chunk, one step of 64,
