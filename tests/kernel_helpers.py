@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hwkern import _native
+from hwkern import _native, ops
 from hwkern.ops import DTYPES
 
 #: Under compute-sanitizer a launch costs a thousand times more: tests marked ``sanitizer`` then use fewer shapes.
@@ -42,16 +41,28 @@ def each_config(rows: list[dict[str, Any]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("config", [row["id"] for row in rows], ids=[row["name"] for row in rows])
 
 
-def assert_a_chain_gives_the_bits_of_single_steps(chain: Callable[[bool], Tensor], rounds: int) -> None:
-    """``chain(wait)`` runs launches that may overlap, or waits after each: the same bits, in a replayed graph too."""
-    expected = chain(True)
+def assert_a_chain_gives_the_bits_of_single_steps(config: int, m: int, width: int) -> None:
+    """Each layer reads what the one before wrote, and launches overlap: as if all were waited for, in a graph too."""
+    x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
+    layers = [ops.quantize(torch.randn(width, width, device="cuda")) for _ in range(3)]
+
+    def chain(wait: bool) -> Tensor:
+        y = x
+        for weight, scale in layers * 2:
+            y = ops.int8_linear(y, weight, scale, config=config)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    rounds = 3 if REDUCED else 20
+    expected = chain(wait=True)
     for _ in range(rounds):
-        assert same_bits(chain(False), expected)
+        assert same_bits(chain(wait=False), expected)
     if "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
         return  # under a sanitizer every tensor is a cudaMalloc of its own, which no capture allows
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = chain(False)
+        y = chain(wait=False)
     for _ in range(rounds):
         y.zero_()
         graph.replay()

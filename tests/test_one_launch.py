@@ -150,19 +150,7 @@ def test_a_hundred_runs_give_the_same_bits_over_many_tiles(config: int, m: int, 
 @pytest.mark.parametrize("m", [5] if REDUCED else [1, 70, 300, 2048])
 def test_a_chain_of_layers_gives_the_bits_of_single_steps(config: int, m: int):
     """Each layer reads what the one before wrote; launches overlap, in a graph too."""
-    width = 160 if REDUCED else 768
-    x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
-    layers = [ops.quantize(torch.randn(width, width, device="cuda")) for _ in range(3)]
-
-    def chain(wait: bool) -> torch.Tensor:
-        y = x
-        for weight, scale in layers * 2:
-            y = ops.int8_linear(y, weight, scale, config=config)
-            if wait:
-                torch.cuda.synchronize()
-        return y
-
-    assert_a_chain_gives_the_bits_of_single_steps(chain, 3 if REDUCED else 20)
+    assert_a_chain_gives_the_bits_of_single_steps(config, m, width=160 if REDUCED else 768)
 
 
 @pytest.mark.gpu

@@ -38,19 +38,7 @@ def quantize(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor) -> None:
 @pytest.mark.parametrize("m", [5] if REDUCED else [1, 40, 300])
 def test_a_chain_of_layers_gives_the_bits_of_single_steps(config: int, m: int):
     """Each layer reads what the one before wrote, and all share one workspace."""
-    width = 160 if REDUCED else 1056
-    x = torch.randn(m, width, device="cuda", dtype=torch.bfloat16)
-    layers = [ops.quantize(torch.randn(width, width, device="cuda")) for _ in range(3)]
-
-    def chain(wait: bool) -> torch.Tensor:
-        y = x
-        for weight, scale in layers * 2:
-            y = ops.int8_linear(y, weight, scale, config=config)
-            if wait:
-                torch.cuda.synchronize()
-        return y
-
-    assert_a_chain_gives_the_bits_of_single_steps(chain, ROUNDS)
+    assert_a_chain_gives_the_bits_of_single_steps(config, m, width=160 if REDUCED else 1056)
 
 
 @all_configs
