@@ -447,6 +447,8 @@ def _planned(
     build: Builder, model: Any, profiles: Sequence[ht.Profile], shapes: Sequence[Any], engines: dict[str, ht.Engine]
 ) -> tuple[ht.Engine, dict[str, Any]]:
     """The engine that make_plan chooses, and what it measured."""
+    if planner.FLOAT not in engines or len(engines) < 2:
+        build.check()  # make_plan would build what is missing
     start = time.perf_counter()
 
     def said(text: str) -> None:

@@ -181,6 +181,17 @@ def test_a_plan_keeps_to_its_seconds_and_takes_engines_that_are_there(monkeypatc
     assert len(machine.built) == 2
 
 
+@pytest.mark.parametrize("known", [["float", "largest"], ["largest"], ["all", "largest"]])
+def test_no_engine_is_built_for_want_of_one_that_is_there(monkeypatch: pytest.MonkeyPatch, known: list[str]) -> None:
+    machine = Machine(monkeypatch, {512: 0.5, 1024: 0.5})
+    ht.make_plan(three_linears(), PROFILES)
+    numbers = {"float": b"0", "all": b"1", "largest": b"2"}
+    engines = {name: ht.Engine(numbers[name], {}) for name in known}
+    plan = ht.make_plan(three_linears(), PROFILES, seconds=0.0, engines=engines)
+    assert set(plan.measured["engines"]) == {*known, "float"}
+    assert len(machine.built) == 3 + ("float" not in known)  # without the float one nothing can be compared
+
+
 def test_a_progress_that_stops_leaves_what_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     Machine(monkeypatch, {512: 0.5, 1024: 0.5})
     engines: dict[str, ht.Engine] = {}

@@ -131,10 +131,12 @@ def make_plan(
         include, exclude: as for ``rewrite``.
         requests: input shapes at which engines are timed; default: each profile's ``opt``.
         quick: all linears or none, norms fused or apart: three builds.
-        seconds: start no engine that would probably end later than this; the float one and one other are always built.
+        seconds: start no engine that would probably end later than this. The float one and one other are always
+            there: built, if ``engines`` does not hold them.
         progress: called with a sentence at each step.
         engines: takes the engines as they are built, by candidate ("float", "all", …; ``plan.measured["chosen"]``
-            names the plan's own), which saves building the chosen one again. Those that it holds are not built.
+            names the plan's own), which saves building the chosen one again. Those that it holds are not built, and
+            measured first.
 
     Returns:
         A :class:`Plan` for ``rewrite(plan=…)``; print it for the measurements.
@@ -162,7 +164,8 @@ def make_plan(
         nonlocal longest
         name, plan = candidates.plan(count, fuse_norm)
         at = time.monotonic()
-        if seconds is not None and len(times) > 1 and name not in engines and at - started + longest > seconds:
+        enough = count != 0 and len(times) > 1
+        if seconds is not None and enough and name not in engines and at - started + longest > seconds:
             say(f"no time for the engine {name!r}")
             return
         swapped = sum(scheme != FLOAT for scheme in plan.values())
@@ -173,14 +176,16 @@ def make_plan(
         plans[name] = plan
         longest = max(longest, time.monotonic() - at)
 
+    tried: list[tuple[int | None, FuseNorm]] = [(0, False)]
+    if candidates.sizes:
+        tried += [(None, False), *([(None, True)] if candidates.has_norms else [])]
+        between: FuseNorm = "between" if candidates.has_norms else False
+        tried += [(count, between) for count in range(1, len(candidates.sizes)) if not quick]
+    # Engines that are there cost no build, and with one of them nothing has to be built when the time is short.
+    tried.sort(key=lambda candidate: candidates.plan(*candidate)[0] not in engines)
     with keep_builder():
-        measured(0)
-        if candidates.sizes:
-            measured(None)
-            if candidates.has_norms:
-                measured(None, fuse_norm=True)
-            for count in range(1, len(candidates.sizes)) if not quick else ():
-                measured(count, "between" if candidates.has_norms else False)
+        for candidate in tried:
+            measured(*candidate)
     chosen = choose(times)
     plan = plans[chosen]
     fastest = _by_profile(times, shapes, profiles)
@@ -189,14 +194,14 @@ def make_plan(
 
 
 def choose(times: Mapping[str, Sequence[float]]) -> str:
-    """The candidate with the least total among those that are at no profile slower than "float"."""
+    """The candidate with the least sum of times relative to "float" among those that are nowhere slower."""
     base = times[FLOAT]
     fit = [
         name
         for name, values in times.items()
         if name == FLOAT or all(v <= b * NOISE for v, b in zip(values, base, strict=True))
     ]
-    return _fastest({name: times[name] for name in fit}, base)
+    return min(fit, key=lambda name: sum(v / b for v, b in zip(times[name], base, strict=True)))
 
 
 def _by_profile(
@@ -213,11 +218,6 @@ def _by_profile(
         mine = of.get(index) or list(range(len(shapes)))
         found.append(choose({name: [values[i] for i in mine] for name, values in times.items()}))
     return found
-
-
-def _fastest(times: Mapping[str, Sequence[float]], base: Sequence[float]) -> str:
-    """The least sum of times relative to ``base``."""
-    return min(times, key=lambda name: sum(v / b for v, b in zip(times[name], base, strict=True)))
 
 
 def _rewritten(onnx: Any, plan: Plan) -> ModelProto:
