@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import trt_harness as ht
-from kernel_helpers import REDUCED, same_bits
+from kernel_helpers import REDUCED, configs, runs_here, same_bits
 from torch import Tensor
 from trt_harness import Field, Harness, Plugin, T, integer, text
 
@@ -28,6 +28,7 @@ TYPES = {
 }
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 GUARD = 256
+WHOLE_LINEARS = [row for row in configs("w8a8_linear") if runs_here(row)]
 
 # (M, N, K): one row; odd K; tails in every dimension; many tiles.
 SHAPES = [(1, 64, 100), (5, 130, 33)] if REDUCED else [(1, 64, 100), (5, 130, 33), (77, 512, 1000), (640, 1096, 2048)]
@@ -132,15 +133,21 @@ def test_dynamic_linear(harness: Harness, dtype: torch.dtype, int32: bool, m: in
         plugin.destroy()
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 4096, 4096), (64, 4096, 4096), (1024, 4096, 4096)])
-def test_every_tactic_gives_the_same_bits(harness: Harness, m: int, n: int, k: int) -> None:
-    layer = Layer(m, n, k, torch.float16, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 4096, 4096), (64, 4096, 4096), (1024, 4096, 4096), (512, 768, 768), (4096, 3072, 768)]
+)
+def test_every_tactic_gives_the_same_bits(harness: Harness, dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    layer = Layer(m, n, k, dtype, torch.float16)
     plugin = created(harness, "LinearInt8", *layer.fields())
-    prepare(plugin, layer.inputs(), [poisoned(m, n, dtype=torch.float16)])
+    prepare(plugin, layer.inputs(), [poisoned(m, n, dtype=dtype)])
     tactics = plugin.tactics()
     assert len(tactics) == len(set(tactics)) > 1, tactics
+    offered = {tactic - 2 for tactic in tactics}  # one number of rows: 2 + the config's id
+    for config in WHOLE_LINEARS:
+        assert (config["id"] in offered) == (k <= config["max_k"]), tactics
     for tactic in (0, *tactics):
-        y = poisoned(m, n, dtype=torch.float16)
+        y = poisoned(m, n, dtype=dtype)
         run(plugin, layer.inputs(), [y], tactic)
         assert same_bits(y, layer.want()), tactic
     plugin.destroy()
@@ -171,11 +178,8 @@ def test_layers_with_constant_weights_follow_each_other(harness: Harness, m: int
 
 
 def test_every_config_id_as_a_field(harness: Harness) -> None:
-    layer = Layer(77, 264, 1000, torch.bfloat16, torch.float32)
-    for config in (row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"):
-        compute = torch.cuda.get_device_capability()
-        if not config["min_compute"] <= compute[0] * 10 + compute[1] <= config["max_compute"]:
-            continue
+    for config in [row for row in configs("w8a8") if runs_here(row)] + WHOLE_LINEARS:
+        layer = Layer(77, 264, min(1000, config["max_k"]), torch.bfloat16, torch.float32)
         plugin = created(harness, "LinearInt8", *layer.fields(), integer("config", config["id"]))
         y = poisoned(77, 264, dtype=torch.bfloat16)
         run(plugin, layer.inputs(), [y])

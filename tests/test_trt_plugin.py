@@ -165,6 +165,7 @@ def test_fields_may_come_as_int64_and_strings_without_a_final_nul(harness: Harne
     plugin.destroy()
 
 
+STATIC = [text("scheme", "w8a8_static"), integer("has_input_scale", 1)]
 BAD_FIELDS: list[tuple[str, list[Field], str]] = [
     ("nothing", [], "needs the field in_features"),
     ("zero K", [integer("in_features", 0)], "needs the field in_features"),
@@ -185,6 +186,13 @@ BAD_FIELDS: list[tuple[str, list[Field], str]] = [
     ("static without scale", [integer("in_features", 64), text("scheme", "w8a8_static")], "has_input_scale is 0"),
     ("scale without static", [integer("in_features", 64), integer("has_input_scale", 1)], "scheme is w8a8_dynamic"),
     ("unknown config", [integer("in_features", 64), integer("config", 99999)], "config 99999 is no config id"),
+    ("config of weight-only", [integer("in_features", 64), integer("config", 300)], "for LinearInt8 with .* w8a8_dyn"),
+    ("K beyond one launch's", [integer("in_features", 1000), integer("config", 401)], "config 401 is no config id"),
+    (
+        "one launch's config of static scales",
+        [integer("in_features", 64), integer("config", 400), *STATIC],
+        "config 400 is no config id of this hwkern for LinearInt8 with the scheme w8a8_static",
+    ),
     ("unknown field", [integer("in_features", 64), integer("in_feature", 64)], 'no field "in_feature"'),
     ("too many fields", [integer("in_features", 64)] * 40, "broken"),
 ]

@@ -135,9 +135,9 @@ bool validate(const Op& op) {
         "has_input_scale is %d",
         scheme, op.has_input_scale);
   if (!scheme_is_built(op.scheme)) return refuse("this build of hwkern has no kernels for the scheme %s", scheme);
-  if (op.config != kChoose && !config_fits(op.scheme, op.config))
-    return refuse("config %d is no config id of this hwkern for the scheme %s; -1 lets the cost model choose",
-                  op.config, scheme);
+  if (op.config != kChoose && !config_fits(op, op.config))
+    return refuse("config %d is no config id of this hwkern for %s with the scheme %s; -1 lets the cost model choose",
+                  op.config, name(op.kind), scheme);
   return op.kind != Kind::kNormLinearInt8 || validate_norm(op);
 }
 

@@ -127,7 +127,7 @@ int64_t row_count(const Tensor& x);  // the product of all but the last dimensio
 
 bool is_built(Kind kind);
 bool scheme_is_built(int32_t scheme);
-bool config_fits(int32_t scheme, int config_id);  // the id exists and computes this scheme
+bool config_fits(const Op& op, int config_id);  // the id exists and computes this op
 size_t workspace_bytes(const Op& op, int64_t m);
 
 // A tactic is 0 or 1 for "the cost model chooses for every M", or a config id with the M that TensorRT timed it at: it

@@ -51,7 +51,22 @@ class Tensor:
     on_host: bool  # a shape tensor: TensorRT reads its values on the host
 
 
-class Runner:
+class Closing:
+    """What ``with`` closes at its end."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Runner(Closing):
     """Runs an engine: ``with Runner(engine) as run: outputs = run({"x": x})``.
 
     Args:
@@ -261,14 +276,6 @@ class Runner:
                 lane.free()
         self._all_lanes.clear()
         self.engine = self._runtime = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _try_to_load_plugin(api: _api.TensorRT) -> None:

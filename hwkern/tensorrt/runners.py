@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from hwkern.tensorrt.builder import Engine
 from hwkern.tensorrt.profiles import Shape
-from hwkern.tensorrt.runner import Outputs, Runner
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from hwkern.tensorrt.runner import Closing, Outputs, Runner
 
 
-class Runners:
+class Runners(Closing):
     """As a :class:`Runner`, over engines of the same model with the same profiles.
 
     ::
@@ -112,11 +109,3 @@ class Runners:
         """As ``Runner.close``, of all."""
         for runner in self.runners.values():
             runner.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
