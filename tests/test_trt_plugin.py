@@ -74,7 +74,9 @@ def test_library_exports_its_entry_points_only(name: str, path: Path) -> None:
     command = ["nm", "--dynamic", "--defined-only", "--format=posix", path]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     common = {"setLoggerFinder", "hwkern_trt_version", "hwkern_trt_set_log", "hwkern_trt_last_error"}
-    own = {"getCreators"} if name == "libhwkern_trt.so" else {"getPluginCreators", "hwkern_trt8_register"}
+    own = {"getCreators"}
+    if name == "libhwkern_trt8.so":
+        own = {"getPluginCreators", "hwkern_trt8_register", "hwkern_trt8_prefer_half"}
     assert {line.split()[0] for line in lines} == common | own
 
 
@@ -125,6 +127,19 @@ def test_adaptor_compiles_with_headers_of_this_version(version: str) -> None:
         ht.compile_command(HEADERS[version], CUDA, "-fsyntax-only", source), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif("8.6" not in HEADERS or CUDA is None, reason=no_headers)
+def test_builds_in_half_have_no_float32_to_choose(tmp_path: Path) -> None:
+    library = dict(LIBRARIES).get("libhwkern_trt8.so")
+    if library is None:
+        pytest.skip("this build of hwkern has no libhwkern_trt8.so")
+    program = tmp_path / "types"
+    source = ht.ROOT / "tests/trt8_types.cpp"
+    subprocess.run(ht.compile_command(HEADERS["8.6"], CUDA, source, "-o", program, "-ldl"), check=True)
+    said = subprocess.run([program, library], capture_output=True, text=True, check=True).stdout.split("\n")
+    free, half = "float32 1 float16 1 int8 0", "float32 0 float16 1 int8 0"
+    assert said[:5] == [free, half, half, half, free]  # before, one build, two, one of them ended, none
 
 
 # ---- Creation --------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import hwkern
 from hwkern import _native
 from hwkern.tensorrt import _api, einsums, graph, opdef
 from hwkern.tensorrt._api import TensorRT
-from hwkern.tensorrt.plugin import is_loaded, last_error, load_plugin, plugin_path
+from hwkern.tensorrt.plugin import half_only, is_loaded, last_error, load_plugin, plugin_path
 from hwkern.tensorrt.profiles import Profile
 
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -153,13 +153,16 @@ def build(
     with _verbosity(api, verbose):
         model, source = _prepared(onnx, api, precision)
         library = load_plugin(api.module) if opdef.hwkern_nodes(model) else None
-        made = einsums.put(model) if einsum and api.version < (10,) and not api.rtx else 0
+        is_8 = api.version < (10,) and not api.rtx
+        made = einsums.put(model) if einsum and is_8 else 0
+        half = is_8 and precision == "fp16"
         try:
-            plan = serialized()
+            with half_only() if half else contextlib.nullcontext():
+                plan = serialized()
         except RuntimeError:
-            if not made:
+            if not made and not half:
                 raise
-            einsums.take_back(model)  # perhaps one of the products broadcasts
+            einsums.take_back(model)  # perhaps one of the products broadcasts, or something must be float32
             plan = serialized()
     engine = Engine(bytes(plan), {})
     engine.metadata = {
