@@ -6,8 +6,8 @@ import copy
 import importlib
 import json
 import os
-import subprocess
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
