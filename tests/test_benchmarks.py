@@ -753,11 +753,11 @@ def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load
     assert [row["noise"] for row in rows] == [0.0, 0.0, None, None]
     assert "4 cells of 1 models, 1 above 1.02, worst 1.040" in capsys.readouterr().out
     text = load("tables").never_slower({"rows": rows})
-    assert "1 above 1.02. 2 were read twice (the first time at most 1.050), standard error at most 0.000." in text
+    assert "1 above 1.02. 2 were read twice (at first at most 1.050), standard error at most 0.000." in text
 
 
 @pytest.mark.parametrize(
-    "ratios, blocks",
+    ("ratios", "blocks"),
     [
         ([1.0, 1.001, 0.999, 1.0], 4),  # clearly below
         ([1.05, 1.051, 1.049, 1.05], 4),  # clearly above: it ends just as early
