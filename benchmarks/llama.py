@@ -14,7 +14,8 @@ Variants:
 
 Modes: "eager" (calls from Python), "graph" (replays of a CUDA graph), "compile" (torch.compile, called from Python) and
 "compiled_graph" (the graph of that). The first four variants are measured in turn; each peer in turn with bf16, under a
-limit of its own, and listed with the reason where it cannot run. Rows are written as they come, compiled ones last.
+limit of its own, and listed with the reason where it cannot run. Rows are written as they come, compiled ones last, for
+which inductor's cache (TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most of the seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import never_slower
@@ -43,7 +44,7 @@ OURS = ("planned", "patched")
 FLOATS = ("bf16", "fp16")
 PEERS = ("bitsandbytes", "torchao_int8", "torchao_fp8")
 MODES = ("eager", "graph", "compile", "compiled_graph")
-# Of the issue: prefill and decode against bf16, no mode below bf16, weights, seconds of a plan and of a second one.
+# Prefill in every mode and decode as a graph against bf16, no mode below bf16, weights, seconds of a plan, of another.
 TARGETS = {"prefill": 1.45, "decode": 1.6, "least": 1.0, "memory": 0.53, "first": 60.0, "again": 10.0}
 
 START = time.monotonic()
@@ -77,6 +78,7 @@ class Bench:
             if name in arguments.workloads
         }
         self.models: dict[str, Model] = {}
+        self.snr: dict[str, dict[str, float]] = {}
         self.bytes = {"bf16": self.allocated() - before - self.other}
         with torch.no_grad():
             self.exact = {name: self.original(ids, use_cache=False)[0].float() for name, ids in self.ids.items()}
@@ -111,10 +113,13 @@ class Bench:
 
     def check(self, name: str) -> dict[str, float]:
         """dB of each workload's output against bf16's; leaves with a sentence where one of ours is wrong."""
+        if name in self.snr:
+            return self.snr[name]
         with torch.no_grad():
             found = {w: round(snr_db(self.exact[w], self.call(name, w)().float()), 2) for w in self.ids}  # type: ignore[attr-defined]
         if name in OURS and min(found.values()) < 10:  # an error of 30 %: not rounding, but a mistake
             sys.exit(f"Wrong result: {name} has {found} dB.")
+        self.snr[name] = found
         return found
 
     def row(self, name: str, workload: str, mode: str, **figures: Any) -> None:
@@ -130,10 +135,12 @@ class Bench:
                 flush=True,
             )
 
-    def measure(self, names: list[str], mode: str, wrap: Callable[[str, str], Call]) -> None:
+    def measure(
+        self, names: list[str], mode: str, wrap: Callable[[str, str], Call], workloads: Iterable[str] | None = None
+    ) -> None:
         """Rows of some variants in one mode, in turn with bf16; ``wrap`` makes the call of a variant and workload."""
         snr = {name: self.check(name) for name in names}
-        for workload in self.ids:
+        for workload in self.ids if workloads is None else workloads:
             calls: dict[str, Call] = {}
             for name in dict.fromkeys(("bf16", *names)):
                 try:
@@ -218,11 +225,14 @@ def bitsandbytes(bench: Bench, model: Model) -> Model:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, torch.nn.Linear):
+                # On meta, or the layer is filled with first values on the CPU: half a second for each of these.
                 layer = bnb.nn.Linear8bitLt(
-                    child.in_features, child.out_features, bias=False, has_fp16_weights=False, threshold=0.0
-                )
-                layer.load_state_dict(child.state_dict())
-                setattr(parent, name, layer.to(bench.device).requires_grad_(False).eval())
+                    child.in_features, child.out_features, bias=False, has_fp16_weights=False, threshold=0.0,
+                    device="meta",
+                )  # fmt: skip
+                weight = bnb.nn.Int8Params(child.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+                layer.weight = weight.to(bench.device)  # from the CPU, because that is where it quantizes
+                setattr(parent, name, layer.requires_grad_(False).eval())
     return model
 
 
@@ -265,41 +275,45 @@ def plain_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
 
 
 def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
-    """torch.compile, one variant and workload after the other, with bf16 compiled beside it."""
-    for name in names:
-        torch._dynamo.reset()
-        forwards: dict[tuple[str, str], Model] = {}
+    """torch.compile, one workload after the other: first what is not a peer, then each peer, with bf16 beside it."""
+    if not names or not {"compile", "compiled_graph"} & set(modes):
+        return
+    together = [name for name in names if name not in PEERS]
+    groups = [[name] for name in names if name in PEERS]
+    for workload in bench.ids:
+        torch._dynamo.reset()  # what the other workloads were compiled to is not asked for here
+        forwards: dict[str, Model] = {}
 
-        def compiled(which: str, workload: str, forwards: dict[tuple[str, str], Model] = forwards) -> Model:
-            key = (which, workload)
-            if key not in forwards:
-                forwards[key] = torch.compile(bench.models[which], fullgraph=True, dynamic=False)
-            return forwards[key]
+        def compiled(which: str, forwards: dict[str, Model] = forwards) -> Model:
+            if which not in forwards:
+                forwards[which] = torch.compile(bench.models[which], fullgraph=True, dynamic=False)
+            return forwards[which]
 
         def call(which: str, workload: str) -> Call:
-            return bench.call(which, workload, compiled(which, workload))
+            return bench.call(which, workload, compiled(which))
 
         def replay(which: str, workload: str) -> Call:
-            return bench.graph(which, workload, compiled(which, workload))
+            return bench.graph(which, workload, compiled(which))
 
-        if "compile" in modes:
-            bench.measure([name], "compile", call)
-        if "compiled_graph" in modes:
-            bench.measure([name], "compiled_graph", replay)
+        for group in [together, *groups] if together else groups:
+            if "compile" in modes:
+                bench.measure(group, "compile", call, [workload])
+            if "compiled_graph" in modes:
+                bench.measure(group, "compiled_graph", replay, [workload])
 
 
 def verdicts(bench: Bench) -> bool:
     """Print each target with its figure; whether all that were measured hold."""
     mine = [row for row in bench.rows if row["variant"] == "planned" and "ratio" in row]
-    graphs = [row for row in mine if row["mode"] == "graph"]
+    graphs = [row for row in mine if row["mode"].endswith("graph")]
     figures: list[tuple[str, float | None, float, bool]] = []
 
     def least(rows: list[dict[str, Any]]) -> float | None:
         return min((row["ratio"] for row in rows), default=None)
 
-    for what in ("prefill", "decode"):
-        rows = [row for row in graphs if row["workload"].startswith(what)]
-        figures.append((f"{what}, CUDA graph, against bf16", least(rows), TARGETS[what], False))
+    for what, where, rows in (("prefill", "any mode", mine), ("decode", "CUDA graphs", graphs)):
+        ratio = least([row for row in rows if row["workload"].startswith(what)])
+        figures.append((f"{what}, {where}, against bf16, least", ratio, TARGETS[what], False))
     figures.append(("any mode against bf16, least", least(mine), TARGETS["least"], False))
     if bench.bytes["bf16"] and "planned" in bench.bytes:
         figures.append(("weight memory", bench.bytes["planned"] / bench.bytes["bf16"], TARGETS["memory"], True))

@@ -376,6 +376,11 @@ def never_slower(document: dict[str, Any]) -> str:
     worst = max((row["ratio"] for row in rows), default=0.0)
     above = sum(row["ratio"] > 1.02 for row in rows)
     text = f"{len(rows)} cells, the slowest {worst:.3f}, {above} above 1.02."
+    if twice := [row for row in rows if row.get("noise") is not None]:
+        first, noise = (max(row[key] for row in twice) for key in ("first_ratio", "noise"))
+        text += f" {len(twice)} were read twice (at first at most {first:.3f}), standard error at most {noise:.3f}."
+    if same := [row["ratio"] for row in rows if row["int8"] == 0]:
+        text += f" In {len(same)} the plan swaps nothing, the model is a copy: {min(same):.3f} to {max(same):.3f}."
     columns = ["planned time / original's", "int8 layers", "batch 1", "batch 2", "batch 3", "batch 4"]
     return f"{text}\n\n{markdown(columns, cells)}"
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from hwkern._originals import room_beside
 from hwkern._recipes import Recipe
 from hwkern.metrics import Metric
 
@@ -95,13 +95,7 @@ def back_off(
 def trial_place(model: nn.Module) -> Literal["host", "device"]:
     """Where the float weights wait while a plan is tried: where they are, if a GPU has room for both, else the host."""
     weights = [p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()]
-    if not weights or not weights[0].is_cuda:
-        return "host"  # of a host tensor that is the tensor itself
-    device = weights[0].device
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    # int8 is at most half of the weights; a quarter more for what quantizing and running take.
-    return "device" if free > sum(p.numel() * p.element_size() for p in weights) * 3 // 4 else "host"
+    return "device" if room_beside(weights) else "host"  # of a host tensor that is the tensor itself
 
 
 def _swapped(model: nn.Module) -> list[str]:

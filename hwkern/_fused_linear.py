@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch.library import Library, fallthrough_kernel, register_fake
 
 from hwkern import _cpu, ops
-from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, ROW_ALIGNMENT, check_linear
+from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, FLOATS, ROW_ALIGNMENT, check_linear
 from hwkern._choice import config_for, tuned
 from hwkern._cuda import current_device, current_stream, extension, on_device
 from hwkern._fused import NORMS, _check_activation, _check_norm
+from hwkern._launch_cell import LaunchCell
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
 
 _lib = Library("hwkern", "FRAGMENT")
@@ -75,6 +76,14 @@ def activation_linear(
     return torch.ops.hwkern.activation_linear.default(x, weight, weight_scale, bias, activation, gated, residual)
 
 
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        raise NotImplementedError(
+            "norm_linear and activation_linear have no gradient: call them under torch.no_grad(), or use the norm and "
+            "int8_linear."
+        )
+
+
 # ---- checks and fakes ----------------------------------------------------------------------------------------------
 
 
@@ -119,6 +128,7 @@ def _norm_fake(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
     _check_norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, residual)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((0,) if residual is None else x.shape)
 
@@ -133,6 +143,7 @@ def _activation_fake(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
+    _refuse_gradients(x, bias, residual)
     _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -143,7 +154,7 @@ def _activation_fake(
 def launch_norm_linear(
     x: Tensor,
     weight: Tensor,
-    cell: ops.LaunchCell,
+    cell: LaunchCell,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     norm: int,
@@ -180,7 +191,7 @@ def launch_norm_linear(
 def launch_activation_linear(
     x: Tensor,
     weight: Tensor,
-    cell: ops.LaunchCell,
+    cell: LaunchCell,
     activation: int,
     gated: bool,
     residual: Tensor | None = None,
@@ -214,7 +225,7 @@ def _product(
     n: int,
     k: int,
     columns: int,
-    cell: ops.LaunchCell,
+    cell: LaunchCell,
     y: Tensor,
     stream: int,
     options: tuple[int, ...] = (),
@@ -228,12 +239,24 @@ def _product(
     return y
 
 
-def _read(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[ops.LaunchCell, tuple[Any, ...]]:
+def _is_vector(t: Tensor | None, k: int, device: int) -> bool:
+    return t is None or (t.dtype in FLOATS and t.shape == (k,) and t.is_contiguous() and t.get_device() == device)
+
+
+def _is_like(t: Tensor | None, x: Tensor) -> bool:
+    return t is None or (t.dtype is x.dtype and t.shape == x.shape and t.get_device() == x.get_device())
+
+
+def _is_row_of(t: Tensor, x: Tensor, n: int) -> bool:
+    return t.dtype in FLOATS and t.shape[-1:] == (n,) and t.shape[:-1] == x.shape[:-1]
+
+
+def _read(weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[LaunchCell, tuple[Any, ...]]:
     """A cell of these tensors, or of copies that the kernels can take; the caller keeps them alive until the launch."""
     if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
         weight = weight.clone(memory_format=torch.contiguous_format)
     held = (weight, weight_scale.contiguous(), contiguous(bias))
-    cell = ops.LaunchCell()
+    cell = LaunchCell()
     cell.read(*held)
     return cell, held
 
@@ -251,9 +274,20 @@ def _norm_cuda(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, residual)
-    cell, held = _read(weight, weight_scale, bias)
-    norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
+    _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
+    cell, held = LaunchCell(), (weight, weight_scale, bias)
+    k = x.shape[-1] if x.dim() else 0
+    if not (
+        cell.takes(x, k, *held)
+        and kind in NORMS
+        and (norm_bias is None or kind == "layer")
+        and _is_vector(norm_weight, k, cell.device)
+        and _is_vector(norm_bias, k, cell.device)
+        and _is_like(residual, x)
+    ):
+        _check_norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, residual)
+        cell, held = _read(weight, weight_scale, bias)
+        norm_weight, norm_bias = contiguous(norm_weight), contiguous(norm_bias)
     h = x.new_empty((0,) if residual is None else x.shape)
     sums = None if residual is None else h
     y = launch_norm_linear(x, held[0], cell, norm_weight, norm_bias, NORMS[kind], eps, offset, residual, sums)
@@ -270,8 +304,17 @@ def _activation_cuda(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
-    cell, held = _read(weight, weight_scale, bias)
+    _refuse_gradients(x, bias, residual)
+    cell, held = LaunchCell(), (weight, weight_scale, bias)
+    k = x.shape[-1] if x.dim() else 0
+    if not (
+        not (gated and k % 2)
+        and cell.takes(x, k // 2 if gated else k, *held)
+        and activation in ACTIVATIONS
+        and (residual is None or (_is_row_of(residual, x, cell.n) and residual.get_device() == cell.device))
+    ):
+        _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
+        cell, held = _read(weight, weight_scale, bias)
     return launch_activation_linear(x, held[0], cell, ACTIVATIONS[activation], gated, residual)
 
 
@@ -290,6 +333,7 @@ def _norm_cpu(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
     _check_norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, residual)
     n, columns = weight.shape
     y, h = x.new_empty((*x.shape[:-1], n)), x.new_empty((0,) if residual is None else x.shape)
@@ -318,6 +362,7 @@ def _activation_cpu(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
+    _refuse_gradients(x, bias, residual)
     k = _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
     gate = (x[..., :k] if gated else x).float().contiguous()  # contiguous: as in _fused._activation_cpu
     h = _cpu.TORCH_ACTIVATIONS[activation](gate).to(x.dtype)
@@ -334,18 +379,15 @@ _lib.impl("activation_linear", _activation_cuda, "CUDA")
 _lib.impl("activation_linear", _activation_cpu, "CPU")
 
 
-def _backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("norm_linear and activation_linear have no gradient: use the norm and int8_linear.")
-
-
-register_autograd("hwkern::norm_linear", _backward)
-register_autograd("hwkern::activation_linear", _backward)
+# torch's own kernel for a missing gradient is one in Python, 7 µs of every call, and speaks in the backward pass only.
+_lib.impl("norm_linear", fallthrough_kernel, "Autograd")
+_lib.impl("activation_linear", fallthrough_kernel, "Autograd")
 
 
 # ---- the modules' calls --------------------------------------------------------------------------------------------
 
 
-def is_direct(x: Tensor, cell: ops.LaunchCell) -> bool:
+def is_direct(x: Tensor, cell: LaunchCell) -> bool:
     """Whether a launch may go around the dispatcher, as in ``ops.eager_linear``: a plain CUDA tensor, nobody watching.
 
     The caller has made sure that no gradient is recorded and that ``cell`` is up to date.

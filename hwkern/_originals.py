@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -47,6 +47,21 @@ def free_memory() -> int:
     if limit is not None and used is not None:
         free = limit - used if free is None else min(free, limit - used)
     return 0 if free is None else max(0, free)
+
+
+def room_beside(weights: Sequence[Tensor]) -> bool:
+    """Whether these float weights are on a GPU that has room for their int8 forms at the same time."""
+    if not weights or not all(weight.is_cuda for weight in weights):
+        return False
+    need: dict[torch.device, int] = {}
+    for weight in weights:
+        # int8 is at most half of the weights; a quarter more for what quantizing and running take.
+        need[weight.device] = need.get(weight.device, 0) + weight.numel() * weight.element_size() * 3 // 4
+    for device, size in need.items():
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if torch.cuda.mem_get_info(device)[0] + unused <= size:
+            return False
+    return True
 
 
 def _number(path: str, key: str = "", unit: int = 1) -> int | None:

@@ -22,6 +22,7 @@ from hwkern._autograd import linear_backward, setup_linear
 from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, ROW_ALIGNMENT, check, check_linear
 from hwkern._cpu import TORCH_ACTIVATIONS
 from hwkern._cuda import current_stream, extension, on_device
+from hwkern._launch_cell import LaunchCell
 from hwkern._tensors import contiguous, dtype_code, is_constant, pointer, rows
 
 _CPU_BLOCK = 2**18  # weights that are widened at once: 1 MB of float32, which stays in a core's cache
@@ -114,16 +115,25 @@ def _cuda(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = _check(x, weight, weight_scale, bias, out_dtype, activation, residual)
+    k = x.shape[-1] if x.dim() else 0
+    if (
+        out_dtype is None
+        and residual is None
+        and activation in ACTIVATIONS
+        and x.dtype is not torch.float32
+        and LaunchCell().takes(x, k, weight, weight_scale, bias)
+    ):
+        dtype = x.dtype
+    else:
+        dtype = _check(x, weight, weight_scale, bias, out_dtype, activation, residual)
     n, columns = weight.shape
-    y = torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device)
+    y = x.new_empty((*x.shape[:-1], n), dtype=dtype)
     if y.numel() == 0:
         return y
     if weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0:
         constant = is_constant(weight)
     else:
         weight, constant = weight.clone(memory_format=torch.contiguous_format), False
-    k = x.shape[-1]
     x, ldx = rows(x)
     weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
     residual, ldr = (None, 0) if residual is None else rows(residual)

@@ -42,6 +42,7 @@ from hwkern._cuda import current_stream as _current_stream
 from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
+from hwkern._launch_cell import LaunchCell
 from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
 from hwkern._weight_only import weight_only_linear
 
@@ -343,74 +344,24 @@ def _linear_cuda(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
-    if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
-        weight = weight.clone(memory_format=torch.contiguous_format)
-    # `cell` holds addresses only: these names keep the copies alive until the launch.
-    weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
     cell = LaunchCell()
-    cell.read(weight, weight_scale, bias)
+    if (
+        out_dtype is None
+        and residual is None
+        and activation in ACTIVATIONS
+        and x.dim() > 0
+        and cell.takes(x, x.shape[-1], weight, weight_scale, bias)
+    ):
+        dtype = x.dtype
+    else:
+        dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
+        if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        # `cell` holds addresses only: these names keep the copies alive until the launch.
+        weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
+        cell.read(weight, weight_scale, bias)
     constant = are_constant(weight, weight_scale, bias)
     return _launch_cell(x, cell, weight, constant, dtype, config, ACTIVATIONS[activation], residual)
-
-
-class LaunchCell:
-    """What a launch needs of one layer's weight, scale and bias, read once and good while they stay where they are."""
-
-    __slots__ = (
-        "bias_dtype", "bias_pointer", "columns", "device", "linear", "n", "scale_pointer", "used", "weight_only",
-        "weight_pointer",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.used = False  # whether a weight-only launch has read this weight: from then on it counts as constant
-        self.weight_pointer = self.scale_pointer = self.bias_pointer = -1
-        self.columns = self.device = -1
-        self.bias_dtype: torch.dtype | None = None
-
-    def __reduce__(self) -> tuple[type[LaunchCell], tuple[()]]:
-        return LaunchCell, ()  # a copy of the layer has other addresses
-
-    def holds(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
-        """Whether these are the tensors that were read.
-
-        The bias's dtype counts beside its address: two casts in a row (``.half().bfloat16()``) may bring it back to the
-        address of the first. The layer keeps the dtypes and shapes of the other two.
-        """
-        return (
-            self.weight_pointer == weight.data_ptr()
-            and self.scale_pointer == weight_scale.data_ptr()
-            and (
-                self.bias_pointer == 0
-                if bias is None
-                else self.bias_pointer == bias.data_ptr() and self.bias_dtype is bias.dtype
-            )
-        )
-
-    def read(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
-        """False where the kernels cannot take the tensors as they are (or where ``check_linear`` would object)."""
-        n, columns = weight.shape
-        device = weight.get_device()
-        ready = (
-            weight.dtype is torch.int8
-            and columns % ROW_ALIGNMENT == 0
-            and weight.is_contiguous()
-            and weight.data_ptr() % ROW_ALIGNMENT == 0
-            and _is_vector(weight_scale, n, device)
-            and weight_scale.dtype is torch.float32
-            and (bias is None or (_is_vector(bias, n, device) and bias.dtype in FLOATS))
-        )
-        if ready:
-            native = _cuda()
-            self.n, self.columns, self.device = n, columns, device
-            self.linear, self.weight_only, self.used = native.linear, native.weight_only_linear, False
-            self.weight_pointer, self.scale_pointer = weight.data_ptr(), weight_scale.data_ptr()
-            self.bias_pointer, self.bias_dtype = pointer(bias), None if bias is None else bias.dtype
-        return ready
-
-
-def _is_vector(t: Tensor, n: int, device: int) -> bool:
-    return t.get_device() == device and tuple(t.shape) == (n,) and t.is_contiguous()
 
 
 def _launch_cell(

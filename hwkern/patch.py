@@ -1,7 +1,8 @@
 """``patch``: every linear layer that is worth it becomes an int8 layer, in place. ``unpatch``: back to the originals.
 
 Both look first and raise before anything is touched; then they go layer by layer, so that the extra memory stays below
-that of the largest layer; and when something fails half-way they put everything back.
+that of the largest layer (unless ``originals`` keeps the float weights where they are); and when something fails
+half-way they put everything back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 
 from hwkern import _fold, _fusion, _hf_hook, _native
 from hwkern._layers import Layer, Selection, Selector, adopt, find_layers, int8_class, is_foreign, judge, tied
-from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
+from hwkern._originals import (
+    FloatWeight,
+    Original,
+    Place,
+    Spool,
+    free_disk,
+    free_memory,
+    room_beside,
+    spool_directory,
+)
 from hwkern._recipes import Recipe, float_rows, make
 from hwkern.nn import Calibration, Int8Linear
 from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows
@@ -56,8 +66,8 @@ def patch(
         exclude: which layers to leave, in the same form. Stronger than ``include``.
         originals: where the float weights stay for :func:`unpatch`: "host" (memory), "disk" (a temporary file that
             vanishes by itself), "device" (where they are: for trials, no memory is saved), "drop" (nowhere: unpatch
-            becomes impossible), or "auto": host memory for a model on CUDA while there is room, the disk for one on the
-            CPU.
+            becomes impossible; a GPU with room for both holds them until the last layer is int8), or "auto": host
+            memory for a model on CUDA while there is room, the disk for one on the CPU.
         progress: called as ``progress(done, total, name)`` after each layer.
         plan: from :func:`hwkern.plan` or :func:`hwkern.calibrate`: which scheme each layer gets; what it does not name,
             or keeps, stays float. Norms that it divides come back with :func:`unpatch`.
@@ -385,6 +395,8 @@ def _place(originals: Originals, groups: Sequence[Sequence[Layer]]) -> Place:
         return "host"
     if originals in ("host", "device"):
         return cast(Place, originals)
+    if originals == "drop" and room_beside(weights):
+        return "device"  # until nothing can fail any more: the way to the host and back takes longer than all the rest
     if originals != "disk" and not on_cpu and need < free_memory() * 3 // 4:
         return "host"
     free = free_disk()

@@ -13,7 +13,7 @@ import torch
 from kernel_helpers import FLOATS, same_bits
 from torch import Tensor
 
-from hwkern import _cpu, ops, reference
+from hwkern import _cpu, _launch_cell, ops, reference
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
@@ -333,7 +333,7 @@ def test_work_is_queued_on_the_current_stream():
 
 def test_a_bias_cast_twice_back_to_its_first_address_is_read_again(monkeypatch: pytest.MonkeyPatch):
     """Only addresses and dtypes are compared, so tensors of the CPU can stand for CUDA's."""
-    monkeypatch.setattr(ops, "_cuda", lambda: SimpleNamespace(linear=None, weight_only_linear=None))
+    monkeypatch.setattr(_launch_cell, "extension", lambda: SimpleNamespace(linear=None, weight_only_linear=None))
     _, weight, scale = linear_inputs("cpu")
     memory = torch.zeros(48)
     cell = ops.LaunchCell()
@@ -349,6 +349,34 @@ def test_a_bias_cast_twice_back_to_its_first_address_is_read_again(monkeypatch: 
     assert cell.read(weight, scale, None)
     assert cell.holds(weight, scale, None)
     assert not cell.holds(weight, scale, memory)
+
+
+def test_a_cell_takes_only_what_the_checks_would_pass_and_the_kernels_can_read(monkeypatch: pytest.MonkeyPatch):
+    """What it takes is launched without another look: nothing that the checks refuse may be among it."""
+    monkeypatch.setattr(_launch_cell, "extension", lambda: SimpleNamespace(linear=None, weight_only_linear=None))
+    x, weight, scale, bias = torch.randn(3, 64), torch.ones(48, 64, dtype=torch.int8), torch.ones(48), torch.ones(48)
+    takes = ops.LaunchCell().takes
+    assert takes(x, 64, weight, scale, bias)
+    assert takes(x.half(), 64, weight, scale, None)
+    assert takes(x[:, :50], 50, weight, scale, bias)  # K = 50 has 64 columns
+    for wrong in (
+        (x.double(), 64, weight, scale, bias),
+        (x.to(torch.int8), 64, weight, scale, bias),
+        (x[:, :48], 48, weight, scale, bias),
+        (x[:, :0], 0, weight[:, :0], scale, bias),
+        (torch.randn(3, ops.K_MAX + 1), ops.K_MAX + 1, torch.ones(2, ops.K_MAX + 1, dtype=torch.int8), scale[:2], None),
+        (x, 64, weight.float(), scale, bias),
+        (x, 64, weight[0], scale, bias),
+        (x, 64, weight.t().contiguous().t(), scale, bias),
+        (x, 64, torch.ones(48 * 64 + 1, dtype=torch.int8)[1:].view(48, 64), scale, bias),
+        (x, 64, weight, scale.double(), bias),
+        (x, 64, weight, scale[:1], bias),
+        (x, 64, weight, torch.ones(96)[::2], bias),
+        (x, 64, weight, scale, bias[:47]),
+        (x, 64, weight, scale, bias.double()),
+        (x, 64, weight, scale, torch.ones(96)[::2]),
+    ):
+        assert not takes(*wrong), [getattr(w, "shape", w) for w in wrong]
 
 
 @pytest.mark.gpu

@@ -690,6 +690,39 @@ def test_drop_leaves_no_way_back_and_no_memory(x: torch.Tensor) -> None:
     assert model(x).shape == (5, 8 + SIZE)
 
 
+def test_drop_on_a_gpu_with_room_copies_nothing_to_the_host(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
+    places = []
+    real = implementation.Spool
+    monkeypatch.setattr(implementation, "Spool", lambda place: (places.append(place), real(place))[1])
+    monkeypatch.setattr(implementation, "room_beside", lambda weights: True)
+    model = Net()
+    weight = weakref.ref(model.up.weight.untyped_storage())
+    report = hwkern.patch(model, originals="drop")
+    gc.collect()
+    assert places == ["device"]
+    assert report.originals == "drop"
+    assert weight() is None
+    with pytest.raises(ValueError, match=r"dropped \(originals='drop'\)"):
+        hwkern.unpatch(model)
+    monkeypatch.setattr(implementation, "room_beside", lambda weights: False)
+    hwkern.patch(Net(), originals="drop")
+    assert places[1] != "device"
+
+
+@pytest.mark.gpu
+def test_dropped_weights_leave_the_gpu_and_never_see_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16, device="cuda") for _ in range(4)))
+    hwkern.patch(copy.deepcopy(model))  # what is made once and kept is there before the counting
+    before = torch.cuda.memory_allocated()
+    copied = []
+    real = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t, *a: (copied.append(t.numel()), real(t, *a))[1])
+    hwkern.patch(model, originals="drop")
+    assert max(copied, default=0) < 2048 * 2048
+    saved = before - torch.cuda.memory_allocated()
+    assert saved == pytest.approx(4 * 2048 * 2048, rel=0.02)  # of two bytes a weight one stays, and a scale a row
+
+
 # ---- nothing is lost when something fails ---------------------------------------------------------------------------
 
 
@@ -705,7 +738,7 @@ def failing(error: BaseException, at: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), MemoryError()])
-@pytest.mark.parametrize("originals", ["host", "disk", "drop"])
+@pytest.mark.parametrize("originals", ["host", "disk", "device", "drop"])
 @pytest.mark.parametrize("place", ["quantize", "store", "progress"])
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_failure_halfway_leaves_the_model_exactly_as_it_was(

@@ -304,8 +304,9 @@ def _module_of(hook: Any) -> str:
 
 
 def exporting() -> bool:
-    """torch.export wants a graph over registered tensors: the members' own."""
-    asked = getattr(torch.compiler, "is_exporting", None)
-    if asked is not None and asked():
-        return True
-    return not torch.compiler.is_dynamo_compiling()
+    """torch.export wants a graph over registered tensors: the members' own.
+
+    The flag is read and not ``torch.compiler.is_exporting()``, which dynamo takes for True in every compilation from
+    torch 2.7 to 2.12 (before that there is neither).
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False) or not torch.compiler.is_dynamo_compiling()

@@ -1,0 +1,85 @@
+"""What a launch needs of one layer's weight, scale and bias: read once, and good while they stay where they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hwkern._checks import FLOATS, K_MAX, ROW_ALIGNMENT, padded
+from hwkern._cuda import extension
+from hwkern._tensors import pointer
+
+
+class LaunchCell:
+    """What a launch needs of one layer's weight, scale and bias, read once and good while they stay where they are."""
+
+    __slots__ = (
+        "bias_dtype", "bias_pointer", "columns", "device", "linear", "n", "scale_pointer", "used", "weight_only",
+        "weight_pointer",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.used = False  # whether a weight-only launch has read this weight: from then on it counts as constant
+        self.weight_pointer = self.scale_pointer = self.bias_pointer = -1
+        self.columns = self.device = -1
+        self.bias_dtype: torch.dtype | None = None
+
+    def __reduce__(self) -> tuple[type[LaunchCell], tuple[()]]:
+        return LaunchCell, ()  # a copy of the layer has other addresses
+
+    def holds(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+        """Whether these are the tensors that were read.
+
+        The bias's dtype counts beside its address: two casts in a row (``.half().bfloat16()``) may bring it back to the
+        address of the first. The layer keeps the dtypes and shapes of the other two.
+        """
+        return (
+            self.weight_pointer == weight.data_ptr()
+            and self.scale_pointer == weight_scale.data_ptr()
+            and (
+                self.bias_pointer == 0
+                if bias is None
+                else self.bias_pointer == bias.data_ptr() and self.bias_dtype is bias.dtype
+            )
+        )
+
+    def read(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+        """False where the kernels cannot take the tensors as they are (or where ``check_linear`` would object)."""
+        n, columns = weight.shape
+        device = weight.get_device()
+        ready = (
+            weight.dtype is torch.int8
+            and columns % ROW_ALIGNMENT == 0
+            and weight.is_contiguous()
+            and weight.data_ptr() % ROW_ALIGNMENT == 0
+            and _is_vector(weight_scale, n, device)
+            and weight_scale.dtype is torch.float32
+            and (bias is None or (_is_vector(bias, n, device) and bias.dtype in FLOATS))
+        )
+        if ready:
+            native = extension()
+            self.n, self.columns, self.device = n, columns, device
+            self.linear, self.weight_only, self.used = native.linear, native.weight_only_linear, False
+            self.weight_pointer, self.scale_pointer = weight.data_ptr(), weight_scale.data_ptr()
+            self.bias_pointer, self.bias_dtype = pointer(bias), None if bias is None else bias.dtype
+        return ready
+
+    def takes(self, x: Tensor, k: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
+        """Reads these tensors; whether the kernels can take them with ``x [..., K]`` as they are.
+
+        What is False may still be right (copies help) or wrong: that is for the checks to tell, which write a sentence
+        for each mistake. A compiled model calls the operators with what passed when it was traced, and half of such a
+        call's host time went to these checks.
+        """
+        return (
+            weight.dim() == 2
+            and x.dtype in FLOATS
+            and 0 < k <= K_MAX
+            and weight.shape[1] == padded(k)
+            and self.read(weight, weight_scale, bias)
+            and x.get_device() == self.device
+        )
+
+
+def _is_vector(t: Tensor, n: int, device: int) -> bool:
+    return t.get_device() == device and tuple(t.shape) == (n,) and t.is_contiguous()
