@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hwkern import _fusion, _native
 from hwkern._layers import find_layers
 from hwkern._shards import FORMAT_VERSION, CheckpointError, check_version
-from hwkern.nn import Int8Linear
 from hwkern.nn.pack import all_finite, nonfinite_rows
+from hwkern.nn.packed import PackedLayer
 from hwkern.nn.scheme import describe
 
 METHOD = "hwkern"
@@ -34,7 +34,7 @@ class HwkernConfig(QuantizationConfigMixin):
     Args:
         layers: name → description of each int8 layer, as saved; None: the checkpoint is float, and the layers that
             :func:`hwkern.patch` would take become int8 while they are loaded.
-        include, exclude: patterns for that choice, as in :func:`hwkern.patch`.
+        include, exclude, embeddings: for that choice, as in :func:`hwkern.patch`.
         format_version: of this description.
     """
 
@@ -43,6 +43,7 @@ class HwkernConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        embeddings: bool = False,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -51,7 +52,7 @@ class HwkernConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"quantization_config has the unknown fields {sorted(unknown)}.")
         self.quant_method: Any = quant_method
-        self.layers, self.include, self.exclude = layers, include, exclude
+        self.layers, self.include, self.exclude, self.embeddings = layers, include, exclude, embeddings
         self.format_version = format_version
 
 
@@ -83,14 +84,15 @@ class HwkernQuantizer(HfQuantizer):
                 for parent, attribute in layer.slots:
                     parent._modules[attribute] = int8
         else:
-            patch(model, include=config.include, exclude=config.exclude, originals="drop")
+            options: dict[str, Any] = {"include": config.include, "exclude": config.exclude}
+            patch(model, originals="drop", embeddings=config.embeddings, **options)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:
             return False
         name, _, last = param_name.rpartition(".")
-        return last == "weight" and isinstance(model.get_submodule(name), Int8Linear)
+        return last == "weight" and isinstance(model.get_submodule(name), PackedLayer)
 
     def get_quantize_ops(self) -> Any:
         from transformers.core_model_loading import ConversionOps
@@ -113,9 +115,9 @@ class HwkernQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.quantization_config.layers = described(model)
-        for layer in find_layers(model):
+        for layer in find_layers(model, embeddings=True):
             module = layer.module
-            if isinstance(module, Int8Linear):
+            if isinstance(module, PackedLayer):
                 tensors = (*module._parameters.values(), *module._buffers.values())
                 if any(t is not None and t.is_meta for t in tensors):
                     raise CheckpointError(f"The files lack tensors of the int8 layer {layer.names[0]!r}.")
@@ -124,8 +126,8 @@ class HwkernQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         _fusion.unfuse(model)
-        for layer in find_layers(model):
-            if isinstance(layer.module, Int8Linear):
+        for layer in find_layers(model, embeddings=True):
+            if isinstance(layer.module, PackedLayer):
                 restored = layer.module.to_float(dtype)
                 for parent, attribute in layer.slots:
                     parent._modules[attribute] = restored
@@ -150,8 +152,8 @@ class HwkernQuantizer(HfQuantizer):
 
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The descriptions of the model's int8 layers by name."""
-    layers = find_layers(model)
-    return {layer.names[0]: describe(layer.module) for layer in layers if isinstance(layer.module, Int8Linear)}
+    layers = find_layers(model, embeddings=True)
+    return {layer.names[0]: describe(layer.module) for layer in layers if isinstance(layer.module, PackedLayer)}
 
 
 def register() -> None:

@@ -54,6 +54,10 @@ class PackedLayer(nn.Module):
     def _replaces(module: nn.Module) -> bool:
         raise NotImplementedError
 
+    def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A new float layer with the dequantized weight; ``dtype`` defaults to ``float_dtype``."""
+        raise NotImplementedError
+
     @classmethod
     def _rows(cls, weight: Tensor) -> Tensor:
         """A float weight as ``[N, K]``, without a copy; its own inverse."""
