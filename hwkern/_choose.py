@@ -89,11 +89,16 @@ def threshold(few: Candidate, many: Candidate, calls: Mapping[int, int]) -> int 
 
 
 def choose(
-    candidates: Sequence[Candidate], calls: Mapping[int, int], min_snr_db: float, policy: Policy
+    candidates: Sequence[Candidate],
+    calls: Mapping[int, int],
+    min_snr_db: float,
+    policy: Policy,
+    for_bytes: bool = False,
 ) -> tuple[Candidate, str]:
     """The candidate for one layer, and the reason; every other one gets its ``ruled_out``.
 
-    The first candidate is "keep". Never one that is slower than it by measurement.
+    The first candidate is "keep". Never one that is slower than it by measurement. ``for_bytes``: of an embedding, which
+    is taken for the memory it saves where it is not slower; "accurate" does not.
     """
     keep, *others = candidates
     for candidate in candidates:
@@ -108,7 +113,9 @@ def choose(
             candidate.ruled_out = f"{candidate.snr_db:.1f} dB is below {min_snr_db:g} dB"
         elif ratio > 1 + NOISE:
             candidate.ruled_out = f"{ratio:.2f}× the float layer's time at {m} tokens ({mode})"
-        elif gain > 1 - (0.0 if policy == "smallest" else LEAST_GAIN):
+        elif for_bytes and policy == "accurate":
+            candidate.ruled_out = "accurate: memory alone is no reason to round it"
+        elif gain > (1 + NOISE if for_bytes else 1 - (0.0 if policy == "smallest" else LEAST_GAIN)):
             candidate.ruled_out = f"no gain that is more than noise ({gain:.2f}× the time)"
         else:
             allowed.append(candidate)
@@ -121,8 +128,12 @@ def choose(
             candidate.ruled_out = (
                 f"{policy}: {chosen.name} is preferred ({gain:.2f}× the time, {_db(candidate.snr_db)})"
             )
-    keep.ruled_out = f"{chosen.name} is faster"
     ratio = score(chosen, keep, calls)
+    if for_bytes:
+        keep.ruled_out = f"{chosen.name} is smaller, and not slower"
+        share = chosen.weight_bytes / max(1, keep.weight_bytes)
+        return chosen, f"{share:.2f}× the bytes at {ratio:.2f}× the time and {_db(chosen.snr_db)} ({policy})"
+    keep.ruled_out = f"{chosen.name} is faster"
     return chosen, f"{1 / ratio:.2f}× as fast as the float layer at {_db(chosen.snr_db)} ({policy})"
 
 
@@ -151,6 +162,8 @@ def _why_kept(keep: Candidate, others: Sequence[Candidate], calls: Mapping[int, 
     if not others:
         return "nothing else is possible"
     best = min(others, key=lambda c: score(c, keep, calls))
+    if best.ruled_out.startswith("accurate:"):
+        return best.ruled_out.removeprefix("accurate: ")
     ratio, m, mode = worst(best, keep, calls)
     if ratio > 1 + NOISE:
         return f"nothing is faster throughout: {best.name} takes {ratio:.2f}× the time at {m} tokens ({mode})"

@@ -220,12 +220,12 @@ def save(model: nn.Module, folder: Path, max_shard_bytes: int) -> list[Path]:
         del tensors[name]
     groups: dict[str, dict[str, Any]] = {}
     ignored = []
-    tables: set[int] = set()
-    for layer in find_layers(model, embeddings=True):
+    layers = find_layers(model, embeddings=True)
+    tables = {id(layer.weight) for layer in layers if isinstance(layer.module, Int8Embedding)}
+    for layer in layers:
         module, name = layer.module, layer.names[0]
         if layer.is_embedding:
             if isinstance(module, Int8Embedding):  # vLLM has float tables only
-                tables.add(id(module.weight))
                 if tensors.pop(f"{name}.weight_scale", None) is not None:
                     tensors[f"{name}.weight"] = module.to_float().weight.detach()
             continue

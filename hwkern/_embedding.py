@@ -15,7 +15,6 @@ from torch.library import Library, register_fake
 from hwkern import _native
 from hwkern._checks import (
     DTYPES,
-    FLOATS,
     ROW_ALIGNMENT,
     check,
     check_int8,
@@ -27,6 +26,8 @@ from hwkern._checks import (
 )
 from hwkern._cpu import _threads
 from hwkern._cuda import current_device, current_stream, extension, on_device
+
+_C = _native.extension()
 
 _lib = Library("hwkern", "FRAGMENT")
 _lib.define(
@@ -142,25 +143,26 @@ def _cpu(
     dtype, k = _check(indices, weight, weight_scale, out_dtype, dim)
     y = torch.empty((*indices.shape, k), dtype=dtype)
     if y.numel():
-        _look_up(indices.contiguous(), _packed(weight), weight_scale.contiguous(), y, k)
+        indices, weight, weight_scale = indices.contiguous(), _packed(weight), weight_scale.contiguous()
+        n, columns = weight.shape
+        m = indices.numel()
+        try:
+            _C.cpu_embedding(
+                indices.data_ptr(), indices.dtype is torch.int64, weight.data_ptr(), columns, weight_scale.data_ptr(),
+                y.data_ptr(), DTYPES[dtype], k, m, n, k, _threads(m * k),
+            )  # fmt: skip
+        except ValueError as error:
+            _raise_outside(indices, n, error)
     return y
 
 
-def _look_up(indices: Tensor, weight: Tensor, weight_scale: Tensor, y: Tensor, k: int) -> None:
-    n, columns = weight.shape
-    m = indices.numel()
-    try:
-        _native.extension().cpu_embedding(
-            indices.data_ptr(), indices.dtype is torch.int64, weight.data_ptr(), columns, weight_scale.data_ptr(),
-            y.data_ptr(), DTYPES[y.dtype], k, m, n, k, _threads(m * k),
-        )  # fmt: skip
-    except ValueError:
-        bad = indices[(indices < 0) | (indices >= n)]
-        if bad.numel() == 0:
-            raise
-        raise IndexError(
-            f"The index {int(bad.flatten()[0])} is outside of this embedding: it has the rows 0 … {n - 1}."
-        ) from None
+def _raise_outside(indices: Tensor, n: int, error: Exception) -> None:
+    bad = indices[(indices < 0) | (indices >= n)]
+    if bad.numel() == 0:
+        raise error
+    raise IndexError(
+        f"The index {int(bad.flatten()[0])} is outside of this embedding: it has the rows 0 … {n - 1}."
+    ) from None
 
 
 _lib.impl("int8_embedding", _cuda, "CUDA")
@@ -187,34 +189,71 @@ def _is_unseen(x: Tensor) -> bool:
     )
 
 
-def eager_embedding(indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, k: int) -> Tensor:
+class TableCell:
+    """What a lookup needs of one layer's table and scales, read once and good while they stay where they are."""
+
+    __slots__ = ("columns", "device", "n", "scale", "weight")
+
+    def __init__(self) -> None:
+        self.weight = self.scale = -1  # addresses
+        self.n = self.columns = 0
+        self.device = -2  # -1: the CPU
+
+    def __reduce__(self) -> tuple[type[TableCell], tuple[()]]:
+        return TableCell, ()  # a copy of the layer has other addresses
+
+    def read(self, weight: Tensor, weight_scale: Tensor, k: int) -> bool:
+        """False where the kernels cannot take the tensors as they are, or the operator would object."""
+        n, columns = weight.shape
+        device = weight.get_device()
+        ready = (
+            weight.dtype is torch.int8
+            and weight_scale.dtype is torch.float32
+            and tuple(weight_scale.shape) == (n,)
+            and (weight.is_cuda or weight.is_cpu)
+            and weight_scale.get_device() == device
+            and weight_scale.device.type == weight.device.type
+            and weight.is_contiguous()
+            and weight_scale.is_contiguous()
+            and weight.data_ptr() % ROW_ALIGNMENT == 0
+            and columns == padded(k)
+        )
+        if ready:
+            self.weight, self.scale = weight.data_ptr(), weight_scale.data_ptr()
+            self.n, self.columns, self.device = n, columns, device
+        return ready
+
+
+def eager_embedding(
+    indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, k: int, cell: TableCell
+) -> Tensor:
     """:func:`int8_embedding` for ``Int8Embedding.forward``: around the dispatcher where nobody needs to see it."""
     if (
         _is_unseen(indices)
-        and indices.dtype in (torch.int64, torch.int32)
-        and indices.is_contiguous()
-        and weight.is_contiguous()
-        and dtype in FLOATS
+        and ((wide := indices.dtype is torch.int64) or indices.dtype is torch.int32)
         and (m := indices.numel())
-        and weight.dtype is torch.int8
-        and weight_scale.dtype is torch.float32
-        and weight_scale.shape == weight.shape[:1]
-        and weight_scale.is_contiguous()
-        and k <= weight.shape[1] < k + ROW_ALIGNMENT
+        and indices.is_contiguous()
+        and (
+            (cell.weight == weight.data_ptr() and cell.scale == weight_scale.data_ptr())
+            or cell.read(weight, weight_scale, k)
+        )
+        and indices.get_device() == (device := cell.device)
     ):
-        device = weight.get_device()
-        address = weight.data_ptr()
-        if indices.get_device() == device == weight_scale.get_device() and address % ROW_ALIGNMENT == 0:
-            if device < 0 and weight.is_cpu:
-                y = weight.new_empty((*indices.shape, k), dtype=dtype)
-                _look_up(indices, weight, weight_scale, y, k)
-                return y
-            if weight.is_cuda and device == current_device():
-                y = weight_scale.new_empty((*indices.shape, k), dtype=dtype)
-                n, columns = weight.shape
-                extension().embedding(
-                    indices.data_ptr(), indices.dtype is torch.int64, address, columns, weight_scale.data_ptr(),
-                    y.data_ptr(), DTYPES[dtype], k, m, n, k, current_stream(device),
+        if device >= 0 and device == current_device():
+            y = weight_scale.new_empty((*indices.shape, k), dtype=dtype)
+            extension().embedding(
+                indices.data_ptr(), wide, cell.weight, cell.columns, cell.scale, y.data_ptr(), DTYPES[dtype], k,
+                m, cell.n, k, current_stream(device),
+            )  # fmt: skip
+            return y
+        if device < 0 and indices.is_cpu:
+            y = weight_scale.new_empty((*indices.shape, k), dtype=dtype)
+            try:
+                _C.cpu_embedding(
+                    indices.data_ptr(), wide, cell.weight, cell.columns, cell.scale, y.data_ptr(), DTYPES[dtype], k,
+                    m, cell.n, k, _threads(m * k),
                 )  # fmt: skip
-                return y
+            except ValueError as error:
+                _raise_outside(indices, cell.n, error)
+            return y
     return torch.ops.hwkern.int8_embedding.default(indices, weight, weight_scale, dtype, k)

@@ -41,7 +41,7 @@ from hwkern._cuda import current_device as _current_device
 from hwkern._cuda import current_stream as _current_stream
 from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
-from hwkern._embedding import eager_embedding, int8_embedding
+from hwkern._embedding import TableCell, eager_embedding, int8_embedding
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
 from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
 from hwkern._weight_only import weight_only_linear
@@ -55,6 +55,7 @@ __all__ = [
     "NORMS",
     "LaunchCell",
     "NormQuantized",
+    "TableCell",
     "activation_quantize",
     "cpu_int8_is_fast",
     "dequantize",

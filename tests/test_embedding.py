@@ -181,11 +181,12 @@ def test_the_module_s_way_gives_the_operator_s_bits(device: str):
     weight, scale = table(30, 17)
     packed, scale = ops.pad_weight(weight).to(device), scale.to(device)
     for indices in (torch.randint(0, 30, (2, 3)), torch.randint(0, 30, (4, 5)).t(), torch.tensor(3), torch.zeros(0).int()):
+        cell = ops.TableCell()
         for dtype in FLOATS:
-            y = ops.eager_embedding(indices.to(device), packed, scale, dtype, 17)
+            y = ops.eager_embedding(indices.to(device), packed, scale, dtype, 17, cell)
             assert same_bits(y.cpu(), reference.int8_embedding(indices, weight, scale.cpu(), dtype))
     with pytest.raises(ValueError, match="rows of 17 elements"):
-        ops.eager_embedding(torch.zeros(1).long().to(device), packed[:, :16], scale, torch.float32, 17)
+        ops.eager_embedding(torch.zeros(1).long().to(device), packed[:, :16], scale, torch.float32, 17, ops.TableCell())
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -194,7 +195,7 @@ def test_it_compiles_without_a_break(device: str, dynamic: bool):
 
     @torch.compile(fullgraph=True, dynamic=dynamic, backend="aot_eager")
     def step(indices: torch.Tensor) -> torch.Tensor:
-        return ops.eager_embedding(indices, weight, scale, torch.float32, 32) + 1
+        return ops.eager_embedding(indices, weight, scale, torch.float32, 32, ops.TableCell()) + 1
 
     for m in (3, 4, 9):
         indices = torch.randint(0, 30, (2, m), device=device)

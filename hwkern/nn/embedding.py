@@ -60,6 +60,7 @@ class Int8Embedding(PackedLayer):
         self, embedding_dim: int, weight: nn.Parameter, scale: Tensor, dtype: torch.dtype, padding_idx: int | None
     ) -> None:
         self._hold(weight, scale, dtype)
+        self._cell = ops.TableCell()
         self.num_embeddings = weight.shape[0]
         self.embedding_dim = embedding_dim
         self.padding_idx = None if padding_idx is None else padding_idx % self.num_embeddings  # as nn.Embedding has it
@@ -116,7 +117,7 @@ class Int8Embedding(PackedLayer):
         """``indices [...]`` -> ``[..., H]`` in ``float_dtype``."""
         scale: Any = self._buffers["weight_scale"]
         weight: Any = self._parameters["weight"]
-        return ops.eager_embedding(indices, weight, scale, self.float_dtype, self.embedding_dim)
+        return ops.eager_embedding(indices, weight, scale, self.float_dtype, self.embedding_dim, self._cell)
 
     def extra_repr(self) -> str:
         """As nn.Embedding's, plus the table's dtype."""
