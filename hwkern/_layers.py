@@ -279,10 +279,11 @@ def judge_ties(model: nn.Module, layers: Sequence[Layer], keep: bool) -> None:
     That of an embedding does in any case: the int8 table would come on top of the float one.
     """
     by_module = {id(layer.module): layer for layer in layers}
+    weights = {id(layer.weight) for layer in layers if layer.weight is not None}  # a shared bias stays a shared bias
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) in weights:
                 label = name if key == "weight" else f"{name}.{key}"
                 holders.setdefault(id(parameter), []).append((label, module))
     for layer in layers:

@@ -84,6 +84,8 @@ class HwkernQuantizer(HfQuantizer):
                 for parent, attribute in layer.slots:
                     parent._modules[attribute] = int8
         else:
+            if config.embeddings:
+                _tie(model)
             options: dict[str, Any] = {"include": config.include, "exclude": config.exclude}
             patch(model, originals="drop", embeddings=config.embeddings, **options)
         return model
@@ -114,6 +116,7 @@ class HwkernQuantizer(HfQuantizer):
         return Quantize()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _share_scales(model)
         self.quantization_config.layers = described(model)
         for layer in find_layers(model, embeddings=True):
             module = layer.module
@@ -134,9 +137,17 @@ class HwkernQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
-        """Before config.json is written: what the layers are now."""
+        """Before config.json is written: what the layers are now. Tensors: the state_dict."""
         self.quantization_config.layers = described(model)
-        return None, {}
+        shared = [layer for layers in _sharing(model) for layer in layers[1:]]
+        if not shared:
+            return None, {}
+        # transformers ties weights again when it reads them, but not buffers: each layer gets its own copy in the files.
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if any(module is layer for layer in shared):
+                state[f"{name}.weight_scale"] = state[f"{name}.weight_scale"].clone()
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -154,6 +165,32 @@ def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The descriptions of the model's int8 layers by name."""
     layers = find_layers(model, embeddings=True)
     return {layer.names[0]: describe(layer.module) for layer in layers if isinstance(layer.module, PackedLayer)}
+
+
+def _tie(model: Any) -> None:
+    """Weights that will be one already are, so that patch sees which head shares a table. (Within from_pretrained,
+    ``tie_weights`` itself does nothing until everything is read.)"""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        owner, _, key = target.rpartition(".")
+        model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+
+
+def _sharing(model: nn.Module) -> list[list[PackedLayer]]:
+    """The int8 layers that share one weight, together."""
+    groups: dict[int, list[PackedLayer]] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            groups.setdefault(id(module.weight), []).append(module)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _share_scales(model: nn.Module) -> None:
+    """Layers whose weight was tied while they were read get one scale as well: the one that the files hold."""
+    for group in _sharing(model):
+        scales = [layer.weight_scale for layer in group]
+        scale = next((scale for scale in scales if getattr(scale, "_is_hf_initialized", False)), scales[0])
+        for layer in group:
+            layer.weight_scale = scale
 
 
 def register() -> None:
