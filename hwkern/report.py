@@ -144,9 +144,9 @@ class Report:
         return sum(layer.bytes_after for layer in self.layers)
 
     @property
-    def _what(self) -> str:
-        tables = any("Embedding" in layer.kind for layer in self.layers)
-        return "Linear layers and embeddings" if tables else "Linear layers"
+    def what(self) -> str:
+        """What its layers are: "linear layers", or just "layers" where embeddings are among them."""
+        return "layers" if any("Embedding" in layer.kind for layer in self.layers) else "linear layers"
 
     def _with(self, status: Status) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.status == status)
@@ -211,7 +211,7 @@ class Report:
             lines.append(f"{_count(len(self.restored), 'layer')} float again.")
         if self.layers and (self.swapped or self.restored):
             lines.append(
-                f"{self._what}: {readable_bytes(self.bytes_before)} -> {readable_bytes(self.bytes_after)}. "
+                f"{self.what.capitalize()}: {readable_bytes(self.bytes_before)} -> {readable_bytes(self.bytes_after)}. "
                 f"Whole model: {readable_bytes(self.model_bytes_before)} -> {readable_bytes(self.model_bytes_after)}."
             )
         if self.originals_bytes:
