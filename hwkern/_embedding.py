@@ -7,6 +7,8 @@ on the CPU csrc/cpu/embedding.cpp; both give the bits of ``reference.int8_embedd
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -15,6 +17,7 @@ from torch.library import Library, register_fake
 from hwkern import _native
 from hwkern._checks import (
     DTYPES,
+    FLOATS,
     ROW_ALIGNMENT,
     check,
     check_int8,
@@ -177,38 +180,31 @@ _tracing_state = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 
 
-def _is_unseen(x: Tensor) -> bool:
-    """As ``ops._is_plain``, which has its own copy: it runs once a layer, where a further call would be 0.5 % of it."""
-    return (
-        not is_compiling()
-        and type(x) is Tensor
-        and _dispatch_modes() == 0
-        and _functorch_level() is None
-        and _tracing_state() is None
-        and not _profiling()
-    )
-
 
 class TableCell:
     """What a lookup needs of one layer's table and scales, read once and good while they stay where they are."""
 
-    __slots__ = ("columns", "device", "n", "scale", "weight")
+    __slots__ = ("columns", "device", "empty", "n", "native", "scale", "weight")
 
     def __init__(self) -> None:
         self.weight = self.scale = -1  # addresses
         self.n = self.columns = 0
         self.device = -2  # -1: the CPU
+        self.native: Any = None
+        # Of the output's dtype, where the table is: new_empty of it takes half of what torch.empty does.
+        self.empty = torch.empty(0, device="meta")
 
     def __reduce__(self) -> tuple[type[TableCell], tuple[()]]:
         return TableCell, ()  # a copy of the layer has other addresses
 
-    def read(self, weight: Tensor, weight_scale: Tensor, k: int) -> bool:
+    def read(self, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, k: int) -> bool:
         """False where the kernels cannot take the tensors as they are, or the operator would object."""
         n, columns = weight.shape
         device = weight.get_device()
         ready = (
             weight.dtype is torch.int8
             and weight_scale.dtype is torch.float32
+            and dtype in FLOATS
             and tuple(weight_scale.shape) == (n,)
             and (weight.is_cuda or weight.is_cpu)
             and weight_scale.get_device() == device
@@ -221,6 +217,8 @@ class TableCell:
         if ready:
             self.weight, self.scale = weight.data_ptr(), weight_scale.data_ptr()
             self.n, self.columns, self.device = n, columns, device
+            self.native = _C if weight.is_cpu else extension()
+            self.empty = torch.empty(0, dtype=dtype, device=weight.device)
         return ready
 
 
@@ -229,27 +227,37 @@ def eager_embedding(
 ) -> Tensor:
     """:func:`int8_embedding` for ``Int8Embedding.forward``: around the dispatcher where nobody needs to see it."""
     if (
-        _is_unseen(indices)
+        # as ops._is_plain
+        not is_compiling()
+        and type(indices) is Tensor
+        and _dispatch_modes() == 0
+        and _functorch_level() is None
+        and _tracing_state() is None
+        and not _profiling()
         and ((wide := indices.dtype is torch.int64) or indices.dtype is torch.int32)
         and (m := indices.numel())
         and indices.is_contiguous()
         and (
-            (cell.weight == weight.data_ptr() and cell.scale == weight_scale.data_ptr())
-            or cell.read(weight, weight_scale, k)
+            (
+                cell.weight == weight.data_ptr()
+                and cell.scale == weight_scale.data_ptr()
+                and cell.empty.dtype is dtype
+            )
+            or cell.read(weight, weight_scale, dtype, k)
         )
         and indices.get_device() == (device := cell.device)
     ):
         if device >= 0 and device == current_device():
-            y = weight_scale.new_empty((*indices.shape, k), dtype=dtype)
-            extension().embedding(
+            y = cell.empty.new_empty((*indices.shape, k))
+            cell.native.embedding(
                 indices.data_ptr(), wide, cell.weight, cell.columns, cell.scale, y.data_ptr(), DTYPES[dtype], k,
                 m, cell.n, k, current_stream(device),
             )  # fmt: skip
             return y
         if device < 0 and indices.is_cpu:
-            y = weight_scale.new_empty((*indices.shape, k), dtype=dtype)
+            y = cell.empty.new_empty((*indices.shape, k))
             try:
-                _C.cpu_embedding(
+                cell.native.cpu_embedding(
                     indices.data_ptr(), wide, cell.weight, cell.columns, cell.scale, y.data_ptr(), DTYPES[dtype], k,
                     m, cell.n, k, _threads(m * k),
                 )  # fmt: skip
