@@ -225,9 +225,8 @@ def save(model: nn.Module, folder: Path, max_shard_bytes: int) -> list[Path]:
     for layer in layers:
         module, name = layer.module, layer.names[0]
         if layer.is_embedding:
-            if isinstance(module, Int8Embedding):  # vLLM has float tables only
-                if tensors.pop(f"{name}.weight_scale", None) is not None:
-                    tensors[f"{name}.weight"] = module.to_float().weight.detach()
+            if isinstance(module, Int8Embedding) and tensors.pop(f"{name}.weight_scale", None) is not None:
+                tensors[f"{name}.weight"] = module.to_float().weight.detach()  # vLLM has float tables only
             continue
         if id(module._parameters.get("weight")) in tables:
             raise ValueError(

@@ -180,7 +180,6 @@ _tracing_state = torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
 
 
-
 class TableCell:
     """What a lookup needs of one layer's table and scales, read once and good while they stay where they are."""
 
@@ -238,11 +237,7 @@ def eager_embedding(
         and (m := indices.numel())
         and indices.is_contiguous()
         and (
-            (
-                cell.weight == weight.data_ptr()
-                and cell.scale == weight_scale.data_ptr()
-                and cell.empty.dtype is dtype
-            )
+            (cell.weight == weight.data_ptr() and cell.scale == weight_scale.data_ptr() and cell.empty.dtype is dtype)
             or cell.read(weight, weight_scale, dtype, k)
         )
         and indices.get_device() == (device := cell.device)

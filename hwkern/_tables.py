@@ -47,7 +47,9 @@ def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
     from hwkern.calibrate import snr_db
     from hwkern.patch import patch, unpatch
 
-    layers = [layer for layer in result.layers.values() if layer.chosen and (layer.lookups or layer.kind == "Embedding")]
+    layers = [
+        layer for layer in result.layers.values() if layer.chosen and (layer.lookups or layer.kind == "Embedding")
+    ]
     if not layers:
         return
     recipes = {name: layer.choice.recipe for layer in layers for name in layer.names}

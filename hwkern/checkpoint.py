@@ -325,11 +325,9 @@ def _check_sizes(name: str, layer: Layer, int8: PackedLayer) -> None:
             f"The layer {name!r} is a {type(module).__name__} in the model, which {type(int8).__name__} cannot replace."
         )
     if isinstance(int8, Int8Embedding):
-        here, there = (module.num_embeddings, module.embedding_dim), int8._size()
+        here, there = (f"{n} × {k}" for n, k in ((module.num_embeddings, module.embedding_dim), int8._size()))
         if here != there:
-            raise CheckpointError(
-                f"The embedding {name!r} is {here[0]} × {here[1]} in the model, but {there[0]} × {there[1]} in the files."
-            )
+            raise CheckpointError(f"The embedding {name!r} is {here} in the model, but {there} in the files.")
         return
     assert isinstance(int8, Int8Linear)
     names = ("nf", "nx") if hasattr(module, "nf") else ("out_features", "in_features")

@@ -142,7 +142,7 @@ class HwkernQuantizer(HfQuantizer):
         shared = [layer for layers in _sharing(model) for layer in layers[1:]]
         if not shared:
             return None, {}
-        # transformers ties weights again when it reads them, but not buffers: each layer gets its own copy in the files.
+        # transformers ties weights again when it reads them, but not buffers: in the files each layer has its own.
         state = model.state_dict()
         for name, module in model.named_modules():
             if any(module is layer for layer in shared):

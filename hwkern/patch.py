@@ -31,7 +31,7 @@ from hwkern._layers import (
 )
 from hwkern._originals import FloatWeight, Original, Place, Spool, free_disk, free_memory, spool_directory
 from hwkern._recipes import Recipe, around, float_rows, make
-from hwkern.nn import Calibration, Int8Linear
+from hwkern.nn import Calibration
 from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows
 from hwkern.nn.packed import PackedLayer
 from hwkern.report import LayerReport, Report

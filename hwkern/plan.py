@@ -224,8 +224,8 @@ class Plan:
         where = self.device.get("gpu") or self.device.get("cpu") or self.device.get("device")
         rows: dict[tuple[str, ...], list[PlannedLayer]] = {}
         for layer in self.layers.values():
-            size = (layer.n, layer.k) if layer.kind == "Embedding" else (layer.k, layer.n)
-            key = (layer.choice.name, f"{size[0]} × {size[1]}", layer.dtype)
+            sides = (layer.n, layer.k) if layer.kind == "Embedding" else (layer.k, layer.n)
+            key = (layer.choice.name, f"{sides[0]} × {sides[1]}", layer.dtype)
             rows.setdefault(key, []).append(layer)
         cells = []
         for (name, size, dtype), members in rows.items():

@@ -47,7 +47,9 @@ def test_it_is_the_dequantized_table_s_row(device: str, dtype: torch.dtype):
     """The very numbers that a head with the same int8 weight multiplies with."""
     weight, scale = (t.to(device) for t in ops.quantize(torch.randn(50, 64)))
     indices = torch.randint(0, 50, (9,), device=device)
-    assert same_bits(ops.int8_embedding(indices, weight, scale, dtype), ops.dequantize(weight, scale, 0, dtype)[indices])
+    assert same_bits(
+        ops.int8_embedding(indices, weight, scale, dtype), ops.dequantize(weight, scale, 0, dtype)[indices]
+    )
 
 
 @pytest.mark.sanitizer
@@ -79,7 +81,9 @@ def test_a_nan_scale_stays_in_its_row(device: str):
 def test_an_index_outside_is_an_error_that_names_it_on_the_cpu(bad: int):
     weight, scale = table(40, 16)
     for indices in (torch.tensor([[1, bad], [2, 3]]), torch.full((70000,), bad)):
-        with pytest.raises(IndexError, match=rf"The index {bad} is outside of this embedding: it has the rows 0 … 39\."):
+        with pytest.raises(
+            IndexError, match=rf"The index {bad} is outside of this embedding: it has the rows 0 … 39\."
+        ):
             ops.int8_embedding(indices, weight, scale)
 
 
@@ -180,7 +184,12 @@ def test_opcheck(device: str):
 def test_the_module_s_way_gives_the_operator_s_bits(device: str):
     weight, scale = table(30, 17)
     packed, scale = ops.pad_weight(weight).to(device), scale.to(device)
-    for indices in (torch.randint(0, 30, (2, 3)), torch.randint(0, 30, (4, 5)).t(), torch.tensor(3), torch.zeros(0).int()):
+    for indices in (
+        torch.randint(0, 30, (2, 3)),
+        torch.randint(0, 30, (4, 5)).t(),
+        torch.tensor(3),
+        torch.zeros(0).int(),
+    ):
         cell = ops.TableCell()
         for dtype in FLOATS:
             y = ops.eager_embedding(indices.to(device), packed, scale, dtype, 17, cell)

@@ -35,8 +35,9 @@ PyObject* call(const char* name, PyObject* const* args, Py_ssize_t count, F run)
 }
 
 PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  return call("embedding", args, count,
-              [](const Embedding& problem, int64_t stream) { return embedding(problem, pointer<CUstream_st>(stream)); });
+  return call("embedding", args, count, [](const Embedding& problem, int64_t stream) {
+    return embedding(problem, pointer<CUstream_st>(stream));
+  });
 }
 
 PyObject* py_cpu_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
