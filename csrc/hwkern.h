@@ -276,4 +276,22 @@ struct WeightOnlyLinear {
 int weight_only_choose(int64_t m, int64_t n, int64_t k, const Device& device);
 Status weight_only_linear(const WeightOnlyLinear& problem, int config_id, Stream stream);
 
+// ---- Embedding: rows of an int8 table -----------------------------------------------------------------------------
+
+// y[m, k] = round((float)weight[indices[m], k] * weight_scale[indices[m]])
+// An index outside [0, N) is a device-side assertion, as in torch: the launch returns kOk, and the next call that waits
+// for the GPU returns cudaErrorAssert.
+struct Embedding {
+  const void* indices;  // [M], int64 or int32
+  const int8_t* weight;  // [N, ldb], rows 16-byte aligned, ldb >= K rounded up to 16: the layout of Linear::weight
+  const float* weight_scale;  // [N]
+  void* y;  // [M, K] of y_dtype
+  int64_t ldb, ldy;  // elements
+  int64_t m, n, k;
+  bool wide_indices;  // int64; else int32
+  DType y_dtype;  // kFloat32, kFloat16 or kBFloat16
+};
+
+Status embedding(const Embedding& problem, Stream stream);
+
 }  // namespace hwkern

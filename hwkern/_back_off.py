@@ -100,6 +100,6 @@ def trial_place(model: nn.Module) -> Literal["host", "device"]:
 
 def _swapped(model: nn.Module) -> list[str]:
     from hwkern._layers import find_layers
-    from hwkern.nn import Int8Linear
+    from hwkern.nn.packed import PackedLayer
 
-    return [layer.names[0] for layer in find_layers(model) if isinstance(layer.module, Int8Linear)]
+    return [layer.names[0] for layer in find_layers(model, True) if isinstance(layer.module, PackedLayer)]

@@ -22,6 +22,9 @@ NOISE = 0.02
 #: short beside a prompt and is what a user waits for.
 SHARE = 0.02
 CALLS_SHARE = 0.05
+#: µs by which a lookup may be slower than the float table's: it runs once in a forward that takes a thousand times as
+#: long, and eager calls for few tokens are the host's time, 5 to 12 µs for both. (The whole model is timed afterwards.)
+LOOKUP_US = 1.0
 #: What "balanced" gives for accuracy: time within this of the fastest.
 BALANCED_TIME = 0.05
 #: And "accurate" for time: dB within this of the best.
@@ -63,12 +66,19 @@ def score(candidate: Candidate, keep: Candidate, calls: Mapping[int, int]) -> fl
     return sum(ratios) / len(ratios)
 
 
-def worst(candidate: Candidate, keep: Candidate, calls: Mapping[int, int]) -> tuple[float, int, str]:
-    """The largest ratio to the float layer at a number of tokens that matters: (ratio, tokens, mode)."""
+def worst(
+    candidate: Candidate, keep: Candidate, calls: Mapping[int, int], slack: float = 0.0
+) -> tuple[float, int, str]:
+    """The largest ratio to the float layer at a number of tokens that matters: (ratio, tokens, mode).
+
+    ``slack``: µs by which a call may be slower without being counted.
+    """
     found = (0.0, 0, "")
     for mode, times in keep.us.items():
         whole, number = total(times, calls), sum(calls.values())
         for m, count in calls.items():
+            if candidate.us[mode][m] <= times[m] + slack and slack:
+                continue
             if times[m] * count >= SHARE * whole or count >= CALLS_SHARE * number:
                 found = max(found, (candidate.us[mode][m] / times[m], m, mode))
     return found
@@ -89,11 +99,16 @@ def threshold(few: Candidate, many: Candidate, calls: Mapping[int, int]) -> int 
 
 
 def choose(
-    candidates: Sequence[Candidate], calls: Mapping[int, int], min_snr_db: float, policy: Policy
+    candidates: Sequence[Candidate],
+    calls: Mapping[int, int],
+    min_snr_db: float,
+    policy: Policy,
+    for_bytes: bool = False,
 ) -> tuple[Candidate, str]:
     """The candidate for one layer, and the reason; every other one gets its ``ruled_out``.
 
-    The first candidate is "keep". Never one that is slower than it by measurement.
+    The first candidate is "keep". Never one that is slower than it by measurement. ``for_bytes``: of an embedding,
+    which is taken for the memory it saves where it is not slower; "accurate" does not.
     """
     keep, *others = candidates
     for candidate in candidates:
@@ -102,13 +117,15 @@ def choose(
         return keep, "no batch reached it"
     allowed = []
     for candidate in others:
-        ratio, m, mode = worst(candidate, keep, calls)
+        ratio, m, mode = worst(candidate, keep, calls, LOOKUP_US if for_bytes else 0.0)
         gain = score(candidate, keep, calls)
         if candidate.snr_db < min_snr_db:
             candidate.ruled_out = f"{candidate.snr_db:.1f} dB is below {min_snr_db:g} dB"
         elif ratio > 1 + NOISE:
             candidate.ruled_out = f"{ratio:.2f}× the float layer's time at {m} tokens ({mode})"
-        elif gain > 1 - (0.0 if policy == "smallest" else LEAST_GAIN):
+        elif for_bytes and policy == "accurate":
+            candidate.ruled_out = "accurate: memory alone is no reason to round it"
+        elif not for_bytes and gain > 1 - (0.0 if policy == "smallest" else LEAST_GAIN):
             candidate.ruled_out = f"no gain that is more than noise ({gain:.2f}× the time)"
         else:
             allowed.append(candidate)
@@ -121,8 +138,12 @@ def choose(
             candidate.ruled_out = (
                 f"{policy}: {chosen.name} is preferred ({gain:.2f}× the time, {_db(candidate.snr_db)})"
             )
-    keep.ruled_out = f"{chosen.name} is faster"
     ratio = score(chosen, keep, calls)
+    if for_bytes:
+        keep.ruled_out = f"{chosen.name} is smaller, and not slower"
+        share = chosen.weight_bytes / max(1, keep.weight_bytes)
+        return chosen, f"{share:.2f}× the bytes at {ratio:.2f}× the time and {_db(chosen.snr_db)} ({policy})"
+    keep.ruled_out = f"{chosen.name} is faster"
     return chosen, f"{1 / ratio:.2f}× as fast as the float layer at {_db(chosen.snr_db)} ({policy})"
 
 
@@ -151,6 +172,8 @@ def _why_kept(keep: Candidate, others: Sequence[Candidate], calls: Mapping[int, 
     if not others:
         return "nothing else is possible"
     best = min(others, key=lambda c: score(c, keep, calls))
+    if best.ruled_out.startswith("accurate:"):
+        return best.ruled_out.removeprefix("accurate: ")
     ratio, m, mode = worst(best, keep, calls)
     if ratio > 1 + NOISE:
         return f"nothing is faster throughout: {best.name} takes {ratio:.2f}× the time at {m} tokens ({mode})"

@@ -21,7 +21,7 @@ from hwkern import ops
 from hwkern._layers import find_layers
 from hwkern._shards import CheckpointError, Shards, write
 from hwkern._static import zero_shift
-from hwkern.nn import CalibratedInt8Linear, Int8Linear, WeightOnlyInt8Linear
+from hwkern.nn import CalibratedInt8Linear, Int8Embedding, Int8Linear, WeightOnlyInt8Linear
 from hwkern.nn.pack import dtype_name
 
 METHOD, FORMAT = "compressed-tensors", "int-quantized"
@@ -220,8 +220,19 @@ def save(model: nn.Module, folder: Path, max_shard_bytes: int) -> list[Path]:
         del tensors[name]
     groups: dict[str, dict[str, Any]] = {}
     ignored = []
-    for layer in find_layers(model):
+    layers = find_layers(model, embeddings=True)
+    tables = {id(layer.weight) for layer in layers if isinstance(layer.module, Int8Embedding)}
+    for layer in layers:
         module, name = layer.module, layer.names[0]
+        if layer.is_embedding:
+            if isinstance(module, Int8Embedding) and tensors.pop(f"{name}.weight_scale", None) is not None:
+                tensors[f"{name}.weight"] = module.to_float().weight.detach()  # vLLM has float tables only
+            continue
+        if id(module._parameters.get("weight")) in tables:
+            raise ValueError(
+                f"{name!r} cannot be written as compressed-tensors: it shares its int8 weight with an embedding, and "
+                "the format's readers tie a head to a float table. Patch it without embeddings."
+            )
         if not isinstance(module, Int8Linear):
             ignored.append(name)
             continue

@@ -1,4 +1,4 @@
-"""Which linear layers a model holds, which of them ``patch`` takes, and why not the others."""
+"""Which linear layers and embeddings a model holds, which of them ``patch`` takes, and why not the others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from hwkern.nn import CalibratedInt8Linear, Int8Conv1D, Int8Linear
+from hwkern.nn import CalibratedInt8Linear, Int8Conv1D, Int8Embedding, Int8Linear
 from hwkern.nn.conv1d import conv1d_class
+from hwkern.nn.embedding import embedding_problem
 from hwkern.nn.pack import dtype_name, weight_problem
+from hwkern.nn.packed import PackedLayer
 from hwkern.ops import FLOATS, cpu_int8_is_fast
 from hwkern.report import Status
 
@@ -34,7 +36,7 @@ MIN_FEATURES = 64
 
 @dataclass
 class Layer:
-    """One linear layer of the model, with every place that holds it, and what becomes of it."""
+    """One linear layer (or embedding) of the model, with every place that holds it, and what becomes of it."""
 
     module: nn.Module
     names: list[str] = field(default_factory=list)
@@ -48,18 +50,22 @@ class Layer:
         return self.module._parameters.get("weight")
 
     @property
+    def is_embedding(self) -> bool:
+        return isinstance(self.module, (nn.Embedding, Int8Embedding))
+
+    @property
     def now(self) -> Any:
         """The module that is in the model at this moment."""
         parent, attribute = self.slots[0]
         return parent._modules[attribute]
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Every linear layer (float, int8 or quantized by somebody else), in the model's order."""
+def find_layers(model: nn.Module, embeddings: bool = False) -> list[Layer]:
+    """Every linear layer (float, int8 or quantized by somebody else), in the model's order; or embeddings as well."""
     found: dict[int, Layer] = {}
     for prefix, parent in model.named_modules(remove_duplicate=False):
         for attribute, module in parent._modules.items():
-            if module is None or not _is_linear(module):
+            if module is None or not (_is_linear(module) or (embeddings and _is_embedding(module))):
                 continue
             layer = found.setdefault(id(module), Layer(module))
             layer.names.append(f"{prefix}.{attribute}" if prefix else attribute)
@@ -78,6 +84,10 @@ def int8_class(module: nn.Module) -> type[Int8Linear] | None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, Int8Linear) or int8_class(module) is not None or is_foreign(module)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Embedding, Int8Embedding))
 
 
 def is_foreign(module: nn.Module) -> bool:
@@ -130,7 +140,9 @@ class Selection:
         for rule in self.rules:
             if not isinstance(rule, str) or any(fnmatchcase(name, rule) for name in names):
                 continue
-            if any(name.startswith(f"{rule}.") for name in names):
+            if any(fnmatchcase(name, rule) for layer in find_layers(model, True) for name in layer.names):
+                hint = "It names an embedding: those count with embeddings=True."
+            elif any(name.startswith(f"{rule}.") for name in names):
                 hint = f"It names a module above them: write {rule + '.*'!r}."
             elif close := difflib.get_close_matches(rule, names, n=3, cutoff=0.5):
                 hint = f"Close to it: {_listed(close)}."
@@ -151,16 +163,19 @@ def judge(model: nn.Module, layers: Sequence[Layer], wanted: Selection, unwanted
     """Set ``status`` and ``reason`` of every layer."""
     elsewhere = _plain_references(model, layers)
     heads = _output_heads(model)
-    for layer in layers:
-        if isinstance(layer.module, Int8Linear):
+    tables: set[int] = set()  # weights of embeddings that are taken: heads that share one go with them
+    for layer in sorted(layers, key=lambda layer: not layer.is_embedding):
+        if isinstance(layer.module, PackedLayer):
             layer.status = "already"
             continue
         reason = unwanted.reason(layer) or wanted.reason(layer) or _impossible(layer, elsewhere)
         if not reason and not wanted.given:
-            reason = _not_worth(layer, heads)
+            reason = _not_worth(layer, heads, tables)
         if reason:
             layer.status, layer.reason = "left", reason
-    _judge_ties(model, layers, keep=wanted.given)
+        elif layer.is_embedding:
+            tables.add(id(layer.weight))
+    judge_ties(model, layers, keep=wanted.given)
 
 
 def _impossible(layer: Layer, elsewhere: dict[int, str]) -> str:
@@ -189,7 +204,9 @@ def _impossible(layer: Layer, elsewhere: dict[int, str]) -> str:
         return f"it carries more than a weight and a bias: {', '.join(sorted(extra))}"
     if "forward" in module.__dict__:
         return "its forward was replaced on the instance (accelerate's offloading does that): remove that first"
-    base = conv1d_class() if _is_transposed(module) else nn.Linear
+    if layer.is_embedding and (problem := embedding_problem(module)):
+        return problem
+    base = nn.Embedding if layer.is_embedding else conv1d_class() if _is_transposed(module) else nn.Linear
     if base is not None and (cls.forward is not base.forward or cls.__call__ is not base.__call__):
         return f"its class {cls.__name__} has a forward of its own"
     return ""
@@ -242,9 +259,12 @@ def _output_heads(model: nn.Module) -> set[int]:
     return heads
 
 
-def _not_worth(layer: Layer, heads: set[int]) -> str:
+def _not_worth(layer: Layer, heads: set[int], tables: set[int]) -> str:
     weight = cast(Tensor, layer.weight)
-    if id(layer.module) in heads or any(name.rsplit(".", 1)[-1] == "lm_head" for name in layer.names):
+    if layer.is_embedding:
+        return "too small to gain" if weight.numel() < MIN_WEIGHTS else ""
+    head = id(layer.module) in heads or any(name.rsplit(".", 1)[-1] == "lm_head" for name in layer.names)
+    if head and id(weight) not in tables:
         return "output head: its rounding goes straight into the logits"
     if weight.numel() < MIN_WEIGHTS or min(weight.shape) < MIN_FEATURES:
         return "too small to gain"
@@ -253,20 +273,24 @@ def _not_worth(layer: Layer, heads: set[int]) -> str:
     return ""
 
 
-def _judge_ties(model: nn.Module, layers: Sequence[Layer], keep: bool) -> None:
-    """Note who shares a weight with whom; unless ``keep``, a weight that one holder keeps as float stays so in all."""
+def judge_ties(model: nn.Module, layers: Sequence[Layer], keep: bool) -> None:
+    """Note who shares a weight with whom; unless ``keep``, a weight that one holder keeps as float stays so in all.
+
+    That of an embedding does in any case: the int8 table would come on top of the float one.
+    """
     by_module = {id(layer.module): layer for layer in layers}
+    weights = {id(layer.weight) for layer in layers if layer.weight is not None}  # a shared bias stays a shared bias
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None:
+            if parameter is not None and id(parameter) in weights:
                 label = name if key == "weight" else f"{name}.{key}"
                 holders.setdefault(id(parameter), []).append((label, module))
     for layer in layers:
         held_by = [] if layer.weight is None else holders.get(id(layer.weight), [])
         if held_by and held_by[0][1] is not layer.module:
             layer.tied_to = held_by[0][0]
-    for held_by in () if keep else holders.values():
+    for held_by in holders.values():
         members = [by_module.get(id(module)) for _, module in held_by]
         floats = [i for i, member in enumerate(members) if member is None or member.status != "int8"]
         if not floats:
@@ -274,11 +298,11 @@ def _judge_ties(model: nn.Module, layers: Sequence[Layer], keep: bool) -> None:
         name, module = held_by[floats[0]]
         embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         for member in members:
-            if member is not None and member.status == "int8":
+            if member is not None and member.status == "int8" and (member.is_embedding or not keep):
                 member.status = "left"
                 member.reason = (
                     f"output head: its weight is shared with the embedding {name!r}"
-                    if embedding
+                    if embedding and not member.is_embedding
                     else f"its weight is shared with {name!r}, which stays float"
                 )
 
@@ -313,6 +337,8 @@ _OWN = {
     *("nf", "nx", "max_tokens", "_tensor_scale", "_part"),
     *CalibratedInt8Linear(1, 1, device="meta").__dict__,
     *nn.Linear(1, 1, device="meta").__dict__,
+    *Int8Embedding(1, 1, device="meta").__dict__,
+    *nn.Embedding(1, 1, device="meta").__dict__,
 }
 
 

@@ -38,6 +38,7 @@ SAMPLE_SECONDS = 4e-4  # a sample on the CPU has as many calls as fill this
 EAGER_CALLS = 50  # on a GPU a sample has at most so many, and one wait at its end
 EAGER_SECONDS = 3e-3  # and fewer, but three, when they would take longer than this
 GPU_SETS = 24  # of weights at most: layers so small that these fit into the L2 stay there in their models too
+LOOKUPS = 8  # sets of indices that an embedding's calls rotate over
 GRAPH_SECONDS = 0.005  # of replays for each peer; five replays of at least 20 calls in any case
 CPU_BYTES = 2**25  # weights that the CPU's calls rotate over: a model's other layers push a layer's out of the caches
 
@@ -46,7 +47,7 @@ CPU_BYTES = 2**25  # weights that the CPU's calls rotate over: a model's other l
 class Shape:
     """What a layer's time depends on, besides the recipe."""
 
-    kind: str  #: "Linear" or "Conv1D"
+    kind: str  #: "Linear", "Conv1D" or "Embedding" (of n rows)
     n: int
     k: int
     dtype: torch.dtype
@@ -57,9 +58,27 @@ class Shape:
         """For the cache."""
         return f"{self.kind} {self.n}x{self.k} {dtype_name(self.dtype)}{' bias' if self.bias else ''}"
 
+    @property
+    def table(self) -> Shape:
+        """Of the embedding that has the same weight."""
+        return Shape("Embedding", self.n, self.k, self.dtype, False)
+
+    def inputs(self, m: int, device: torch.device) -> torch.Tensor:
+        """Random ones for ``m`` tokens."""
+        if self.kind == "Embedding":
+            return torch.randint(0, self._rows(device), (m,), device=device)
+        return torch.randn(m, self.k, device=device).to(self.dtype)
+
+    def _rows(self, device: torch.device) -> int:
+        """Of an embedding that is timed: enough that no cache holds them (256 MB in int8 on a GPU), not all of 1 GB."""
+        return min(self.n, max(1, 2 ** (28 if device.type == "cuda" else 26) // self.k))
+
     def float_layer(self, device: torch.device) -> nn.Module:
         """A float layer of this shape, random weights."""
         with torch.device(device):
+            if self.kind == "Embedding":
+                table = torch.empty(self._rows(device), self.k, dtype=self.dtype).normal_()
+                return nn.Embedding.from_pretrained(table)
             if self.kind == "Conv1D":
                 cls: Any = conv1d_class()
                 layer = cls(self.n, self.k)
@@ -152,7 +171,9 @@ def measure(
     """µs per call of each recipe in each of the modes."""
     with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         weight_bytes = shape.n * shape.k * shape.dtype.itemsize
-        x = torch.randn(m, shape.k, device=device).to(shape.dtype)
+        xs = [shape.inputs(m, device)]
+        if shape.kind == "Embedding":  # the rows of one call would be in the caches for the next
+            xs += [shape.inputs(m, device) for _ in range(LOOKUPS - 1)]
         if device.type == "cuda":
             from hwkern._timing import rotations
 
@@ -161,7 +182,9 @@ def measure(
         else:
             sets = max(1, min(4, CPU_BYTES // weight_bytes))
         peers: dict[str, list[Callable[[], object]]] = {
-            name: [functools.partial(layer, x) for layer in layers]
+            name: [
+                functools.partial(layers[i % len(layers)], xs[i % len(xs)]) for i in range(max(len(layers), len(xs)))
+            ]
             for name, layers in layer_sets(shape, tuple(timings), device, sets).items()
         }
         found: dict[tuple[str, str], float] = {}

@@ -25,7 +25,8 @@ class Seen:
     Attributes:
         calls: number of tokens M → how many calls had it.
         low, high: smallest and largest value of each input column, ``[K]`` float32.
-        sample: rows of the inputs, ``[R, K]`` in their own dtype, R at most ``ROWS``.
+        sample: rows of the inputs, ``[R, K]`` in their own dtype, R at most ``ROWS``; of an embedding some of the
+            indices, each once.
         bad: calls whose input held NaN or ±inf; they count in ``calls`` only.
     """
 
@@ -59,8 +60,12 @@ class Watch:
 
     def __enter__(self) -> Watch:
         for layer in self._layers:
-            hook = self._hook(self.seen[layer.names[0]])
-            self._handles.append(layer.module.register_forward_pre_hook(hook))
+            seen = self.seen[layer.names[0]]
+            if layer.is_embedding:
+                hook = self._lookups(seen)
+                self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            else:
+                self._handles.append(layer.module.register_forward_pre_hook(self._hook(seen)))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -83,6 +88,20 @@ class Watch:
             seen.low = low if seen.low is None else torch.minimum(seen.low, low)
             seen.high = high if seen.high is None else torch.maximum(seen.high, high)
             self._keep(seen, flat)
+
+        return hook
+
+    def _lookups(self, seen: Seen) -> Callable[..., None]:
+        """Of an embedding: tokens are indices, and the sample is which ones."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            indices = args[0] if args else kwargs.get("input")
+            if not isinstance(indices, Tensor) or indices.numel() == 0:
+                return
+            seen.calls[indices.numel()] += 1
+            found = indices.detach().flatten()[: self._rows * 4]
+            seen.sample = found.unique() if seen.sample is None else torch.cat([seen.sample, found]).unique()
+            seen.sample = seen.sample[:: math.ceil(seen.sample.numel() / (self._rows * 16))]
 
         return hook
 

@@ -77,7 +77,7 @@ def page(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     int8 = [layer for layer in report.layers if _is_int8(layer)]
-    tiles = [(f"{len(int8)} of {len(report.layers)}", "linear layers are int8")]
+    tiles = [(f"{len(int8)} of {len(report.layers)}", f"{report.what} are int8")]
     before, after = _model_bytes(report)
     if before != after:
         tiles.append((f"{after / before:.2f}×", f"memory: {readable_bytes(before)} → {readable_bytes(after)}"))
@@ -88,7 +88,7 @@ def _tiles(report: Report) -> str:
         tiles.append((f"{old / new:.2f}×", f"as fast, whole model: {old:.3g} → {new:.3g} ms"))
     for mode in modes(report.layers):
         was, now = total_us(report.layers, mode)
-        tiles.append((f"{was / now:.2f}×", f"as fast, the linear layers alone ({mode})"))
+        tiles.append((f"{was / now:.2f}×", f"as fast, the {report.what} alone ({mode})"))
     worst = [layer.snr_db for layer in report.layers if layer.snr_db is not None]
     if worst:
         tiles.append((f"{min(worst):.1f} dB", "the least accurate int8 layer"))
@@ -157,7 +157,7 @@ def _bars(rows: Sequence[tuple[str, int, float, float]], mode: str) -> str:
         body.append(bar(0, y + 19, was, 7, "was", f"float: {_us(before)}"))
         body.append(bar(0, y + 27, now, 7, "now", f"now: {_us(after)}"))
         y += 46
-    return _figure(y, f"Time of the linear layers, {mode}", _spoken(rows), body)
+    return _figure(y, f"Time of the layers, {mode}", _spoken(rows), body)
 
 
 def _spoken(rows: Sequence[tuple[str, int, float, float]]) -> str:
@@ -223,10 +223,10 @@ def _memory(report: Report) -> str:
         scale = (WIDTH - 4) / max(before, after)
         linear = (size - rest) * scale
         body.append(text(0, y + 13, f"{name}: {readable_bytes(size)}"))
-        body.append(bar(0, y + 19, linear, 22, kind, f"linear layers: {readable_bytes(size - rest)}"))
+        body.append(bar(0, y + 19, linear, 22, kind, f"{report.what}: {readable_bytes(size - rest)}"))
         body.append(bar(linear, y + 19, rest * scale, 22, "rest", f"everything else: {readable_bytes(rest)}"))
     body.append(
-        text(0, 110, f"coloured: linear layers, {readable_bytes(before - rest)} → {readable_bytes(linear_after)}; "
+        text(0, 110, f"coloured: {report.what}, {readable_bytes(before - rest)} → {readable_bytes(linear_after)}; "
               f"pale: everything else, {readable_bytes(rest)}", "soft")
     )  # fmt: skip
     kept = ""

@@ -18,8 +18,9 @@ from hwkern._layers import Layer, Selector, tied
 from hwkern._measure import Clock, Shape, bucket, kept_layers, stamp
 from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
+from hwkern._tables import try_tables, with_their_tables
 from hwkern._whole import check_whole, send_back
-from hwkern.calibrate import OBSERVERS, Judge, candidates, inputs, outliers, smooth, static, unusable
+from hwkern.calibrate import OBSERVERS, Judge, TableJudge, candidates, inputs, outliers, smooth, static, unusable
 from hwkern.metrics import Function, Metric, as_metric
 from hwkern.nn import Calibration
 from hwkern.nn.conv1d import conv1d_class
@@ -35,7 +36,8 @@ class _Unit:
     layers: list[Layer]
     shape: Shape
     calls: dict[int, int]
-    judges: list[Judge]
+    lookups: dict[int, int]
+    judges: list[Judge | TableJudge]
 
     @property
     def name(self) -> str:
@@ -57,6 +59,7 @@ def make_plan(
     save: bool,
     show: bool,
     mode: Mode = "any",
+    embeddings: bool = True,
 ) -> Plan:
     """See :func:`hwkern.plan.plan`."""
     from hwkern.patch import _check_model
@@ -67,11 +70,11 @@ def make_plan(
     device = _batches.device_of(model)
     if device.type == "cuda" and (problem := _native.cuda_problem()) is not None:
         raise RuntimeError(f"The model is on {device}, where hwkern cannot run: {problem}")
-    layers, left = candidates(model, include, exclude)
+    layers, left = candidates(model, include, exclude, embeddings)
     found = _batches.check(batches, device)
     with progress("Observing the layers' inputs", len(found), show) as step:
         seen = observe(model, layers, found, step)
-    left |= unusable(layers, seen)
+    left |= with_their_tables(layers, unusable(layers, seen))
     watch.lap("observing")
     units = _units([layer for layer in layers if layer.names[0] not in left], seen)
     with progress("Measuring errors on your data", len(units), show) as step:
@@ -85,6 +88,7 @@ def make_plan(
     watch.lap("timing layers")
     result = Plan(type(model).__name__, stamp(device), policy, accuracy, planned, left, mode=mode)
     result.decide()
+    try_tables(result, model, found)
     if task is not None and accuracy.max_metric_drop is not None:
         _hold_task(result, model, task, found, accuracy.max_metric_drop, show)
         watch.lap("the task")
@@ -112,18 +116,26 @@ class _Stopwatch:
 def _units(layers: Sequence[Layer], seen: dict[str, Seen]) -> list[_Unit]:
     units = []
     for group in tied(layers):
-        module = group[0].module
+        linears = [layer for layer in group if not layer.is_embedding]
+        module = (linears or group)[0].module
         n, k = float_rows(module).shape
         conv1d = conv1d_class()
         kind = "Conv1D" if conv1d is not None and isinstance(module, conv1d) else "Linear"
+        if not linears:
+            kind = "Embedding"
         dtype = dtype_of(module)
         bias = module._parameters.get("bias") is not None
         calls: dict[int, int] = {}
+        lookups: dict[int, int] = {}
+        judges: list[Judge | TableJudge] = []
         for layer in group:
-            for m, count in seen[layer.names[0]].calls.items():
-                calls[m] = calls.get(m, 0) + count
-        judges = [Judge(layer.module, seen[layer.names[0]]) for layer in group]
-        units.append(_Unit(list(group), Shape(kind, n, k, dtype, bias), bucket(calls), judges))
+            what = seen[layer.names[0]]
+            numbers = lookups if layer.is_embedding and linears else calls
+            for m, count in what.calls.items():
+                numbers[m] = numbers.get(m, 0) + count
+            if what.sample is not None:
+                judges.append((TableJudge if layer.is_embedding else Judge)(layer.module, what))
+        units.append(_Unit(list(group), Shape(kind, n, k, dtype, bias), bucket(calls), bucket(lookups), judges))
     return units
 
 
@@ -138,6 +150,7 @@ def _candidates(
     """Recipes with their SNR for each unit, and the norm that each unit's folded recipes divide."""
     by_name = {unit.name: unit for unit in units}
     alone = [unit.layers[0] for unit in units if len(unit.layers) == 1 and len(unit.layers[0].names) == 1]
+    alone = [layer for layer in alone if not layer.is_embedding]
     norms = {name: group.norm_name for group in _fold.groups(model) for name in group.readers}
     found: dict[str, _Measured] = {}
     groups: dict[str, str] = {}
@@ -145,7 +158,7 @@ def _candidates(
         members = [by_name[layer.names[0]] for layer in readers]
         base = Calibration()
         if foldable:
-            base, _ = smooth([unit.judges[0] for unit in members], folded=True)
+            base, _ = smooth([cast(Judge, unit.judges[0]) for unit in members], folded=True)
         for unit in members:
             found[unit.name] = _family(unit, Calibration(), accuracy)
             if base.smooth:
@@ -154,14 +167,15 @@ def _candidates(
             step()
     for unit in units:
         if unit.name not in found:  # shares its weight: nothing that depends on one layer's own input
-            found[unit.name] = [(r, unit.snr(r)) for r in (Recipe("w8a8"), Recipe("w8a16"))]
+            schemes = ("int8",) if unit.shape.kind == "Embedding" else ("w8a8", "w8a16")
+            found[unit.name] = [(r, unit.snr(r)) for r in map(Recipe, schemes)]
             step()
     return found, groups
 
 
 def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
     """The recipes on top of ``base`` (plain, or a folded smoothing)."""
-    judge = unit.judges[0]
+    judge = cast(Judge, unit.judges[0])
     found: _Measured = []
 
     def add(*options: Recipe) -> float:
@@ -192,6 +206,7 @@ def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
 
 #: Timed for every shape, candidate or not: another model of the same shapes then finds all it needs in the cache.
 _ALWAYS = ("keep", "w8a8", "w8a16", "w8a8-static", "w8a8-asymmetric")
+_TABLE = ("keep", "int8")
 
 # ---- times ----------------------------------------------------------------------------------------------------------
 
@@ -202,8 +217,11 @@ def _timed(
     wanted: dict[tuple[Shape, int], dict[str, None]] = {}
     for unit in units:
         for m in unit.calls:
-            names = wanted.setdefault((unit.shape, m), dict.fromkeys(_ALWAYS))
+            always = _TABLE if unit.shape.kind == "Embedding" else _ALWAYS
+            names = wanted.setdefault((unit.shape, m), dict.fromkeys(always))
             names |= {recipe.timing: None for recipe, _ in recipes[unit.name]}
+        for m in unit.lookups:
+            wanted.setdefault((unit.shape.table, m), dict.fromkeys(_TABLE))
     with kept_layers(), progress("Timing layers", len(wanted), show) as step:
         for (shape, m), names in wanted.items():
             clock.measure(shape, m, list(names))
@@ -215,7 +233,7 @@ def _planned(unit: _Unit, measured: _Measured, group: str, clock: Clock) -> Plan
     shape = unit.shape
 
     def times(timing: str) -> dict[str, dict[int, float]]:
-        return {mode: {m: clock.us(shape, m, timing, mode) for m in unit.calls} for mode in clock.modes}
+        return _times(clock, shape, unit.calls, unit.lookups, timing)
 
     found = [Candidate(Recipe("keep"), float("inf"), _float_bytes(unit), times("keep"))]
     found += [Candidate(r, snr, _int8_bytes(unit, r), times(r.timing)) for r, snr in measured]
@@ -230,7 +248,21 @@ def _planned(unit: _Unit, measured: _Measured, group: str, clock: Clock) -> Plan
         calls=unit.calls,
         candidates=found,
         group=group,
+        lookups=unit.lookups,
     )
+
+
+def _times(
+    clock: Clock, shape: Shape, calls: dict[int, int], lookups: dict[int, int], timing: str
+) -> dict[str, dict[int, float]]:
+    """Mode → tokens → µs of one call. What an embedding with the same weight takes is shared out over the calls."""
+
+    def beside(mode: str) -> float:
+        table = "keep" if timing == "keep" else "int8"
+        spent = sum(clock.us(shape.table, m, table, mode) * count for m, count in lookups.items())
+        return spent / max(1, sum(calls.values()))
+
+    return {mode: {m: clock.us(shape, m, timing, mode) + beside(mode) for m in calls} for mode in clock.modes}
 
 
 def _dispatching(found: Sequence[Candidate], calls: dict[int, int]) -> list[Candidate]:
@@ -305,16 +337,9 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
             for m in layer.calls:
                 clock.measure(shape, m, [c.recipe.timing for c in plain])
                 step()
-            timed = [
-                replace(
-                    c,
-                    us={
-                        mode: {m: clock.us(shape, m, c.recipe.timing, mode) for m in layer.calls}
-                        for mode in clock.modes
-                    },
-                )
-                for c in plain
-            ]
+            for m in layer.lookups:
+                clock.measure(shape.table, m, _TABLE)
+            timed = [replace(c, us=_times(clock, shape, layer.calls, layer.lookups, c.recipe.timing)) for c in plain]
             layers[name] = replace(layer, candidates=[*timed, *_dispatching(timed, layer.calls)], chosen=0)
     made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
     made.decide()

@@ -14,14 +14,16 @@ from hwkern.nn import (
     CalibratedInt8Conv1D,
     CalibratedInt8Linear,
     Calibration,
+    Int8Embedding,
     Int8Linear,
     WeightOnlyInt8Conv1D,
     WeightOnlyInt8Linear,
 )
 from hwkern.nn.calibrated import quantize_scaled
 from hwkern.nn.pack import quantize_weight
+from hwkern.nn.packed import PackedLayer
 
-SCHEMES = ("keep", "w8a8", "w8a8-static", "w8a8-asymmetric", "w8a16", "w8a16/w8a8")
+SCHEMES = ("keep", "w8a8", "w8a8-static", "w8a8-asymmetric", "w8a16", "w8a16/w8a8", "int8")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Recipe:
     """One layer's scheme.
 
     Attributes:
-        scheme: one of ``SCHEMES``; "keep" is the float layer as it is.
+        scheme: one of ``SCHEMES``; "keep" is the float layer as it is, "int8" an embedding's table. An embedding that
+            shares its weight with a linear layer has that layer's recipe: any but "keep" makes the table int8.
         calibration: of the input; plain for "keep", and for "w8a16" at most a folded smoothing.
         max_tokens: for "w8a16/w8a8" the most tokens that W8A16 takes.
     """
@@ -63,7 +66,7 @@ class Recipe:
             raise ValueError(f"{self.scheme} {'needs an' if static else 'has no'} input scale")
         if (self.scheme == "w8a8-asymmetric") != (self.calibration.zero_point != 0):
             raise ValueError(f"{self.scheme} with the zero point {self.calibration.zero_point}")
-        if self.scheme in ("keep", "w8a16", "w8a16/w8a8") and not self.calibration.is_plain:
+        if self.scheme in ("keep", "w8a16", "w8a16/w8a8", "int8") and not self.calibration.is_plain:
             raise ValueError(f"{self.scheme} takes no divided inputs and no outlier columns")
         tokens = self.max_tokens
         if (self.scheme == "w8a16/w8a8") != (tokens is not None) or (tokens is not None and tokens < 0):
@@ -88,11 +91,14 @@ class Recipe:
         return replace(self, calibration=replace(self.calibration, smooth=(), folded=False))
 
 
-def make(module: nn.Module, recipe: Recipe) -> Int8Linear:
+def make(module: nn.Module, recipe: Recipe) -> PackedLayer:
     """The int8 layer for a float layer, with the very same bias. Its ``weight_scale`` may hold NaN: look.
 
     The recipe's folded vector multiplies the weight; who divides the norm is another matter.
     """
+    if isinstance(module, nn.Embedding):
+        packed, scale = quantize_weight(module.weight.detach())
+        return Int8Embedding._around(module, nn.Parameter(packed, requires_grad=False), scale)
     base = cast(type[Int8Linear], int8_class(module))
     weight = cast(nn.Parameter, module._parameters["weight"])
     bias = module._parameters.get("bias")
@@ -102,11 +108,18 @@ def make(module: nn.Module, recipe: Recipe) -> Int8Linear:
         calibrated = CalibratedInt8Conv1D if base._transposed else CalibratedInt8Linear
         return calibrated._from_rows(rows, bias, calibration)
     packed, scale = _quantized(rows, calibration)
-    cls = base
+    return around(module, recipe, nn.Parameter(packed, requires_grad=False), scale)
+
+
+def around(module: nn.Module, recipe: Recipe, packed: nn.Parameter, scale: Tensor) -> PackedLayer:
+    """:func:`make` with a plain recipe, on a weight that is packed already: for layers that share it."""
+    if isinstance(module, nn.Embedding):
+        return Int8Embedding._around(module, packed, scale)
+    cls = base = cast(type[Int8Linear], int8_class(module))
     if recipe.scheme.startswith("w8a16"):
         cls = WeightOnlyInt8Conv1D if base._transposed else WeightOnlyInt8Linear
-    parameter = nn.Parameter(packed, requires_grad=False)
-    layer = cls._from_packed(rows.shape[1], parameter, scale, bias, weight.dtype)
+    weight, bias = cast(nn.Parameter, module._parameters["weight"]), module._parameters.get("bias")
+    layer = cls._from_packed(base._rows(weight).shape[1], packed, scale, bias, weight.dtype)
     if isinstance(layer, WeightOnlyInt8Linear):
         layer.max_tokens = recipe.max_tokens
     return layer
@@ -119,9 +132,10 @@ def _quantized(rows: Tensor, calibration: Calibration) -> tuple[Tensor, Tensor]:
 
 
 def float_rows(module: nn.Module) -> Tensor:
-    """A float layer's weight as ``[N, K]``, without a copy."""
-    base = cast(type[Int8Linear], int8_class(module))
-    return base._rows(cast(Tensor, module._parameters["weight"]).detach())
+    """A float layer's (or embedding's) weight as ``[N, K]``, without a copy."""
+    weight = cast(Tensor, module._parameters["weight"]).detach()
+    base = int8_class(module)
+    return weight if base is None else base._rows(weight)
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:

@@ -15,7 +15,8 @@ from hwkern._choose import Candidate
 from hwkern._cpu import int8_is_fast
 from hwkern._fusion import fusion_of
 from hwkern._layers import find_layers
-from hwkern.nn import CalibratedInt8Linear, Int8Linear, WeightOnlyInt8Linear
+from hwkern.nn import CalibratedInt8Linear, Int8Embedding, Int8Linear, WeightOnlyInt8Linear
+from hwkern.nn.packed import PackedLayer
 from hwkern.nn.weight_only import FEW_TOKENS
 from hwkern.patch import survey as survey_layers
 from hwkern.plan import Plan, PlanError, PlannedLayer
@@ -33,7 +34,7 @@ def describe(report: Report, model: nn.Module, plan: Plan | None = None, validat
         plan.check_model(model)
     else:
         plan = _kept_plan(model)
-    modules = {layer.names[0]: layer.module for layer in find_layers(model)}
+    modules = {layer.names[0]: layer.module for layer in find_layers(model, embeddings=True)}
     planned = {name: layer for layer in plan.layers.values() for name in layer.names} if plan is not None else {}
     gpu = _gpu(plan)
     patched = any(layer.status in ("int8", "already") for layer in report.layers)
@@ -92,12 +93,14 @@ def _measured(layer: LayerReport, entry: PlannedLayer, gpu: hardware.Gpu | None,
     choice, keep = entry.choice, entry.candidates[0]
     if kept and entry.chosen and patched:
         return replace(layer, verdict=f"the plan chose {choice.name}, but hwkern.patch was told to leave it")
-    if not kept and layer.scheme != choice.recipe.scheme:
+    shared = layer.scheme == "int8" and entry.kind != "Embedding"  # of a head that shares the weight
+    if not kept and layer.scheme != choice.recipe.scheme and not (shared and entry.chosen):
         return replace(layer, verdict=f"the plan chose {choice.name}, but the layer is {layer.scheme}")
     times = tuple(
         Timing(mode, m, calls, keep.us[mode][m], choice.us[mode][m], _floor(entry, choice, m, gpu))
         for mode in keep.us
         for m, calls in entry.calls.items()
+        if not shared  # counted with the head
     )
     verdict = f"{choice.name}: {entry.reason}" if entry.chosen else entry.reason
     reason = layer.reason
@@ -112,6 +115,8 @@ def _floor(entry: PlannedLayer, choice: Candidate, m: int, gpu: hardware.Gpu | N
         return None
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[entry.dtype]
     scheme = choice.recipe.scheme
+    if entry.kind == "Embedding":  # rows read and written
+        return round(m * entry.k * ((width if scheme == "keep" else 1) + width) / gpu.bandwidth * 1e6, 3)
     weight_only = scheme == "w8a16" or (
         scheme == "w8a16/w8a8" and choice.recipe.max_tokens is not None and m <= choice.recipe.max_tokens
     )
@@ -132,8 +137,9 @@ def _float_bytes(module: nn.Module, counted: set[int]) -> int:
         if tensor is None or id(tensor) in counted or nn.parameter.is_lazy(tensor):
             continue
         counted.add(id(tensor))
-        if isinstance(module, Int8Linear) and name == "weight":
-            total += module.out_features * module.in_features * module.float_dtype.itemsize
+        if isinstance(module, PackedLayer) and name == "weight":
+            n, k = module._size()
+            total += n * k * module.float_dtype.itemsize
         else:
             total += tensor.numel() * tensor.element_size()
     return total
@@ -146,6 +152,8 @@ def _runs(module: nn.Module) -> str:
         return type(module).__name__
     if weight.is_meta:
         return "nowhere yet: its tensors are on meta"
+    if isinstance(module, Int8Embedding):
+        return f"rows of the int8 table, widened as they are read, on {weight.device}"
     if not isinstance(module, Int8Linear):
         return f"torch, on {weight.device}"
     where = str(weight.device)

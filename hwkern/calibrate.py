@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hwkern import _batches, _fold
+from hwkern import _batches, _fold, ops
 from hwkern._back_off import BackOff, back_off
 from hwkern._console import plain_table, progress
 from hwkern._layers import Layer, Selection, Selector, find_layers, judge, tied
@@ -25,7 +25,7 @@ from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, float_rows, make
 from hwkern.metrics import Function, Metric, as_metric
 from hwkern.nn import Calibration
-from hwkern.nn.pack import all_finite
+from hwkern.nn.pack import all_finite, quantize_weight
 
 Observer = Literal["absmax", "percentile", "mse"]
 OBSERVERS: tuple[Observer, ...] = ("absmax", "percentile", "mse")
@@ -83,6 +83,21 @@ class Judge:
             if recipe.scheme == "w8a16/w8a8":  # the worse of its two ways
                 layer = make(self.module, replace(recipe, scheme="w8a8", max_tokens=None))
             return snr_db(self.exact, layer(x))
+
+
+class TableJudge:
+    """Measures an embedding's int8 table against the float one, on the rows that were looked up."""
+
+    def __init__(self, module: nn.Module, seen: Seen) -> None:
+        assert seen.sample is not None
+        self.exact = float_rows(module)[seen.sample.to(float_rows(module).device)].float()
+
+    def __call__(self, recipe: Recipe) -> float:
+        """SNR in dB of the rows; inf for "keep". The same for every other scheme: it is the weight's own rounding."""
+        if recipe.scheme == "keep":
+            return math.inf
+        q, scale = quantize_weight(self.exact)
+        return snr_db(self.exact, ops.dequantize(q, scale)[:, : self.exact.shape[1]])
 
 
 # ---- static ranges --------------------------------------------------------------------------------------------------
@@ -334,10 +349,10 @@ def _best(
 
 
 def candidates(
-    model: nn.Module, include: Selector | None, exclude: Selector | None
+    model: nn.Module, include: Selector | None, exclude: Selector | None, embeddings: bool = False
 ) -> tuple[list[Layer], dict[str, str]]:
     """The layers that ``hwkern.patch`` would take, and the others with its reasons."""
-    layers = find_layers(model)
+    layers = find_layers(model, embeddings)
     wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
     for selection in (wanted, unwanted):
         selection.check(layers, model)

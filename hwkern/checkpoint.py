@@ -20,8 +20,9 @@ from hwkern import _fusion, _hf_hook, _native
 from hwkern._layers import Layer, adopt, find_layers
 from hwkern._originals import Original
 from hwkern._shards import CheckpointError, Shards, write
-from hwkern.nn import Int8Linear
+from hwkern.nn import Int8Embedding, Int8Linear
 from hwkern.nn.pack import dtype_name
+from hwkern.nn.packed import PackedLayer
 from hwkern.nn.scheme import build, describe
 
 __all__ = ["CheckpointError", "load", "save"]
@@ -159,7 +160,9 @@ def manifest(model: nn.Module, ties: Mapping[str, str], transient: Sequence[str]
     import hwkern
 
     layers = {
-        layer.names[0]: describe(layer.module) for layer in find_layers(model) if isinstance(layer.module, Int8Linear)
+        layer.names[0]: describe(layer.module)
+        for layer in find_layers(model, embeddings=True)
+        if isinstance(layer.module, PackedLayer)
     }
     plan = getattr(model, "_hwkern_plan", None)
     return {
@@ -214,7 +217,7 @@ class LoadPlan:
     """Everything that a load will change, checked before anything is read."""
 
     model: nn.Module
-    layers: list[tuple[Layer, Int8Linear]]  # to be put in, on the meta device so far
+    layers: list[tuple[Layer, PackedLayer]]  # to be put in, on the meta device so far
     sources: dict[str, Source]  # tensor name in the model → where from
     ties: dict[str, str]
     recipe: Any = None  # the plan that made the model, as data
@@ -276,7 +279,7 @@ def _finite(scale: Tensor) -> bool:
     return not scale.is_floating_point() or bool(scale.isfinite().all())
 
 
-def _owners(model: nn.Module, layers: Sequence[tuple[Layer, Int8Linear]]) -> dict[str, tuple[nn.Module, str]]:
+def _owners(model: nn.Module, layers: Sequence[tuple[Layer, PackedLayer]]) -> dict[str, tuple[nn.Module, str]]:
     """Tensor name → (module, key) of the model as it will be, aliases included."""
     new = {id(layer.module): int8 for layer, int8 in layers}
     owners: dict[str, tuple[nn.Module, str]] = {}
@@ -289,14 +292,16 @@ def _owners(model: nn.Module, layers: Sequence[tuple[Layer, Int8Linear]]) -> dic
     return owners
 
 
-def replacements(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> list[tuple[Layer, Int8Linear]]:
+def replacements(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> list[tuple[Layer, PackedLayer]]:
     """For each described int8 layer, the model's layer and its successor on meta; CheckpointError without one."""
-    by_name = {name: layer for layer in find_layers(model) for name in layer.names}
+    by_name = {name: layer for layer in find_layers(model, embeddings=True) for name in layer.names}
     found = []
     for name, data in described.items():
         layer = by_name.get(name)
         if layer is None:
-            raise CheckpointError(f"The files hold an int8 layer {name!r}, but the model has no linear layer there.")
+            raise CheckpointError(
+                f"The files hold an int8 layer {name!r}, but the model has no linear layer or embedding there."
+            )
         try:
             int8 = build(data)
         except ValueError as error:
@@ -305,7 +310,7 @@ def replacements(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -
         found.append((layer, int8))
     described_ids = {id(layer.module) for layer, _ in found}
     for name, layer in by_name.items():
-        if isinstance(layer.module, Int8Linear) and id(layer.module) not in described_ids:
+        if isinstance(layer.module, PackedLayer) and id(layer.module) not in described_ids:
             raise CheckpointError(
                 f"The model's layer {name!r} is int8 already, but the files hold a float one: load into the float "
                 "model."
@@ -313,8 +318,18 @@ def replacements(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -
     return found
 
 
-def _check_sizes(name: str, layer: Layer, int8: Int8Linear) -> None:
+def _check_sizes(name: str, layer: Layer, int8: PackedLayer) -> None:
     module: Any = layer.module
+    if layer.is_embedding != isinstance(int8, Int8Embedding):
+        raise CheckpointError(
+            f"The layer {name!r} is a {type(module).__name__} in the model, which {type(int8).__name__} cannot replace."
+        )
+    if isinstance(int8, Int8Embedding):
+        here, there = (f"{n} × {k}" for n, k in ((module.num_embeddings, module.embedding_dim), int8._size()))
+        if here != there:
+            raise CheckpointError(f"The embedding {name!r} is {here} in the model, but {there} in the files.")
+        return
+    assert isinstance(int8, Int8Linear)
     names = ("nf", "nx") if hasattr(module, "nf") else ("out_features", "in_features")
     n, k = (getattr(module, attribute, None) for attribute in names)
     if (n, k) != (int8.out_features, int8.in_features):
@@ -384,7 +399,7 @@ def _native_plan(model: nn.Module, shards: Shards) -> LoadPlan:
 
 
 def _check_exact(
-    expected: Mapping[str, Any], found: Mapping[str, Any], layers: Sequence[tuple[Layer, Int8Linear]], folder: Path
+    expected: Mapping[str, Any], found: Mapping[str, Any], layers: Sequence[tuple[Layer, PackedLayer]], folder: Path
 ) -> None:
     """Scales are float32 and nothing else: a cast file would compute something else without a word."""
     for layer, int8 in layers:

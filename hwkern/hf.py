@@ -21,8 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hwkern import _fusion, _native
 from hwkern._layers import find_layers
 from hwkern._shards import FORMAT_VERSION, CheckpointError, check_version
-from hwkern.nn import Int8Linear
 from hwkern.nn.pack import all_finite, nonfinite_rows
+from hwkern.nn.packed import PackedLayer
 from hwkern.nn.scheme import describe
 
 METHOD = "hwkern"
@@ -34,7 +34,7 @@ class HwkernConfig(QuantizationConfigMixin):
     Args:
         layers: name → description of each int8 layer, as saved; None: the checkpoint is float, and the layers that
             :func:`hwkern.patch` would take become int8 while they are loaded.
-        include, exclude: patterns for that choice, as in :func:`hwkern.patch`.
+        include, exclude, embeddings: for that choice, as in :func:`hwkern.patch`.
         format_version: of this description.
     """
 
@@ -43,6 +43,7 @@ class HwkernConfig(QuantizationConfigMixin):
         layers: dict[str, dict[str, Any]] | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        embeddings: bool = False,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **unknown: Any,
@@ -51,7 +52,7 @@ class HwkernConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"quantization_config has the unknown fields {sorted(unknown)}.")
         self.quant_method: Any = quant_method
-        self.layers, self.include, self.exclude = layers, include, exclude
+        self.layers, self.include, self.exclude, self.embeddings = layers, include, exclude, embeddings
         self.format_version = format_version
 
 
@@ -83,14 +84,17 @@ class HwkernQuantizer(HfQuantizer):
                 for parent, attribute in layer.slots:
                     parent._modules[attribute] = int8
         else:
-            patch(model, include=config.include, exclude=config.exclude, originals="drop")
+            if config.embeddings:
+                _tie(model)
+            options: dict[str, Any] = {"include": config.include, "exclude": config.exclude}
+            patch(model, originals="drop", embeddings=config.embeddings, **options)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         if self.pre_quantized:
             return False
         name, _, last = param_name.rpartition(".")
-        return last == "weight" and isinstance(model.get_submodule(name), Int8Linear)
+        return last == "weight" and isinstance(model.get_submodule(name), PackedLayer)
 
     def get_quantize_ops(self) -> Any:
         from transformers.core_model_loading import ConversionOps
@@ -112,10 +116,11 @@ class HwkernQuantizer(HfQuantizer):
         return Quantize()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _share_scales(model)
         self.quantization_config.layers = described(model)
-        for layer in find_layers(model):
+        for layer in find_layers(model, embeddings=True):
             module = layer.module
-            if isinstance(module, Int8Linear):
+            if isinstance(module, PackedLayer):
                 tensors = (*module._parameters.values(), *module._buffers.values())
                 if any(t is not None and t.is_meta for t in tensors):
                     raise CheckpointError(f"The files lack tensors of the int8 layer {layer.names[0]!r}.")
@@ -124,17 +129,25 @@ class HwkernQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         _fusion.unfuse(model)
-        for layer in find_layers(model):
-            if isinstance(layer.module, Int8Linear):
+        for layer in find_layers(model, embeddings=True):
+            if isinstance(layer.module, PackedLayer):
                 restored = layer.module.to_float(dtype)
                 for parent, attribute in layer.slots:
                     parent._modules[attribute] = restored
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
-        """Before config.json is written: what the layers are now."""
+        """Before config.json is written: what the layers are now. Tensors: the state_dict."""
         self.quantization_config.layers = described(model)
-        return None, {}
+        shared = [layer for layers in _sharing(model) for layer in layers[1:]]
+        if not shared:
+            return None, {}
+        # transformers ties weights again when it reads them, but not buffers: in the files each layer has its own.
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if any(module is layer for layer in shared):
+                state[f"{name}.weight_scale"] = state[f"{name}.weight_scale"].clone()
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -150,8 +163,34 @@ class HwkernQuantizer(HfQuantizer):
 
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:
     """The descriptions of the model's int8 layers by name."""
-    layers = find_layers(model)
-    return {layer.names[0]: describe(layer.module) for layer in layers if isinstance(layer.module, Int8Linear)}
+    layers = find_layers(model, embeddings=True)
+    return {layer.names[0]: describe(layer.module) for layer in layers if isinstance(layer.module, PackedLayer)}
+
+
+def _tie(model: Any) -> None:
+    """Weights that will be one already are, so that patch sees which head shares a table. (Within from_pretrained,
+    ``tie_weights`` itself does nothing until everything is read.)"""
+    for target, source in getattr(model, "all_tied_weights_keys", {}).items():
+        owner, _, key = target.rpartition(".")
+        model.get_submodule(owner)._parameters[key] = model.get_parameter(source)
+
+
+def _sharing(model: nn.Module) -> list[list[PackedLayer]]:
+    """The int8 layers that share one weight, together."""
+    groups: dict[int, list[PackedLayer]] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLayer):
+            groups.setdefault(id(module.weight), []).append(module)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _share_scales(model: nn.Module) -> None:
+    """Layers whose weight was tied while they were read get one scale as well: the one that the files hold."""
+    for group in _sharing(model):
+        scales = [layer.weight_scale for layer in group]
+        scale = next((scale for scale in scales if getattr(scale, "_is_hf_initialized", False)), scales[0])
+        for layer in group:
+            layer.weight_scale = scale
 
 
 def register() -> None:

@@ -41,6 +41,7 @@ from hwkern._cuda import current_device as _current_device
 from hwkern._cuda import current_stream as _current_stream
 from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
+from hwkern._embedding import TableCell, eager_embedding, int8_embedding
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
 from hwkern._launch_cell import LaunchCell
 from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
@@ -55,11 +56,14 @@ __all__ = [
     "NORMS",
     "LaunchCell",
     "NormQuantized",
+    "TableCell",
     "activation_quantize",
     "cpu_int8_is_fast",
     "dequantize",
+    "eager_embedding",
     "eager_linear",
     "eager_weight_only",
+    "int8_embedding",
     "int8_linear",
     "int8_matmul",
     "norm_quantize",

@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from hwkern import _fold, _fusion, _hf_hook, _native
-from hwkern._layers import Layer, Selection, Selector, adopt, find_layers, int8_class, is_foreign, judge, tied
+from hwkern._layers import (
+    Layer,
+    Selection,
+    Selector,
+    adopt,
+    find_layers,
+    int8_class,
+    is_foreign,
+    judge,
+    judge_ties,
+    tied,
+)
 from hwkern._originals import (
     FloatWeight,
     Original,
@@ -29,9 +40,10 @@ from hwkern._originals import (
     room_beside,
     spool_directory,
 )
-from hwkern._recipes import Recipe, float_rows, make
-from hwkern.nn import Calibration, Int8Linear
+from hwkern._recipes import Recipe, around, float_rows, make
+from hwkern.nn import Calibration
 from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows
+from hwkern.nn.packed import PackedLayer
 from hwkern.report import LayerReport, Report
 
 Originals = Literal["auto", "host", "disk", "device", "drop"]
@@ -48,6 +60,7 @@ def patch(
     plan: HasRecipes | None = None,
     allow_other_gpu: bool = False,
     fuse: bool = True,
+    embeddings: bool = False,
 ) -> Report:
     """Replace the linear layers of ``model`` by int8 layers, in place.
 
@@ -76,6 +89,10 @@ def patch(
         fuse: let int8 layers that read the same tensor run as one product, and norms and activations before them in
             one kernel with the quantization, in models whose structure is known (docs/patch.md). Each fusion is run
             both ways on random rows and undone when they differ; the report says so. False undoes all.
+        embeddings: make ``nn.Embedding`` tables int8 as well, and the output heads that share a weight with one: table
+            and head are then one int8 tensor. ``include`` and ``exclude`` choose among them too. Off by default: it
+            brings memory and next to no time, and code that reads ``embedding.weight`` instead of calling the layer
+            would read int8. A plan says of its own which tables are int8.
 
     Returns:
         A :class:`~hwkern.report.Report`; print it.
@@ -90,12 +107,15 @@ def patch(
     _check_model(model, "patch")
     if originals not in ("auto", "host", "disk", "device", "drop"):
         raise ValueError(f"originals = {originals!r}: it must be 'auto', 'host', 'disk', 'device' or 'drop'.")
-    layers = find_layers(model)
+    layers = find_layers(model, embeddings or plan is not None)
     wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
-    for selection in (wanted, unwanted):
-        selection.check(layers, model)
     if allow_other_gpu and plan is not None and callable(again := getattr(plan, "for_device", None)):
         plan = cast(HasRecipes, again(model))
+    if plan is not None:  # of the embeddings only those that it is about
+        named = {*getattr(plan, "recipes", ()), *getattr(plan, "left", ())}
+        layers = [layer for layer in layers if not layer.is_embedding or layer.names[0] in named]
+    for selection in (wanted, unwanted):
+        selection.check(layers, model)
     recipes = None if plan is None else _planned(model, layers, plan, wanted, unwanted)
     if recipes is None:
         judge(model, layers, wanted, unwanted)
@@ -109,7 +129,8 @@ def patch(
     reports = _Reports(layers)
 
     def step(group: Sequence[Layer], journal: _Journal) -> None:
-        recipe = Recipe("w8a8") if recipes is None else recipes[group[0].names[0]]
+        plain = Recipe("int8" if all(layer.is_embedding for layer in group) else "w8a8")
+        recipe = plain if recipes is None else recipes[group[0].names[0]]
         _swap(group, spool, journal, recipe)
 
     fused: list[str] = []
@@ -153,7 +174,7 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
         TypeError: ``model`` is not a module, or a pattern is none.
     """
     _check_model(model, "unpatch")
-    layers = [layer for layer in find_layers(model) if isinstance(layer.module, Int8Linear)]
+    layers = [layer for layer in find_layers(model, True) if isinstance(layer.module, PackedLayer)]
     wanted, unwanted = Selection("include", include), Selection("exclude", exclude)
     for selection in (wanted, unwanted):
         selection.check(layers, model)
@@ -185,7 +206,7 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
         raise
     model.__dict__.pop("_hwkern_plan", None)
     for layer in chosen:
-        cast(Int8Linear, layer.module)._original = None
+        cast(PackedLayer, layer.module)._original = None
     _hf_hook.tell(model)
     return Report(
         layers=reports.finish(),
@@ -201,7 +222,7 @@ def unpatch(model: nn.Module, *, include: Selector | None = None, exclude: Selec
 def _check_model(model: object, verb: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"hwkern.{verb} takes a torch.nn.Module, not {type(model).__name__}.")
-    if isinstance(model, Int8Linear):
+    if isinstance(model, PackedLayer):
         raise ValueError(
             f"The model itself is an {type(model).__name__}, which cannot be replaced in place: use its to_float()."
         )
@@ -260,7 +281,7 @@ def _refuse_device(chosen: Sequence[Layer]) -> None:
 def _refuse_lost(chosen: Sequence[Layer]) -> None:
     lost = []
     for layer in chosen:
-        module = cast(Int8Linear, layer.module)
+        module = cast(PackedLayer, layer.module)
         original = module._original
         if original is None:
             lost.append((layer, "the layer was made without hwkern.patch"))
@@ -325,6 +346,10 @@ def _planned(
                 f"{layer.names[0]!r} is on the meta device, where its calibrated scale would be lost: load it first."
             )
         recipes[layer.names[0]] = recipe
+    judge_ties(model, layers, keep=True)  # exclude may have parted a head from its embedding
+    for layer in layers:
+        if layer.status != "int8":
+            recipes.pop(layer.names[0], None)
     for group in tied([layer for layer in layers if layer.status == "int8"]):
         found = {recipes[layer.names[0]] for layer in group}
         if len(group) > 1 and (len(found) > 1 or not all(r.calibration == Calibration() for r in found)):
@@ -472,9 +497,7 @@ def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal, recipe: Recip
         new = made
         if layer is not group[0]:
             # A plain recipe (plans give tied layers no other): weight and scale are all there is, and shared.
-            bias = module._parameters.get("bias")
-            new = type(made)._from_packed(made.in_features, made.weight, made.weight_scale, bias, weight.dtype)
-            new._set_options(made._options())
+            new = around(module, recipe, made.weight, made.weight_scale)
         adopt(new, module)
         new._original = Original(module, stored)
         journal.append(functools.partial(_put_back, layer, module, new))
@@ -496,7 +519,7 @@ def _store(weight: nn.Parameter, spool: Spool) -> FloatWeight:
 def _restore(group: Sequence[Layer], journal: _Journal) -> None:
     """Put the float module of one int8 layer back."""
     (layer,) = group
-    int8 = cast(Int8Linear, layer.module)
+    int8 = cast(PackedLayer, layer.module)
     module = cast(nn.Module, cast(Original, int8._original).module)
 
     def undo() -> None:
@@ -507,10 +530,11 @@ def _restore(group: Sequence[Layer], journal: _Journal) -> None:
     _put_back(layer, module, int8)
 
 
-def _put_back(layer: Layer, module: nn.Module, int8: Int8Linear) -> None:
+def _put_back(layer: Layer, module: nn.Module, int8: PackedLayer) -> None:
     stored = cast(FloatWeight, cast(Original, int8._original).weight)
     module._parameters["weight"] = stored.restore(int8.weight.device, int8.float_dtype)
-    module._parameters["bias"] = int8._parameters["bias"]
+    if "bias" in int8._parameters:
+        module._parameters["bias"] = int8._parameters["bias"]
     adopt(module, int8)
     _set(layer, module)
 
@@ -525,10 +549,14 @@ def _set(layer: Layer, module: nn.Module) -> None:
 
 
 def survey(model: nn.Module) -> Report:
-    """What the linear layers of ``model`` are now; ``hwkern.report(model)``. Changes nothing."""
+    """What the linear layers (and int8 embeddings) of ``model`` are now; ``hwkern.report(model)``. Changes nothing."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"hwkern.report takes a torch.nn.Module, not {type(model).__name__}.")
-    layers = find_layers(model)
+    layers = [
+        layer
+        for layer in find_layers(model, embeddings=True)
+        if not layer.is_embedding or isinstance(layer.module, PackedLayer)
+    ]
     judge(model, layers, Selection("include", None), Selection("exclude", None))
     for layer in layers:
         if layer.status == "int8":
@@ -554,7 +582,7 @@ class _Reports:
                 tied_to=layer.tied_to,
                 bytes_before=before.pop("bytes"),
                 bytes_after=after["bytes"],
-                scheme=layer.now.scheme if isinstance(layer.now, Int8Linear) else "",
+                scheme=layer.now.scheme if isinstance(layer.now, PackedLayer) else "",
                 **before,
             )
             for layer, before, after in zip(self._layers, self._before, _facts(self._layers), strict=True)
@@ -573,8 +601,8 @@ def _facts(layers: Sequence[Layer]) -> list[dict[str, Any]]:
         facts.append(
             {
                 "kind": type(module).__name__,
-                "in_features": k,
-                "out_features": n,
+                "in_features": n if layer.is_embedding else k,
+                "out_features": k if layer.is_embedding else n,
                 "dtype": "" if weight is None else dtype_name(weight.dtype),
                 "device": "" if weight is None else str(weight.device),
                 "bytes": sum(_bytes(tensor) for tensor in tensors if id(tensor) not in seen),
@@ -591,8 +619,10 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    """``(outputs, inputs)``."""
+    """``(outputs, inputs)``, of an embedding ``(rows, columns)``: the weight as a linear layer would hold it."""
     names = ("nf", "nx") if hasattr(module, "nf") else ("out_features", "in_features")
+    if hasattr(module, "num_embeddings"):
+        names = ("num_embeddings", "embedding_dim")
     n, k = (cast(int, getattr(module, name, 0)) for name in names)
     return n, k
 

@@ -67,6 +67,7 @@ class PlannedLayer:
     chosen: int = 0
     reason: str = ""
     group: str = ""  #: the norm that folding would divide for this layer and its siblings
+    lookups: dict[int, int] = field(default_factory=dict)  #: of embeddings that share the weight: tokens → calls
 
     @property
     def name(self) -> str:
@@ -125,17 +126,17 @@ class Plan:
             )
 
     def check_model(self, model: nn.Module) -> None:
-        """PlanError when the model's linear layers are not those of the plan."""
+        """PlanError when the model's linear layers are not those of the plan. Embeddings that it lacks stay float."""
         from hwkern.patch import _sizes
 
-        found = {layer.names[0]: layer for layer in find_layers(model)}
+        found = {layer.names[0]: layer for layer in find_layers(model, embeddings=True)}
         known = {name for layer in self.layers.values() for name in layer.names} | set(self.left)
         if missing := [name for name in known if name not in found]:
             raise PlanError(
                 f"The plan is for another model ({self.model}): it knows the layer {sorted(missing)[0]!r}, which this "
                 f"{type(model).__name__} has not ({len(missing)} such layers)."
             )
-        if extra := [name for name in found if name not in known]:
+        if extra := [name for name, layer in found.items() if name not in known and not layer.is_embedding]:
             raise PlanError(
                 f"The plan is for another model ({self.model}): this {type(model).__name__} has the layer "
                 f"{extra[0]!r}, which it does not know ({len(extra)} such layers)."
@@ -176,7 +177,13 @@ class Plan:
         divided = [c for c in layer.candidates[1:] if c.recipe.calibration.folded]
         plain = [c for c in layer.candidates[1:] if not c.recipe.calibration.folded]
         pool, rest = (divided, plain) if folded and divided else (plain, divided)
-        chosen, layer.reason = choose([layer.candidates[0], *pool], layer.calls, self.accuracy.min_snr_db, self.policy)
+        chosen, layer.reason = choose(
+            [layer.candidates[0], *pool],
+            layer.calls,
+            self.accuracy.min_snr_db,
+            self.policy,
+            for_bytes=layer.kind == "Embedding",
+        )
         for candidate in rest:
             candidate.ruled_out = "the norm is divided" if folded and divided else "the norm stays as it is"
         layer.chosen = layer.candidates.index(chosen)
@@ -203,8 +210,11 @@ class Plan:
             rows.append([candidate.name, *times, ratio, snr, f"{candidate.weight_bytes / 1e6:.2f}", why])
         heads = [f"{mode} µs, M={m}" for mode in keep.us for m in layer.calls]
         calls = ", ".join(f"{count}× {m}" for m, count in layer.calls.items()) or "none"
+        size = f"{layer.n} × {layer.k}" if layer.kind == "Embedding" else f"{layer.k} → {layer.n}"
+        if layer.lookups:
+            calls += "; its embedding's: " + ", ".join(f"{count}× {m}" for m, count in layer.lookups.items())
         title = (
-            f"{', '.join(layer.names)}: {layer.kind} {layer.k} → {layer.n}, {layer.dtype}. Calls × tokens: {calls}.\n"
+            f"{', '.join(layer.names)}: {layer.kind} {size}, {layer.dtype}. Calls × tokens: {calls}.\n"
             f"{layer.choice.name}: {layer.reason}."
         )
         table = plain_table("", ["scheme", *heads, "of float", "dB", "MB", ""], rows)
@@ -214,7 +224,8 @@ class Plan:
         where = self.device.get("gpu") or self.device.get("cpu") or self.device.get("device")
         rows: dict[tuple[str, ...], list[PlannedLayer]] = {}
         for layer in self.layers.values():
-            key = (layer.choice.name, f"{layer.k} × {layer.n}", layer.dtype)
+            sides = (layer.n, layer.k) if layer.kind == "Embedding" else (layer.k, layer.n)
+            key = (layer.choice.name, f"{sides[0]} × {sides[1]}", layer.dtype)
             rows.setdefault(key, []).append(layer)
         cells = []
         for (name, size, dtype), members in rows.items():
@@ -269,6 +280,8 @@ class Plan:
                 key: getattr(layer, key) for key in ("kind", "n", "k", "dtype", "bias", "chosen", "reason", "group")
             }
             data |= {"names": list(layer.names), "calls": {str(m): count for m, count in layer.calls.items()}}
+            if layer.lookups:
+                data["lookups"] = {str(m): count for m, count in layer.lookups.items()}
             layers.append({**data, "candidates": [candidate(c) for c in layer.candidates]})
         return {
             "format": PLAN_FORMAT,
@@ -351,8 +364,9 @@ class Plan:
 def _layer(data: Mapping[str, Any]) -> PlannedLayer:
     n, k = int(data["n"]), int(data["k"])
     calls = {int(m): int(count) for m, count in data["calls"].items()}
-    if min(n, k) < 1 or any(m < 1 or count < 1 for m, count in calls.items()):
-        raise ValueError(f"sizes {n} × {k}, calls {calls}")
+    lookups = {int(m): int(count) for m, count in data.get("lookups", {}).items()}
+    if min(n, k) < 1 or any(m < 1 or count < 1 for m, count in (*calls.items(), *lookups.items())):
+        raise ValueError(f"sizes {n} × {k}, calls {calls}, lookups {lookups}")
     candidates = []
     for entry in data["candidates"]:
         recipe = Recipe.from_dict(entry["recipe"])
@@ -374,7 +388,7 @@ def _layer(data: Mapping[str, Any]) -> PlannedLayer:
         raise ValueError(f"chosen = {chosen} of {len(candidates)} candidates")
     names = tuple(str(name) for name in data["names"])
     text = (str(data["kind"]), n, k, str(data["dtype"]), bool(data["bias"]))
-    return PlannedLayer(names, *text, calls, candidates, chosen, str(data["reason"]), str(data["group"]))
+    return PlannedLayer(names, *text, calls, candidates, chosen, str(data["reason"]), str(data["group"]), lookups)
 
 
 def plan(
@@ -390,6 +404,7 @@ def plan(
     verify: bool = True,
     save: bool = True,
     show: bool = True,
+    embeddings: bool = True,
 ) -> Plan:
     """Find the best scheme for every linear layer on this device, for these batches. Touches nothing.
 
@@ -412,6 +427,9 @@ def plan(
         verify: time the whole model with and without the plan at the end, and drop what does not pay.
         save: keep the measured times in the user's cache folder.
         show: progress bars on stderr.
+        embeddings: plan them too: a table becomes int8 for the memory where its rows hold the bound and looking them up
+            is not slower (not with policy "accurate"). One that shares its weight with the output head is planned with
+            it, as one layer; where it is kept, so is the head. False leaves both alone.
 
     Raises:
         ValueError: batches that are empty or ragged, a metric that returns NaN, options that cannot be.
@@ -426,7 +444,7 @@ def plan(
     bounds = accuracy or Accuracy()
     if bounds.max_metric_drop is not None and metric is None:
         raise ValueError("max_metric_drop needs a metric: pass metric=, a function (model, batches) -> float.")
-    return make_plan(model, batches, bounds, policy, metric, include, exclude, verify, save, show, mode)
+    return make_plan(model, batches, bounds, policy, metric, include, exclude, verify, save, show, mode, embeddings)
 
 
 class _CallableModule(types.ModuleType):

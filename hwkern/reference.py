@@ -224,3 +224,11 @@ def weight_only_linear(
     if residual is not None:
         y = y + residual.double()
     return y.to(out_dtype or x.dtype)
+
+
+def int8_embedding(
+    indices: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``weight[indices] * weight_scale[indices]`` in float32, rounded once; ``weight [V, H]``, any shape of indices."""
+    rows = weight[indices.long()].float() * weight_scale[indices.long()].unsqueeze(-1)
+    return rows.to(out_dtype)

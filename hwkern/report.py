@@ -48,7 +48,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear layer of the model."""
+    """One linear layer of the model, or an embedding (of in_features rows, and out_features columns)."""
 
     #: Every qualified name under which the model holds the layer; more than one when it is shared.
     names: tuple[str, ...]
@@ -143,6 +143,11 @@ class Report:
         """Bytes of all linear layers after the call, tied weights counted once."""
         return sum(layer.bytes_after for layer in self.layers)
 
+    @property
+    def what(self) -> str:
+        """What its layers are: "linear layers", or just "layers" where embeddings are among them."""
+        return "layers" if any("Embedding" in layer.kind for layer in self.layers) else "linear layers"
+
     def _with(self, status: Status) -> tuple[LayerReport, ...]:
         return tuple(layer for layer in self.layers if layer.status == status)
 
@@ -206,7 +211,7 @@ class Report:
             lines.append(f"{_count(len(self.restored), 'layer')} float again.")
         if self.layers and (self.swapped or self.restored):
             lines.append(
-                f"Linear layers: {readable_bytes(self.bytes_before)} -> {readable_bytes(self.bytes_after)}. "
+                f"{self.what.capitalize()}: {readable_bytes(self.bytes_before)} -> {readable_bytes(self.bytes_after)}. "
                 f"Whole model: {readable_bytes(self.model_bytes_before)} -> {readable_bytes(self.model_bytes_after)}."
             )
         if self.originals_bytes:
@@ -246,7 +251,7 @@ def _changed_cells(group: Sequence[LayerReport]) -> tuple[str, ...]:
     sizes = readable_bytes(before) if before == after else f"{readable_bytes(before)} -> {readable_bytes(after)}"
     scheme = group[0].scheme
     now = _STATUS_TEXT[group[0].status]
-    if scheme not in ("", "w8a8"):
+    if scheme not in ("", "w8a8", "int8"):
         now = f"{now.removesuffix(' int8')} {scheme}"
     return group[0].dtype, now, sizes
 

@@ -673,7 +673,7 @@ def test_layers_that_are_slower_alone_are_taken_where_the_model_is_faster_with_t
         (name, mode): 10.0 if name == "keep" else 11.0 for name in names for mode in modes
     })  # fmt: skip
     before = Snapshot(model)
-    found = hwkern.plan(model, IDS, show=False, save=False)
+    found = hwkern.plan(model, IDS, show=False, save=False, embeddings=False)
     before.assert_same(model)
     chosen = {name for name, recipe in found.recipes.items() if recipe.scheme != "keep"}
     fused = {"query", "key", "value", "intermediate.dense"}
@@ -685,7 +685,7 @@ def test_layers_that_are_slower_alone_are_taken_where_the_model_is_faster_with_t
         assert found.whole["after_ms"] == [900.0]
         assert hwkern.Plan.from_dict(found.to_dict()).recipes == found.recipes
     for options in ({"policy": "accurate"}, {"accuracy": hwkern.Accuracy(min_snr_db=60)}, {"verify": False}):
-        kept = hwkern.plan(model, IDS, show=False, save=False, **options)
+        kept = hwkern.plan(model, IDS, show=False, save=False, embeddings=False, **options)
         assert all(recipe.scheme == "keep" for recipe in kept.recipes.values())
 
 

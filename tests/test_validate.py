@@ -147,8 +147,10 @@ def test_a_transformers_folder(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     transformers.BertModel(transformers.BertConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "bert")
     code, out, _ = run(capsys, "plan", str(tmp_path / "bert"), "--batch", "2x8", "--batch", "1x3", "--json")
     assert code == 0
-    calls = json.loads(out)["layers"][0]["calls"]
-    assert calls == {"3": 1, "16": 1}
+    layers = {layer["names"][0]: layer for layer in json.loads(out)["layers"]}
+    assert layers["encoder.layer.0.attention.output.dense"]["calls"] == {"3": 1, "16": 1}
+    code, out, _ = run(capsys, "plan", str(tmp_path / "bert"), "--batch", "2x8", "--no-embeddings", "--json")
+    assert not [layer for layer in json.loads(out)["layers"] if layer["kind"] == "Embedding"]
     code, out, _ = run(capsys, "validate", str(tmp_path / "bert"), "--batch", "2x8")
     assert code == 0
     assert "2×8" in out

@@ -8,6 +8,8 @@ namespace py = pybind11;
 using namespace hwkern;
 using namespace hwkern::bindings;
 
+void bind_embedding(py::module_& m);
+
 void bind_fused(py::module_& m);
 
 void bind_weight_only(py::module_& m);
@@ -226,5 +228,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_quantize_rows", &py_cpu_quantize_rows);
   m.def("cpu_rescale", &py_cpu_rescale);
 
+  bind_embedding(m);
   bind_fused(m);
 }

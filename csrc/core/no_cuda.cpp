@@ -27,5 +27,6 @@ Status launch_quantize_static(const Quantize&, ScaleAxis, Stream) { return kNoCu
 Status launch_dequantize(const Dequantize&, ScaleAxis, Stream) { return kNoCuda; }
 Status launch_norm_quantize(const NormQuantize&, const Device&, Stream) { return kNoCuda; }
 Status launch_activation_quantize(const ActivationQuantize&, const Device&, Stream) { return kNoCuda; }
+Status launch_embedding(const Embedding&, const Device&, Stream) { return kNoCuda; }
 
 }  // namespace hwkern

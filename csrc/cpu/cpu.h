@@ -26,4 +26,7 @@ struct Rescale {
 
 Status rescale(const Rescale& problem, int threads);
 
+// embedding of hwkern.h, on host pointers: the same bits. An index outside [0, N) is kInvalidArgument, y then undefined.
+Status embedding(const Embedding& problem, int threads);
+
 }  // namespace hwkern::cpu

@@ -16,5 +16,6 @@ Status launch_quantize_static(const Quantize& problem, ScaleAxis axis, Stream st
 Status launch_dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
 Status launch_norm_quantize(const NormQuantize& problem, const Device& device, Stream stream);
 Status launch_activation_quantize(const ActivationQuantize& problem, const Device& device, Stream stream);
+Status launch_embedding(const Embedding& problem, const Device& device, Stream stream);
 
 }  // namespace hwkern

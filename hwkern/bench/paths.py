@@ -71,7 +71,7 @@ def _patched(model: nn.Module, context: Context) -> nn.Module:
 
     _need_kernels(context)
     made = copy.deepcopy(model).to(hwkern_dtype(context.device))
-    if not hwkern.patch(made, originals="drop").swapped:
+    if not hwkern.patch(made, originals="drop", embeddings=True).swapped:
         raise AbsentError("hwkern.patch leaves every layer of this model as it is: nothing to compare")
     return made
 

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how it will run on a GPU (default: any of them)",
     )
     parser.add_argument("--min-snr-db", type=float, default=20.0, metavar="DB", help="bound of each layer (default 20)")
+    parser.add_argument(
+        "--no-embeddings", dest="embeddings", action="store_false", help="leave embeddings, and heads that share one"
+    )
     parser.add_argument("--save", metavar="FILE", help="write the plan as JSON")
     parser.add_argument(
         "--explain", metavar="LAYER", action="append", default=[], help="also print one layer's figures"
@@ -33,7 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         model, batches, _ = models.load(arguments)
         bounds = Accuracy(arguments.min_snr_db)
-        found = plan(model, batches, accuracy=bounds, policy=arguments.policy, mode=arguments.mode)
+        options = {"policy": arguments.policy, "mode": arguments.mode, "embeddings": arguments.embeddings}
+        found = plan(model, batches, accuracy=bounds, **options)
         if arguments.save:
             found.save(arguments.save)
         explained = [found.explain(name) for name in arguments.explain]

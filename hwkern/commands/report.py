@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="FILE", help="from `hwkern plan --save`; without one: hwkern.patch's defaults"
     )
     source.add_argument("--measure", action="store_true", help="plan here and now, with the balanced policy")
+    parser.add_argument(
+        "--embeddings", action="store_true", help="without a plan, which says it itself: make embeddings int8 as well"
+    )
     parser.add_argument("--html", metavar="FILE", help="also write a page with plots")
 
 
@@ -31,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         model, batches, _ = models.load(arguments)
         if arguments.measure:
             planned = plan(model, batches)
-        found = describe(hwkern.patch(model, plan=planned, originals="drop"), model)
+        made = hwkern.patch(model, plan=planned, originals="drop", embeddings=arguments.embeddings)
+        found = describe(made, model)
         if arguments.html:
             Path(arguments.html).write_text(found.to_html(), encoding="utf-8")
     except (models.UsageError, ValueError, RuntimeError, OSError) as error:

@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plan", metavar="FILE", help="from `hwkern plan --save`; without one: hwkern.patch's defaults"
     )
+    parser.add_argument(
+        "--embeddings", action="store_true", help="without a plan, which says it itself: make embeddings int8 as well"
+    )
     parser.add_argument("--html", metavar="FILE", help="also write the report's page, with these figures in it")
     parser.add_argument("--allow-other-gpu", action="store_true", help="time a plan of another device again, here")
 
@@ -30,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         plan = Plan.load(arguments.plan) if arguments.plan else None
         model, batches, again = models.load(arguments)
-        report = hwkern.patch(model, plan=plan, originals="drop", allow_other_gpu=arguments.allow_other_gpu)
+        options = {"embeddings": arguments.embeddings, "allow_other_gpu": arguments.allow_other_gpu}
+        report = hwkern.patch(model, plan=plan, originals="drop", **options)
         found = validate(again(), model, batches)
         if arguments.html:
             page = describe(report, model, validation=found).to_html()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hwkern import ops
-from hwkern.nn.pack import all_finite, dtype_name, nonfinite_rows, quantize_weight, row_chunks, weight_problem
+from hwkern.nn.pack import all_finite, nonfinite_rows, quantize_weight, row_chunks, weight_problem
+from hwkern.nn.packed import PackedLayer
 from hwkern.reference import SCALE_MIN
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from hwkern._originals import Original
     from hwkern.nn.merged import Part
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(PackedLayer):
     """``y = x @ weight.T + bias`` with an int8 weight; ``x`` is quantized per token inside.
 
     Attributes:
@@ -35,17 +35,10 @@ class Int8Linear(nn.Module):
     ``load_state_dict`` takes int8 states and, quantizing on the way, float states of the original layer.
     """
 
-    weight: nn.Parameter
-    weight_scale: Tensor
     bias: nn.Parameter | None
-    # hwkern.patch's handle on the float module; not a submodule, not in the state_dict.
-    _original: Original | None
     # The layer's place among layers that are computed as one (hwkern.nn.merged); None: alone.
     _part: Part | None = None
-    _transposed = False  # whether the float weight is [K, N]
     _scheme = "w8a8"
-    # Buffers that .half() and so on leave in float32.
-    _float32: tuple[str, ...] = ("weight_scale",)
 
     def __init__(
         self,
@@ -68,15 +61,14 @@ class Int8Linear(nn.Module):
     def _fill(
         self, in_features: int, weight: nn.Parameter, scale: Tensor, bias: nn.Parameter | None, dtype: torch.dtype
     ) -> None:
-        nn.Module.__init__(self)
+        self._hold(weight, scale, dtype)
         self.in_features = in_features
         self.out_features = weight.shape[0]
-        self.float_dtype = dtype
-        self._original = None
         self._cell = ops.LaunchCell()
-        self.weight = weight
-        self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", bias)
+
+    def _size(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     @classmethod
     def _from_packed(
@@ -116,34 +108,6 @@ class Int8Linear(nn.Module):
     @staticmethod
     def _replaces(module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
-
-    @classmethod
-    def _rows(cls, weight: Tensor) -> Tensor:
-        """A float weight as ``[N, K]``, without a copy; its own inverse."""
-        return weight.t() if cls._transposed else weight
-
-    def _pack(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """The tensors of this layer that follow from a float weight ``rows [N, K]``, by name, on ``device``."""
-        weight, scale = quantize_weight(rows, device)
-        return {"weight": weight, "weight_scale": scale}
-
-    def _unpack(self, rows: slice) -> Tensor:
-        """Rows of the dequantized weight as float32 ``[..., K]``."""
-        return self.weight[rows, : self.in_features].float() * self.weight_scale[rows].unsqueeze(-1)
-
-    @property
-    def scheme(self) -> str:
-        """How this layer computes: "w8a8" (dynamic scale per token), "w8a8-static", "w8a8-asymmetric", "w8a16", …"""
-        return self._scheme
-
-    def _options(self) -> dict[str, Any]:
-        """What, beside sizes and dtypes, a layer of zeros needs to take this layer's state; plain data for JSON."""
-        return {}
-
-    def _set_options(self, options: Mapping[str, Any]) -> None:
-        """Turn a layer of zeros into one with these :meth:`_options`. KeyError, TypeError, ValueError for nonsense."""
-        if options:
-            raise ValueError(f"{type(self).__name__} has no options, but got {sorted(options)}")
 
     def to_float(self, dtype: torch.dtype | None = None) -> nn.Module:
         """A new float layer with the dequantized weight ``weight * weight_scale`` and a copy of the bias.
@@ -194,109 +158,15 @@ class Int8Linear(nn.Module):
             )
         return super().requires_grad_(False)
 
-    # ---- .to(), .half(), .cuda(), to_empty() … ---------------------------------------------------------------------
+    # ---- layers that are computed as one --------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the layer, but keep the weight int8 and its scale float32: together they are one format."""
-        weight, scale = self.weight, self.weight_scale
-        fixed = [weight, *(self._buffers[name] for name in self._float32)]
-
-        def keeping_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if any(tensor is one for one in fixed):
-                return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-            return moved
-
-        with torch.no_grad():
-            dtype = fn(torch.empty(0, dtype=self.float_dtype, device=weight.device)).dtype
-        super()._apply(keeping_dtype, recurse)  # type: ignore[no-untyped-call]
-        if dtype.is_floating_point:
-            self.float_dtype = dtype
-        moved_scale = self.weight_scale
-        if moved_scale is not scale and self.weight is weight:
-            # The weight moved in place, so layers that share it still do; let them share the scale too.
-            scale.data = moved_scale
-            self.weight_scale = scale
+        super()._apply(fn, recurse)
         if self._part is not None:
             self._part.moved()
         return self
 
-    # ---- load_state_dict -------------------------------------------------------------------------------------------
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads an int8 state, or a float state of the original layer, which is quantized on the way."""
-        state = dict(state_dict)
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        weight_key, scale_key = prefix + "weight", prefix + "weight_scale"
-        weight = state.get(weight_key)
-        problem = None
-        if isinstance(weight, Tensor) and weight.is_floating_point() and scale_key not in state:
-            problem = self._float_state_problem(weight)
-            if problem is None:
-                target = weight.device if assign or self.weight.is_meta else self.weight.device
-                for name, tensor in self._pack(self._rows(weight.detach()), target).items():
-                    state[prefix + name] = tensor
-                problem = self._scale_problem(state[scale_key])
-        elif weight_key in state or scale_key in state:
-            problem = self._int8_state_problem(weight, state.get(scale_key))
-        if problem is not None:
-            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {problem}.")
-            return
-        same = self._same_weights(state.get(weight_key), state.get(scale_key))
-        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if assign and isinstance(weight, Tensor) and weight.is_floating_point():
-            self.float_dtype = weight.dtype
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         if self._part is not None:
             self._part.moved()
-        if self._original is not None and not same:
-            self._original.forget("other weights were loaded into it after hwkern.patch")
-
-    def _float_state_problem(self, weight: Tensor) -> str | None:
-        problem = weight_problem(weight, self._transposed)
-        expected = (self.out_features, self.in_features)[:: -1 if self._transposed else 1]
-        if problem is None and tuple(weight.shape) != expected:
-            return f"the float weight has the shape {tuple(weight.shape)}, but this layer needs {expected}"
-        return problem
-
-    def _int8_state_problem(self, weight: Tensor | None, scale: Tensor | None) -> str | None:
-        if weight is None or scale is None:
-            there, absent = ("weight_scale", "weight") if weight is None else ("weight", "weight_scale")
-            return (
-                f"the state has {there} but no {absent}: an int8 weight and its scales belong together (the state_dict "
-                "of a patched model holds both, that of a float model a float weight)"
-            )
-        if weight.dtype != torch.int8:
-            return f"weight is {dtype_name(weight.dtype)} next to a weight_scale: it must be int8"
-        expected = (self.out_features, ops.padded(self.in_features))
-        if tuple(weight.shape) != expected:
-            return f"the int8 weight has the shape {tuple(weight.shape)}, but this layer needs {expected}"
-        if scale.dtype != torch.float32:
-            return (
-                f"weight_scale is {dtype_name(scale.dtype)}: it must be float32; something has cast the state, so take "
-                "state_dict() again and leave its dtypes"
-            )
-        if tuple(scale.shape) != (self.out_features,):
-            return f"weight_scale has the shape {tuple(scale.shape)}, but this layer needs ({self.out_features},)"
-        return self._scale_problem(scale)
-
-    @staticmethod
-    def _scale_problem(scale: Tensor) -> str | None:
-        return None if all_finite(scale) else f"the weight has NaN or ±inf in {nonfinite_rows(scale)}"
-
-    def _same_weights(self, weight: Tensor | None, scale: Tensor | None) -> bool:
-        if weight is None or scale is None:
-            return True  # nothing of the weight is loaded
-        if weight.is_meta or scale.is_meta or self.weight.is_meta:
-            return False
-        return torch.equal(self.weight, weight.to(self.weight.device)) and torch.equal(
-            self.weight_scale, scale.to(self.weight.device)
-        )

@@ -89,6 +89,6 @@ def all_finite(scale: Tensor) -> bool:
     return scale.is_meta or bool(scale.isfinite().all())
 
 
-def nonfinite_rows(scale: Tensor) -> str:
+def nonfinite_rows(scale: Tensor, rows: str = "output channels") -> str:
     """``"3 of 64 output channels"``: how many rows hold NaN or ±inf."""
-    return f"{int((~scale.isfinite()).sum())} of {scale.numel()} output channels"
+    return f"{int((~scale.isfinite()).sum())} of {scale.numel()} {rows}"

@@ -1,0 +1,694 @@
+"""Int8Embedding in a model: patch, plan, files, transformers; and the head that shares its weight."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_patch import Snapshot, reasons, statuses
+from torch import nn
+
+import hwkern
+from hwkern import ops, reference
+from hwkern._choose import POLICIES, Candidate, choose
+from hwkern._measure import Clock, Shape
+from hwkern._recipes import Recipe
+from hwkern.checkpoint import CheckpointError
+from hwkern.nn import Int8Embedding, Int8Linear
+
+ROWS, WIDTH = 1000, 300  # a width that is padded
+
+
+class Net(nn.Module):
+    """A table, a small one, a layer, and a head that may be tied."""
+
+    def __init__(self, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(ROWS, WIDTH, padding_idx=0)
+        self.kinds = nn.Embedding(2, WIDTH)
+        self.body = nn.Linear(WIDTH, 500)
+        self.back = nn.Linear(500, WIDTH)
+        self.lm_head = nn.Linear(WIDTH, ROWS, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+        self.to(dtype)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids) + self.kinds(ids % 2)
+        return self.lm_head(x + self.back(self.body(x).relu()))
+
+
+@pytest.fixture(autouse=True)
+def any_cpu() -> Iterator[None]:
+    """CPUs without an int8 dot product compute the same integers; let them take the same layers in these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hwkern._layers.cpu_int8_is_fast", lambda: True)
+        yield
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(0, ROWS, (2, 7))
+
+
+def model_bytes(model: nn.Module) -> int:
+    return hwkern.report(model).model_bytes_after
+
+
+def assert_one_weight(model: Any) -> None:
+    assert isinstance(model.embed, Int8Embedding)
+    assert isinstance(model.lm_head, Int8Linear)
+    assert model.embed.weight is model.lm_head.weight
+    assert model.embed.weight_scale is model.lm_head.weight_scale
+
+
+def snr(exact: torch.Tensor, found: torch.Tensor) -> float:
+    exact, found = exact.detach().double(), found.detach().double()
+    return float(10 * torch.log10(exact.square().sum() / (exact - found).square().sum()))
+
+
+# ---- the module -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_table_becomes_int8_and_gives_its_dequantized_rows(device: str, dtype: torch.dtype) -> None:
+    table = nn.Embedding(50, 37, padding_idx=-1).to(device, dtype)
+    layer = Int8Embedding.from_float(table)
+    indices = torch.tensor([[0, 49], [7, 7]], device=device)
+    q, scale = reference.quantize(table.weight.detach())
+    assert torch.equal(layer(indices), reference.int8_embedding(indices, q, scale, dtype))
+    assert torch.equal(layer(indices.int()), layer(indices))
+    assert torch.equal(layer.to_float()(indices), layer(indices))
+    assert not layer(torch.tensor(49, device=device)).any()  # the padding's row of zeros
+    assert repr(layer) == "Int8Embedding(50, 37, padding_idx=49, weight=int8)"
+    assert layer.to_float().padding_idx == layer.padding_idx == 49
+    # Half a step of each row is all that rounding to int8 may cost.
+    worst = (layer.to_float(torch.float32).weight - table.weight.float()).abs() - 0.5001 * scale.unsqueeze(1)
+    assert bool((worst <= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"max_norm": 1.0}, "max_norm = 1.0, which rewrites rows"),
+        ({"sparse": True}, "sparse = True: it is there to be trained"),
+        ({"scale_grad_by_freq": True}, "scale_grad_by_freq = True"),
+    ],
+)
+def test_what_rewrites_or_trains_the_table_keeps_it_float(options: dict[str, Any], sentence: str) -> None:
+    table = nn.Embedding(ROWS, WIDTH, **options)
+    with pytest.raises(ValueError, match=sentence):
+        Int8Embedding.from_float(table)
+    report = hwkern.patch(nn.Sequential(table), embeddings=True)
+    assert sentence in report.left[0].reason
+
+
+def test_tables_that_cannot_be_int8_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"takes an nn\.Embedding, not Linear"):
+        Int8Embedding.from_float(nn.Linear(3, 3))
+    bad = nn.Embedding(4, 20)
+    with torch.no_grad():
+        bad.weight[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="NaN or ±inf in 1 of 4 rows"):
+        Int8Embedding.from_float(bad)
+    with pytest.raises(ValueError, match="padding_idx = 4 is no row of 4"):
+        Int8Embedding(4, 20, 4)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        Int8Embedding(4, 20).requires_grad_()
+
+
+def test_moving_and_casting_keep_the_format() -> None:
+    layer = Int8Embedding.from_float(nn.Embedding(50, 37))
+    indices = torch.arange(9)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        layer = layer.to(dtype)
+        assert layer.weight.dtype == torch.int8
+        assert layer.weight_scale.dtype == torch.float32
+        assert layer(indices).dtype == dtype
+    twin = pickle.loads(pickle.dumps(layer))
+    for copied in (copy.deepcopy(layer), twin):
+        assert torch.equal(copied(indices), layer(indices))
+        assert copied.weight.data_ptr() != layer.weight.data_ptr()
+
+
+def test_states_of_both_kinds_load() -> None:
+    table = nn.Embedding(50, 37)
+    layer = Int8Embedding.from_float(table)
+    for state in (layer.state_dict(), table.state_dict()):
+        empty = Int8Embedding(50, 37)
+        empty.load_state_dict(state)
+        assert torch.equal(empty.weight, layer.weight)
+        assert torch.equal(empty.weight_scale, layer.weight_scale)
+    with pytest.raises(RuntimeError, match=r"float weight has the shape \(50, 37\), but this layer needs \(51, 37\)"):
+        Int8Embedding(51, 37).load_state_dict(table.state_dict())
+    with pytest.raises(RuntimeError, match="no weight_scale"):
+        Int8Embedding(50, 37).load_state_dict({"weight": layer.weight})
+
+
+def test_an_index_outside_is_an_error(ids: torch.Tensor) -> None:
+    layer = Int8Embedding.from_float(nn.Embedding(50, 37))
+    with pytest.raises(IndexError, match="The index 50 is outside"):
+        layer(torch.tensor([50]))
+
+
+def test_threads_share_a_layer(device: str) -> None:
+    layer = Int8Embedding.from_float(nn.Embedding(ROWS, 64).to(device))
+    wanted = layer(torch.arange(ROWS, device=device))
+    bad = []
+
+    def work() -> None:
+        for _ in range(50):
+            indices = torch.randint(0, ROWS, (33,), device=device)
+            if not torch.equal(layer(indices), wanted[indices]):
+                bad.append(indices)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not bad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_compiles_without_a_break(device: str, tied: bool) -> None:
+    model = Net(tied).to(device).eval()
+    hwkern.patch(model, embeddings=True, originals="drop")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for tokens in (3, 8):
+            ids = torch.randint(0, ROWS, (2, tokens), device=device)
+            assert torch.equal(compiled(ids), model(ids))
+
+
+@pytest.mark.gpu
+def test_a_model_runs_in_a_cuda_graph() -> None:
+    model = Net(True, torch.bfloat16).cuda().eval()
+    hwkern.patch(model, embeddings=True, originals="drop")
+    ids = torch.randint(0, ROWS, (2, 7), device="cuda")
+    with torch.no_grad():
+        model(ids)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(ids)
+        for _ in range(5):
+            ids.copy_(torch.randint(0, ROWS, (2, 7)))
+            graph.replay()
+            assert torch.equal(y, model(ids))
+
+
+# ---- patch and unpatch ----------------------------------------------------------------------------------------------
+
+
+def test_embeddings_stay_float_unless_asked_for(ids: torch.Tensor) -> None:
+    model = Net()
+    assert "embed" not in statuses(hwkern.patch(model))
+    assert type(model.embed) is nn.Embedding
+    with pytest.raises(ValueError, match="It names an embedding: those count with embeddings=True"):
+        hwkern.patch(Net(), include="emb*")
+
+
+@pytest.mark.parametrize("originals", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_there_and_back(ids: torch.Tensor, tied: bool, dtype: torch.dtype, originals: Any) -> None:
+    model = Net(tied, dtype).eval()
+    before, exact = Snapshot(model), model(ids).detach()
+    size = model_bytes(model)
+    report = hwkern.patch(model, embeddings=True, originals=originals)
+    assert statuses(report)["embed"] == "int8"
+    assert reasons(report)["kinds"] == "too small to gain"
+    assert statuses(report)["lm_head"] == ("int8" if tied else "left")
+    assert snr(exact, model(ids)) > 30
+    # Exactly: each int8 weight padded to 16 columns and 4 bytes a row instead of its float weight, and once where tied.
+    wide = dtype.itemsize
+    shapes = [(ROWS, WIDTH), (500, WIDTH), (WIDTH, 500)]
+    saved = sum(n * k * wide - n * ops.padded(k) - 4 * n for n, k in shapes)
+    assert report.model_bytes_after == size - saved
+    assert "\nLayers: " in str(report)
+    if tied:
+        assert_one_weight(model)
+    hwkern.unpatch(model)
+    before.assert_same(model)
+    assert torch.equal(model(ids), exact)
+
+
+def test_the_tied_head_computes_what_it_does_with_an_embedding_of_its_own(ids: torch.Tensor) -> None:
+    torch.manual_seed(1)
+    model = Net(True).eval()
+    parted = copy.deepcopy(model)
+    parted.lm_head.weight = nn.Parameter(parted.lm_head.weight.detach().clone())
+    hwkern.patch(model, embeddings=True)
+    hwkern.patch(parted, embeddings=True, include=["embed", "lm_head", "body", "back"])
+    assert parted.embed.weight is not parted.lm_head.weight
+    assert torch.equal(model(ids), parted(ids))
+    assert model_bytes(parted) - model_bytes(model) == ROWS * (ops.padded(WIDTH) + 4)
+
+
+def test_a_table_whose_head_stays_float_stays_float(ids: torch.Tensor) -> None:
+    for options in ({"exclude": "lm_head"}, {"include": ["embed", "body"]}):
+        model = Net(True)
+        report = hwkern.patch(model, embeddings=True, **options)
+        assert reasons(report)["embed"] == "its weight is shared with 'lm_head', which stays float"
+        assert model.embed.weight is model.lm_head.weight
+    model = Net(True)
+    report = hwkern.patch(model, embeddings=True, exclude="embed")
+    assert reasons(report)["lm_head"] == "output head: its weight is shared with the embedding 'embed'" or (
+        reasons(report)["lm_head"] == "output head: its rounding goes straight into the logits"
+    )
+
+
+def test_half_of_a_pair_may_go_back_alone(ids: torch.Tensor) -> None:
+    model = Net(True)
+    exact = model.embed.weight.detach().clone()
+    weight = model.embed.weight
+    hwkern.patch(model, embeddings=True)
+    hwkern.unpatch(model, include="embed")
+    assert model.embed.weight is weight
+    assert torch.equal(model.embed.weight, exact)
+    assert isinstance(model.lm_head, Int8Linear)
+    hwkern.unpatch(model)
+    assert model.embed.weight is model.lm_head.weight is weight
+
+
+def test_what_a_user_put_on_the_table_travels_with_it(ids: torch.Tensor) -> None:
+    model = Net()
+    seen = []
+    handle = model.embed.register_forward_hook(lambda *_: seen.append(1))
+    model.embed.note = "mine"
+    model.eval()
+    hwkern.patch(model, embeddings=True)
+    model(ids)
+    assert seen == [1]
+    assert model.embed.note == "mine"
+    assert not model.embed.training
+    handle.remove()
+    hwkern.unpatch(model)
+    model(ids)
+    assert seen == [1]
+    assert model.embed.note == "mine"
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_left() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * 2
+
+    report = hwkern.patch(nn.Sequential(Scaled(ROWS, WIDTH)), embeddings=True)
+    assert report.left[0].reason == "its class Scaled has a forward of its own"
+
+
+def test_a_failure_halfway_puts_the_tables_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(True)
+    before = Snapshot(model)
+
+    def stop(done: int, total: int, name: str) -> None:
+        if done >= total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hwkern.patch(model, embeddings=True, progress=stop)
+    before.assert_same(model)
+
+
+def test_copies_pickles_and_casts_keep_the_pair_together(ids: torch.Tensor) -> None:
+    model = Net(True).eval()
+    hwkern.patch(model, embeddings=True)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_one_weight(twin)
+        assert torch.equal(twin(ids), model(ids))
+    twin = copy.deepcopy(model).half().bfloat16()
+    assert_one_weight(twin)
+    assert twin(ids).dtype == torch.bfloat16
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = Net(True).eval()
+    hwkern.patch(other, embeddings=True)
+    other.load_state_dict(torch.load(buffer))
+    assert_one_weight(other)
+    assert torch.equal(other(ids), model(ids))
+
+
+@pytest.mark.gpu
+def test_moving_to_the_gpu_and_back_keeps_the_pair_together(ids: torch.Tensor) -> None:
+    model = Net(True).eval()
+    hwkern.patch(model, embeddings=True)
+    model.cuda()
+    assert_one_weight(model)
+    assert model.embed.weight.is_cuda
+    assert torch.equal(model.cuda().embed(ids.cuda()).cpu(), model.cpu().embed(ids))
+    assert_one_weight(model)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("most", [10**9, 200_000])
+def test_saved_and_loaded_without_a_float_table(ids: torch.Tensor, tmp_path: Path, tied: bool, most: int) -> None:
+    model = Net(tied, torch.bfloat16).eval()
+    hwkern.patch(model, embeddings=True)
+    hwkern.save(model, tmp_path, max_shard_bytes=most)
+    on_disk = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert on_disk < model_bytes(model) + 20_000  # headers; a table written twice would be 300 000 more
+    with torch.device("meta"):
+        empty = Net(tied, torch.bfloat16).eval()
+    twin = hwkern.load(tmp_path, empty)
+    assert isinstance(twin.embed, Int8Embedding)
+    if tied:
+        assert_one_weight(twin)
+    assert torch.equal(twin(ids), model(ids))
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = Net()
+    hwkern.patch(model, embeddings=True)
+    hwkern.save(model, tmp_path)
+    other = Net()
+    other.embed = nn.Embedding(ROWS + 1, WIDTH)
+    with pytest.raises(CheckpointError, match=r"'embed' is 1001 × 300 in the model, but 1000 × 300 in the files"):
+        hwkern.load(tmp_path, other)
+    other.embed = nn.Linear(WIDTH, ROWS, bias=False)
+    with pytest.raises(CheckpointError, match="'embed' is a Linear in the model, which Int8Embedding cannot replace"):
+        hwkern.load(tmp_path, other)
+    hwkern.save(Net(), tmp_path)
+    with pytest.raises(CheckpointError, match="int8 already, but the files hold a float one"):
+        hwkern.load(tmp_path, model)
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+
+def candidate(name: str, few: float, many: float, snr_db: float = 40.0, size: int = 1) -> Candidate:
+    return Candidate(Recipe(name), snr_db, size, {"eager": {1: few, 512: many}})
+
+
+def test_a_table_is_taken_for_its_bytes_where_it_is_not_slower() -> None:
+    calls = {1: 10, 512: 10}
+
+    def chosen(few: float, many: float, policy: Any, snr_db: float = 40.0) -> tuple[str, str]:
+        found, reason = choose(
+            [candidate("keep", 10, 100, float("inf"), 4), candidate("int8", few, many, snr_db)], calls, 20, policy, True
+        )
+        return found.name, reason
+
+    for policy in POLICIES:
+        takes = policy != "accurate"
+        assert chosen(10, 100, policy)[0] == ("int8" if takes else "keep")
+        assert chosen(10.9, 101, policy)[0] == ("int8" if takes else "keep")  # within 1 µs, and within the noise of 2 %
+        assert chosen(11.5, 90, policy)[0] == "keep"  # slower for one token
+        assert chosen(9, 103, policy)[0] == "keep"  # slower for many
+        assert chosen(5, 50, policy, snr_db=19)[0] == "keep"
+    assert chosen(9, 90, "balanced")[1] == "0.25× the bytes at 0.90× the time and 40.0 dB (balanced)"
+    assert chosen(9, 90, "accurate")[1] == "memory alone is no reason to round it"
+    assert "1.15× the time at 1 tokens" in chosen(11.5, 90, "balanced")[1]
+
+
+@pytest.fixture
+def fast_tables(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Shape, int]]:
+    """Invented times: int8 takes half of everything. Returns what was asked for."""
+    asked: list[tuple[Shape, int]] = []
+
+    def measure(self: Clock, shape: Shape, m: int, timings: Any) -> None:
+        asked.append((shape, m))
+        for timing in timings:
+            for mode in self.modes:
+                self._known[self._key(shape, m, timing, mode)] = (10.0 if timing == "keep" else 5.0) * m
+
+    monkeypatch.setattr(Clock, "measure", measure)
+    return asked
+
+
+def planned(model: nn.Module, batches: list[Any], **options: Any) -> Any:
+    return hwkern.plan(model, batches, save=False, show=False, verify=False, **options)
+
+
+def test_a_plan_makes_the_table_int8_and_survives_its_file(
+    ids: torch.Tensor, tmp_path: Path, fast_tables: list[tuple[Shape, int]]
+) -> None:
+    model = Net().eval()
+    before = Snapshot(model)
+    plan = planned(model, [(ids,), (ids[:, :3],)])
+    before.assert_same(model)
+    assert (Shape("Embedding", ROWS, WIDTH, torch.float32, False), 14) in fast_tables
+    table = plan.layers["embed"]
+    assert (table.kind, table.choice.name, table.calls) == ("Embedding", "int8", {6: 1, 14: 1})
+    # The reference's own rounding of the rows that were looked up.
+    rows = model.embed.weight.detach()[ids.unique()]
+    assert table.choice.snr_db == pytest.approx(snr(rows, reference.dequantize(*reference.quantize(rows))), abs=0.01)
+    assert plan.left["kinds"] == "too small to gain"
+    assert plan.left["lm_head"] == "output head: its rounding goes straight into the logits"
+    assert "embed: Embedding 1000 × 300, float32. Calls × tokens: 1× 6, 1× 14." in plan.explain("embed")
+    plan.save(tmp_path / "plan.json")
+    loaded = hwkern.Plan.load(tmp_path / "plan.json")
+    assert loaded.to_dict() == plan.to_dict()
+    report = hwkern.patch(model, plan=loaded)
+    assert isinstance(model.embed, Int8Embedding)
+    assert statuses(report)["embed"] == "int8"
+    rows_of = {layer.name: layer for layer in hwkern.report(model).layers}
+    assert rows_of["embed"].snr_db == pytest.approx(table.choice.snr_db)
+    assert rows_of["embed"].times
+    assert rows_of["embed"].verdict.startswith("int8: ")
+
+
+def test_a_plan_takes_a_tied_pair_as_one_layer(ids: torch.Tensor, fast_tables: list[tuple[Shape, int]]) -> None:
+    model = Net(True).eval()
+    plan = planned(model, [(ids,)])
+    pair = plan.layers["embed"]
+    assert pair.names == ("embed", "lm_head")
+    assert (pair.kind, pair.lookups, pair.calls) == ("Linear", {14: 1}, {14: 1})
+    assert pair.candidates[0].us["eager"][14] == 2 * 140  # the head's time and the table's
+    assert pair.chosen
+    assert pair.candidates[0].weight_bytes == ROWS * WIDTH * 4
+    assert pair.choice.weight_bytes == ROWS * (ops.padded(WIDTH) + 4)
+    assert hwkern.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).layers["embed"] == pair
+    hwkern.patch(model, plan=plan)
+    assert_one_weight(model)
+    described = {layer.name: layer for layer in hwkern.report(model).layers}
+    assert described["lm_head"].times
+    assert not described["embed"].times  # counted with the head
+    hwkern.unpatch(model)
+    report = hwkern.patch(model, plan=plan, exclude="lm_head")
+    assert reasons(report)["embed"] == "its weight is shared with 'lm_head', which stays float"
+    assert not planned(Net(True).eval(), [(ids,)], embeddings=False).layers.keys() & {"embed", "lm_head"}
+
+
+def test_policies_and_patterns_reach_the_tables(ids: torch.Tensor, fast_tables: list[tuple[Shape, int]]) -> None:
+    assert planned(Net().eval(), [(ids,)], policy="accurate").layers["embed"].choice.name == "keep"
+    assert planned(Net().eval(), [(ids,)], policy="smallest").layers["embed"].choice.name == "int8"
+    assert planned(Net().eval(), [(ids,)], exclude="emb*").left["embed"] == "excluded by 'emb*'"
+    bound = hwkern.Accuracy(min_snr_db=60)
+    kept = planned(Net().eval(), [(ids,)], accuracy=bound).layers["embed"]
+    assert kept.choice.name == "keep"
+    assert "of the 60 dB wanted" in kept.reason
+
+
+def test_a_plan_without_the_table_still_fits_the_model(ids: torch.Tensor) -> None:
+    model = Net().eval()
+    plan = planned(model, [(ids,)], embeddings=False)
+    assert "embed" not in plan.layers
+    assert "embed" not in plan.left
+    assert "embed" not in statuses(hwkern.patch(model, plan=plan))
+
+
+class ReadsItsTable(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.back(self.body(self.embed(ids)).relu()), self.embed.weight)
+
+
+class CastsToItsTable(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids).to(self.embed.weight.dtype).to(self.body.bias.dtype)
+        return self.lm_head(self.back(self.body(x).relu()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [(ReadsItsTable, "the model does not run with it"), (CastsToItsTable, "output has")]
+)
+def test_a_model_that_reads_its_table_beside_calling_it_keeps_it(
+    ids: torch.Tensor, fast_tables: list[tuple[Shape, int]], kind: Any, sentence: str
+) -> None:
+    model = kind().eval()
+    before = Snapshot(model)
+    table = planned(model, [(ids,)]).layers["embed"]
+    assert table.choice.name == "keep"
+    assert sentence in table.reason
+    assert "it reads the weight itself" in table.reason
+    before.assert_same(model)
+
+
+def test_times_of_a_table_are_measured(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    clock = Clock(torch.device(device), save=False, mode="any")
+    shape = Shape("Embedding", 400, 64, torch.float32, False)
+    clock.measure(shape, 5, ["keep", "int8"])
+    for mode in clock.modes:
+        assert 0 < clock.us(shape, 5, "int8", mode) < 1e5
+        assert 0 < clock.us(shape, 5, "keep", mode) < 1e5
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet() -> None:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def llama(tied: bool) -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=200, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1100, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(n_embd=128, n_layer=2, n_head=4, vocab_size=1100, n_positions=64)
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def opt() -> Any:
+    config = transformers.OPTConfig(
+        hidden_size=128, ffn_dim=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=1100,
+        word_embed_proj_dim=128,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.OPTForCausalLM(config).eval()
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=1100
+    )
+    torch.manual_seed(0)
+    return transformers.BertForMaskedLM(config).eval()
+
+
+def t5() -> Any:
+    config = transformers.T5Config(d_model=128, d_ff=256, d_kv=32, num_layers=2, num_heads=4, vocab_size=1100)
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+MODELS = {"llama": lambda: llama(False), "llama tied": lambda: llama(True), "gpt2": gpt2, "opt": opt, "bert": bert}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name: str) -> None:
+    model = MODELS[name]()
+    before = Snapshot(model)
+    with torch.no_grad():
+        exact = model(IDS).logits.float()
+        report = hwkern.patch(model, embeddings=True)
+        table = model.get_input_embeddings()
+        assert isinstance(table, Int8Embedding)
+        head = model.get_output_embeddings()
+        if name == "llama":
+            assert statuses(report)["lm_head"] == "left"
+        else:
+            assert isinstance(head, Int8Linear)
+            assert head.weight is table.weight
+            assert head.weight_scale is table.weight_scale
+        assert snr(exact, model(IDS).logits.float()) > 20
+        with pytest.raises(TypeError, match="Int8Embedding"):
+            model.resize_token_embeddings(1200)
+    hwkern.unpatch(model)
+    before.assert_same(model)
+
+
+def test_t5_s_one_table_in_four_places() -> None:
+    model = t5()
+    before = Snapshot(model)
+    hwkern.patch(model, embeddings=True)
+    weights = [model.shared.weight, model.encoder.embed_tokens.weight, model.decoder.embed_tokens.weight]
+    assert all(weight is model.lm_head.weight for weight in weights)
+    assert model.lm_head.weight.dtype == torch.int8
+    with torch.no_grad():
+        assert model(input_ids=IDS, decoder_input_ids=IDS).logits.isfinite().all()
+    hwkern.unpatch(model)
+    before.assert_same(model)
+
+
+def test_a_plan_for_t5_takes_all_four_places(fast_tables: list[tuple[Shape, int]]) -> None:
+    model = t5()
+    plan = planned(model, [{"input_ids": IDS, "decoder_input_ids": IDS}])
+    places = next(layer for layer in plan.layers.values() if "lm_head" in layer.names)
+    assert places.chosen, places.reason
+    hwkern.patch(model, plan=plan)
+    assert model.shared.weight is model.lm_head.weight
+    assert model.lm_head.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_generate(tied: bool) -> None:
+    model = llama(tied)
+    hwkern.patch(model, embeddings=True)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(IDS, **options)
+    assert plain.shape[1] > IDS.shape[1]
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), plain)
+
+
+def read_back(model: Any, folder: Path, **options: Any) -> Any:
+    """As from_pretrained makes it: .to(bfloat16) has rounded buffers that it does not."""
+    model.save_pretrained(folder / "float")
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "float", **options)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_pretrained_and_from_pretrained(tied: bool, tmp_path: Path) -> None:
+    model = read_back(llama(tied), tmp_path)
+    hwkern.patch(model, embeddings=True)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        model.save_pretrained(tmp_path / "a")
+        hwkern.save(model, tmp_path / "b")
+        for twin in (
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b"),
+            hwkern.load(tmp_path / "b"),
+        ):
+            assert isinstance(twin.get_input_embeddings(), Int8Embedding)
+            assert torch.equal(twin(IDS).logits, wanted)
+            if tied:
+                assert twin.lm_head.weight is twin.model.embed_tokens.weight
+                assert twin.lm_head.weight_scale.data_ptr() == twin.model.embed_tokens.weight_scale.data_ptr()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_float_checkpoint_becomes_int8_while_it_is_read(tied: bool, tmp_path: Path) -> None:
+    found = read_back(llama(tied), tmp_path, quantization_config=hwkern.HwkernConfig(embeddings=True))
+    model = read_back(llama(tied), tmp_path)
+    hwkern.patch(model, embeddings=True)
+    with torch.no_grad():
+        assert torch.equal(found(IDS).logits, model(IDS).logits)
+    assert model_bytes(found) == model_bytes(model)
+
+
+def test_compressed_tensors_hold_a_float_table(tmp_path: Path) -> None:
+    model = read_back(llama(False), tmp_path)
+    hwkern.patch(model, embeddings=True, include=["*_proj", "*embed_tokens"])
+    assert isinstance(model.model.embed_tokens, Int8Embedding)
+    hwkern.save(model, tmp_path, format="compressed-tensors")
+    twin = hwkern.load(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(twin(IDS).logits, model(IDS).logits)
+    tied = llama(True)
+    hwkern.patch(tied, embeddings=True)
+    with pytest.raises(ValueError, match="it shares its int8 weight with an embedding"):
+        hwkern.save(tied, tmp_path, format="compressed-tensors")
