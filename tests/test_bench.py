@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from hwkern import _cpu, _svg, cli, ops
 from hwkern.bench import (
@@ -204,7 +205,9 @@ def test_a_plan_says_which_schemes_it_chose():
     assert sum(row["plan"].values()) == (4 if _cpu.int8_is_fast() else 0)  # of twelve: the others are small
     assert sum(each["layers"] for each in row["plan_shapes"]) == sum(row["plan"].values())
     for each in row["plan_shapes"]:
+        assert each["kind"] in ("intermediate.dense", "output.dense")
         assert each["chosen"] in each["us"]
+        assert each["reason"]
         assert {"16"} == set(each["us"]["keep"])  # tokens of the workload 1x16
 
 
@@ -844,6 +847,53 @@ def test_waiting_for_an_engine_ends_with_its_maker(tmp_path):
         maker.kill()
         maker.wait()
     engines._wait_for(file)  # its maker died
+
+
+def test_weights_are_counted_once_however_they_share_memory():
+    model = nn.Module()
+    table = nn.Parameter(torch.zeros(10, 8, dtype=torch.float16))  # 160 bytes
+    model.embed, model.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+    model.embed.weight = model.head.weight = table  # tied as one Parameter
+    model.register_buffer("rows", table.detach()[2:7])  # a view, as merged layers have them
+    model.register_buffer("again", table.detach().view(-1)[70:])  # ends where the table does
+    assert subjects.stored_bytes([*model.parameters(), *model.buffers()]) == 160
+    model.register_buffer("codes", torch.zeros(3, 4, dtype=torch.int8))
+    model.tied = nn.Module()
+    model.tied.register_buffer("codes", model.codes.view(4, 3))  # another tensor, the same storage
+    assert subjects._tensor_bytes(model) == 160 + 12
+    model.register_buffer("part", model.codes.new_zeros(9)[2:5])  # 3 of 9 bytes: the rest belongs to others
+    assert subjects._tensor_bytes(model) == 160 + 12 + 3
+    # Two Parameters that overlap by a half: 6 floats of which 2 are in both.
+    base = torch.zeros(6)
+    assert subjects.stored_bytes([base[:4], base[2:], base.new_zeros(0), base[:4]]) == 24
+    assert subjects.stored_bytes([torch.zeros(4, 6).t()]) == 96  # not contiguous
+
+
+def test_what_is_told_is_done_before_the_next_question(tmp_path):
+    """A child that answers with the number of the message: the answer to what was told is not taken for another's."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\nexec " + sys.executable + " -c 'import sys, json\n"
+        'for n, line in enumerate(sys.stdin): print(json.dumps({"n": n, **json.loads(line)}), flush=True)\'\n'
+    )
+    script.chmod(0o755)
+    child = engines.Child(str(script))
+    try:
+        child.tell(do="warm")
+        assert child.ask(do="hello") == {"n": 1, "do": "hello"}
+        assert child.ask(do="build") == {"n": 2, "do": "build"}
+        child.tell(do="warm")
+        child.tell(do="warm")
+        assert child.ask(do="hello") == {"n": 5, "do": "hello"}
+        child.tell(do="warm")
+        child.close()
+        assert child.ask(do="hello")["n"] == 0  # a new process owes nothing
+    finally:
+        child.close()
+    nowhere = engines.Child(str(tmp_path / "none"))
+    nowhere.tell(do="warm")  # whoever asks learns why
+    with pytest.raises(AbsentError, match="cannot be started"):
+        nowhere.ask(do="hello")
 
 
 @needs_transformers

@@ -6,6 +6,7 @@ without TensorRT. Needs TensorRT, numpy and onnx; no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -49,6 +50,15 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
         "engine_bytes": len(engine.data),
         "build_s": round(time.perf_counter() - started, 1),
     }
+
+
+def warm() -> dict[str, Any]:
+    """Make the builder, which takes seconds: TensorRT 8.6 loads 1 GB of kernels for it."""
+    from hwkern.tensorrt import _api, builder
+
+    started = time.perf_counter()
+    builder._new_builder(_api.find())
+    return {"warm_s": round(time.perf_counter() - started, 1)}
 
 
 class Prepared:
@@ -151,6 +161,8 @@ class Server:
         do, engine = message["do"], message.get("engine", "")
         if do == "hello":
             return hello()
+        if do == "warm":
+            return warm()
         if do == "build":
             return build(message)
         if do == "prepare":
@@ -177,16 +189,26 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         server = Server()
-        for line in sys.stdin:
-            try:
-                answer = server.answer(json.loads(line))
-            except ImportError as error:
-                answer = {"absent": str(error)}
-            except Exception as error:  # the parent decides what to do about it
-                text = (str(error).strip().splitlines() or ["no text"])[0]
-                answer = {"error": f"{type(error).__name__}: {text}"}
-            out.write(json.dumps(answer) + "\n")
-            out.flush()
+        with _kept_builder():
+            for line in sys.stdin:
+                try:
+                    answer = server.answer(json.loads(line))
+                except ImportError as error:
+                    answer = {"absent": str(error)}
+                except Exception as error:  # the parent decides what to do about it
+                    text = (str(error).strip().splitlines() or ["no text"])[0]
+                    answer = {"error": f"{type(error).__name__}: {text}"}
+                out.write(json.dumps(answer) + "\n")
+                out.flush()
+
+
+def _kept_builder() -> contextlib.AbstractContextManager[None]:
+    """One builder for all engines of the process; nothing without what it needs."""
+    try:
+        from hwkern.tensorrt.builder import keep_builder
+    except ImportError:  # the first message says so
+        return contextlib.nullcontext()
+    return keep_builder()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ stopped at the budget's end, which a build inside this process cannot. It speaks
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -214,6 +215,7 @@ class Child:
     def __init__(self, python: str | None) -> None:
         self._python = python or sys.executable
         self._process: subprocess.Popen[str] | None = None
+        self._unread = 0  # answers to what was told
 
     def _start(self) -> subprocess.Popen[str]:
         package = str(Path(__file__).resolve().parent.parent.parent)
@@ -235,6 +237,16 @@ class Child:
         except OSError as error:
             raise AbsentError(f"--tensorrt-python {self._python} cannot be started: {error}") from error
 
+    def tell(self, **message: Any) -> None:
+        """Send a message whose answer nobody waits for: the next ``ask`` waits until it is done."""
+        with contextlib.suppress(AbsentError, BrokenPipeError):  # the next question finds out
+            if self._process is None:
+                self._process = self._start()
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            self._unread += 1
+
     def ask(self, **message: Any) -> dict[str, Any]:
         """The answer. AbsentError when TensorRT is not there, RuntimeError with its words when it fails. A wait that is
         cut short (TimeoutError) ends the process."""
@@ -246,6 +258,8 @@ class Child:
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
+            while self._unread and process.stdout.readline():
+                self._unread -= 1
             line = process.stdout.readline()
         except BaseException as error:
             self.close()
@@ -264,6 +278,7 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
+        self._unread = 0
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -292,6 +307,10 @@ class Engines:
         self._files: dict[tuple[Any, ...], Path] = {}
         self._engines: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.version = ""
+
+    def warm(self) -> None:
+        """Have the builder's process load TensorRT's kernels meanwhile."""
+        self.builder.tell(do="warm")
 
     def close(self) -> None:
         self.builder.close()
