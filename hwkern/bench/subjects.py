@@ -251,7 +251,7 @@ def stored_bytes(tensors: Iterable[Any]) -> int:
     spans: dict[tuple[str, int], list[tuple[int, int]]] = {}
     alone = 0
     for tensor in {id(part): part for each in tensors for part in _parts(each)}.values():
-        size = tensor.numel() * tensor.element_size()
+        size = int(tensor.numel()) * tensor.element_size()
         try:
             storage = tensor.untyped_storage().data_ptr()
         except (NotImplementedError, RuntimeError):  # without a storage of its own
@@ -259,7 +259,7 @@ def stored_bytes(tensors: Iterable[Any]) -> int:
         if not storage or not tensor.is_contiguous():
             alone += size
             continue
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         spans.setdefault((str(tensor.device), storage), []).append((start, start + size))
     for pieces in spans.values():
         end = 0
