@@ -154,9 +154,60 @@ def export(
             opset_version=OPSET, dynamo=False, custom_opsets={"hwkern_bench": 1},
         )  # fmt: skip
     graph = onnx.load(str(part))
+    if fixed:
+        _fold(graph)
     _put_weights(graph, layers, scales or {})
+    _compile_whole(graph)
     part.write_bytes(graph.SerializeToString())
     part.replace(file)
+
+
+def _fold(model: Any) -> None:
+    """Compute what depends on constants alone (a decoder's mask, the sines of its positions) here: torch's exporter
+    leaves it in the graph, and TensorRT 8.6 then compiles kernels for it."""
+    from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes, found = [], {}
+    for node in model.graph.node:
+        inputs = [name for name in node.input if name]
+        constant = node.op_type == "Constant" or (inputs and all(name in known for name in inputs))
+        if not constant or node.domain or any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
+            nodes.append(node)
+            continue
+        values = ReferenceEvaluator(node, opsets={"": OPSET}).run(None, {name: known[name] for name in inputs})
+        known |= dict(zip(node.output, values, strict=True))
+        found |= dict(zip(node.output, values, strict=True))
+    read = {name for node in nodes for name in node.input}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for name in read & found.keys():
+        model.graph.initializer.append(numpy_helper.from_array(found[name], name))
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)
+
+
+def _compile_whole(model: Any) -> None:
+    """Products of two computed tensors as Einsum in a model without a LayerNormalization, for all engines alike.
+
+    Without either TensorRT 8.6 runs a model layer by layer, and the build, which compiles every chain of pointwise
+    operators for every memory format, takes minutes (two layers of Llama-3.2-1B: not ready after 80 s). The process
+    that builds tries both: see ``ways`` in engine_child.py.
+    """
+    from onnx import helper
+
+    from hwkern.tensorrt import einsums
+    from hwkern.tensorrt.graph import infer_shapes
+
+    if any(node.op_type == "LayerNormalization" for node in model.graph.node):
+        return
+    products = einsums.find(model.graph, infer_shapes(model))
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and (rank := products.get(node.name)) is not None:
+            batch = "abcdefgh"[: rank - 2]
+            node.op_type = "Einsum"
+            node.attribute.append(helper.make_attribute("equation", f"{batch}ij,{batch}jk->{batch}ik"))
 
 
 def _put_weights(model: Any, layers: Mapping[str, nn.Linear], scales: Mapping[str, float]) -> None:
