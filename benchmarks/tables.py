@@ -268,27 +268,94 @@ def moves(results: Path, first: str, second: str) -> str:
     return "\n\n".join([markdown(heads, cells), _plans(a, b, titles)])
 
 
+#: Two times of one layer that differ by less are the same.
+SAME = 0.03
+
+
 def _plans(a: dict[Any, Any], b: dict[Any, Any], titles: list[str]) -> str:
-    """Chosen recipe and µs of the recipes for each size of layer and number of tokens that both plans saw."""
-    cells = []
+    """What each plan chose, and µs of the recipes, for each kind of layer and number of tokens that both plans saw;
+    before it in words where the plans differ, where only the fastest recipe does, and where nothing does."""
+    cells, words = [], []
     seen = set()
     for key in (key for key in a if key in b and a[key].get("plan_shapes") and b[key].get("plan_shapes")):
         if key[0] in seen:
             continue  # one plan for all workloads of a model
         seen.add(key[0])
-        one, two = ({(s["n"], s["k"]): s for s in found[key]["plan_shapes"]} for found in (a, b))
-        for size in (size for size in one if size in two):
-            plans = (one[size], two[size])
+        one, two = ({_kind(s): s for s in reversed(found[key]["plan_shapes"])} for found in (a, b))
+        kinds = [kind for kind in reversed(one) if kind in two]
+        words.append(_moved(key[0], {kind: (one[kind], two[kind]) for kind in kinds}, titles))
+        for kind in kinds:
+            plans = (one[kind], two[kind])
             for tokens in plans[0]["us"]["keep"]:
                 times = [
-                    ", ".join(f"{name} {us[tokens]:.1f}" for name, us in plan["us"].items() if tokens in us)
+                    ", ".join(
+                        f"**{name} {us[tokens]:.1f}**" if name == _fastest(plan, tokens) else f"{name} {us[tokens]:.1f}"
+                        for name, us in _alone(plan)
+                        if tokens in us
+                    )
                     for plan in plans
                 ]
-                cells.append([f"{key[0]}, {size[0]}×{size[1]}, {tokens} tokens", *map(_chosen, plans), *times])
+                cells.append([f"{key[0]}, {kind}, {tokens} tokens", *map(_chosen, plans), *times])
     if not cells:
         return "*No plan was made on both.*"
     heads = ["layer", *(f"{t} plan" for t in titles), *(f"{t} µs" for t in titles)]
-    return markdown(heads, cells)
+    return "\n\n".join([*words, markdown(heads, cells)])
+
+
+def _kind(shape: dict[str, Any]) -> str:
+    return f"{shape.get('kind', '')} {shape['n']}×{shape['k']}".strip()
+
+
+def _fastest(plan: dict[str, Any], tokens: str) -> str:
+    return min((us[tokens], name) for name, us in _alone(plan) if tokens in us)[1]
+
+
+def _alone(plan: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """The recipes with their times, without those that are one recipe for few tokens and another for many."""
+    return [(name, us) for name, us in plan["us"].items() if "/" not in name]
+
+
+def _moved(model: str, kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]], titles: list[str]) -> str:
+    """Sentences: the kinds of layer whose choice differs between two GPUs, those where only the fastest recipe of the
+    layer alone does (by more than SAME on one of them), and by how much the choices are ahead of float."""
+    changed = [
+        f"{kind} ({_chosen(one)} on the {titles[0]}, {_chosen(two)} on the {titles[1]})"
+        for kind, (one, two) in kinds.items()
+        if _chosen(one) != _chosen(two)
+    ]
+    alone = []
+    least: list[list[tuple[float, str]]] = [[], []]
+    for kind, pair in kinds.items():
+        for tokens in pair[0]["us"]["keep"]:
+            best = [_fastest(plan, tokens) for plan in pair]
+            lost = [
+                plan["us"][other][tokens] / plan["us"][mine][tokens] - 1 if tokens in plan["us"].get(other, {}) else 0.0
+                for plan, mine, other in zip(pair, best, reversed(best), strict=True)
+            ]
+            if best[0] != best[1] and max(lost) > SAME:
+                alone.append(f"{kind} at {tokens} tokens ({best[0]}, {best[1]})")
+            for found, plan in zip(least, pair, strict=True):
+                if plan["chosen"] != "keep" and tokens in plan["us"][plan["chosen"]]:
+                    gain = plan["us"]["keep"][tokens] / plan["us"][plan["chosen"]][tokens]
+                    found.append((gain, f"{kind}, {tokens} tokens"))
+    same = len(kinds) - len(changed)
+    said = [
+        f"{model}: the plans of the two GPUs differ at {'; '.join(changed)}."
+        if changed
+        else f"{model}: the plans of the two GPUs are the same at all {same} kinds of layer."
+    ]
+    if alone:
+        said.append(
+            f"The fastest recipe of a layer by itself differs by more than {SAME:.0%} at {'; '.join(alone)} (in bold "
+            "below)."
+        )
+    if same and all(least):
+        ahead = (
+            f"{gain:.2f}× on the {title} ({where})"
+            for title, (gain, where) in zip(titles, map(min, least), strict=True)
+        )
+        said.append(f"The chosen recipe is at least so much faster than float: {', '.join(ahead)}.")
+    return " ".join(said)
 
 
 def _chosen(plan: dict[str, Any]) -> str:

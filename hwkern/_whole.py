@@ -83,14 +83,17 @@ def check_whole(result: Plan, model: nn.Module, batches: Sequence[Any], modes: S
     some = _distinct(batches)
     graphs = Graphs()
     with progress("Timing the whole model", len(SUSPECTS) + 2, show) as step:
-        together = _fused_trial(result, model)
-        if together is not None:
-            reading = _compared(model, together, some, modes, graphs, most=1 - LEAST_GAIN)
+        found: list[tuple[float, Plan, Reading]] = []
+        for trial in _trials(result, model):
+            reading = _compared(model, trial, some, modes, graphs, most=1 - LEAST_GAIN)
             unread = [mode for mode in modes if mode not in reading[0]]
-            if _worst(reading) <= 1 + NOISE and _mean(reading) <= 1 - LEAST_GAIN and _fast(together, unread):
-                result.layers = together.layers
-                _note(result, reading)
-                return
+            if _worst(reading) <= 1 + NOISE and _mean(reading) <= 1 - LEAST_GAIN and _fast(trial, unread):
+                found.append((_mean(reading), trial, reading))
+        if found:
+            _, best, reading = min(found, key=lambda each: each[0])
+            result.layers = best.layers
+            _note(result, reading)
+            return
         step()
         if not _chosen(result):
             return
@@ -147,15 +150,46 @@ _NAMES = {"eager": "eager", "graph": "CUDA graph"}
 # ---- layers together ------------------------------------------------------------------------------------------------
 
 
-def _fused_trial(result: Plan, model: nn.Module) -> Plan | None:
-    """``result`` with W8A8 for every layer that could be fused and is within the bounds; None where nothing changes.
+def _trials(result: Plan, model: nn.Module) -> list[Plan]:
+    """Other plans that the whole model may be faster with, and ``result`` itself where it is one of two to compare.
 
     Not under "accurate" and "smallest", which ask for something else than speed.
     """
+    if result.policy not in ("fastest", "balanced"):
+        return []
+    together, plain = _fused_trial(result, model), _plain_trial(result)
+    if plain is None:
+        return [] if together is None else [together]
+    if together is None and _chosen(result):
+        together = replace(result)
+    return [plain] if together is None else [together, plain]
+
+
+def _plain_trial(result: Plan) -> Plan | None:
+    """``result`` with W8A8 throughout, as ``hwkern.patch`` without a plan gives it, where that is accurate enough.
+
+    What layers gain alone leaves out what they lose together: q in W8A8 beside k in W8A16 are two products where one
+    was, and a layer that costs host time in an eager call stays float for all the prompts. Measured on Llama-3-8B
+    width, 8×512: 4 % slower than W8A8 throughout. None where nothing changes.
+    """
+    held = set() if result.task is None else set(result.task.kept)
+    trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+    changed = False
+    for layer in trial.layers.values():
+        recipe = layer.choice.recipe
+        if recipe == Recipe("w8a8") or set(layer.names) & held or not layer.calls or recipe.calibration.folded:
+            continue
+        for i, candidate in enumerate(layer.candidates):
+            if candidate.recipe == Recipe("w8a8") and candidate.snr_db >= result.accuracy.min_snr_db:
+                layer.chosen, changed = i, True
+                layer.reason = "the whole model is faster with W8A8 throughout"
+    return trial if changed else None
+
+
+def _fused_trial(result: Plan, model: nn.Module) -> Plan | None:
+    """``result`` with W8A8 for every layer that could be fused and is within the bounds; None where nothing changes."""
     from hwkern._fusion import could_fuse
 
-    if result.policy not in ("fastest", "balanced"):
-        return None
     fusable = could_fuse(model)
     held = set() if result.task is None else set(result.task.kept)
     trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})

@@ -13,16 +13,19 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from hwkern import _cpu, _svg, cli, ops
 from hwkern.bench import (
     accuracy,
     comparison,
+    engine_child,
     engines,
     kernel_page,
     kernels,
@@ -204,7 +207,9 @@ def test_a_plan_says_which_schemes_it_chose():
     assert sum(row["plan"].values()) == (4 if _cpu.int8_is_fast() else 0)  # of twelve: the others are small
     assert sum(each["layers"] for each in row["plan_shapes"]) == sum(row["plan"].values())
     for each in row["plan_shapes"]:
+        assert each["kind"] in ("intermediate.dense", "output.dense")
         assert each["chosen"] in each["us"]
+        assert each["reason"]
         assert {"16"} == set(each["us"]["keep"])  # tokens of the workload 1x16
 
 
@@ -844,6 +849,197 @@ def test_waiting_for_an_engine_ends_with_its_maker(tmp_path):
         maker.kill()
         maker.wait()
     engines._wait_for(file)  # its maker died
+
+
+def test_weights_are_counted_once_however_they_share_memory():
+    model = nn.Module()
+    table = nn.Parameter(torch.zeros(10, 8, dtype=torch.float16))  # 160 bytes
+    model.embed, model.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+    model.embed.weight = model.head.weight = table  # tied as one Parameter
+    model.register_buffer("rows", table.detach()[2:7])  # a view, as merged layers have them
+    model.register_buffer("again", table.detach().view(-1)[70:])  # ends where the table does
+    assert subjects.stored_bytes([*model.parameters(), *model.buffers()]) == 160
+    model.register_buffer("codes", torch.zeros(3, 4, dtype=torch.int8))
+    model.tied = nn.Module()
+    model.tied.register_buffer("codes", model.codes.view(4, 3))  # another tensor, the same storage
+    assert subjects._tensor_bytes(model) == 160 + 12
+    model.register_buffer("part", model.codes.new_zeros(9)[2:5])  # 3 of 9 bytes: the rest belongs to others
+    assert subjects._tensor_bytes(model) == 160 + 12 + 3
+    # Two Parameters that overlap by a half: 6 floats of which 2 are in both.
+    base = torch.zeros(6)
+    assert subjects.stored_bytes([base[:4], base[2:], base.new_zeros(0), base[:4]]) == 24
+    assert subjects.stored_bytes([torch.zeros(4, 6).t()]) == 96  # not contiguous
+
+
+@needs_transformers
+@pytest.mark.parametrize("quantized", [False, True])
+def test_every_way_to_build_a_decoders_engine_computes_the_same(tmp_path, quantized):
+    onnx = pytest.importorskip("onnx")
+    from onnx.reference import ReferenceEvaluator
+
+    from hwkern import tensorrt as ht
+
+    model = models.find("tiny-llama")
+    torch.manual_seed(0)
+    module = model.make("cpu").requires_grad_(False)
+    inputs = model.inputs(2, 24, 0, "cpu")
+    scales = engines.input_scales(module, inputs) if quantized else None
+    engines.export(module, model, inputs, tmp_path / "m.onnx", False, True, scales)
+    graph = onnx.load(str(tmp_path / "m.onnx"))
+    x = inputs["input_ids"].numpy()
+    with torch.inference_mode():
+        exact = module(**inputs, **model.calls()).logits
+
+    def kinds(one):
+        return [node.op_type for node in one.graph.node]
+
+    def run(one):
+        return torch.from_numpy(ReferenceEvaluator(one).run(None, {"x": x})[0])
+
+    # q·kᵀ and p·v of two layers; the mask and the positions' sines are constants by now.
+    assert kinds(graph).count("Einsum") == 4
+    assert not {"Sin", "Cos", "Where", "Greater", "ConstantOfShape"} & set(kinds(graph))
+    assert engine_child.ways(graph, False) == ["whole", "layers"]
+    plain = engine_child.variant(graph, "layers", False)
+    assert kinds(plain).count("Einsum") == 0
+    assert kinds(graph).count("Einsum") == 4  # a copy
+    assert kinds(graph).count("QuantizeLinear") == (22 if quantized else 0)  # 14 weights, 4 inputs of each layer
+    if quantized:
+        return  # onnx's evaluator has no DequantizeLinear of this opset
+    whole = run(graph)
+    torch.testing.assert_close(whole, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(plain), whole, rtol=1e-5, atol=1e-5)
+    ours = ht.rewrite(graph).model
+    assert engine_child.ways(ours, True) == ["layers", "whole"]
+    assert engine_child.variant(ours, "layers", True) is ours
+    norms = engine_child.variant(ours, "whole", True)
+    assert kinds(norms).count("Einsum") == 4 + kinds(ours).count("ReduceMean") == 4 + 5
+    torch.testing.assert_close(run(norms), run(ours), rtol=1e-5, atol=1e-5)
+
+
+def test_the_fastest_of_the_ways_becomes_the_engine(monkeypatch, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from hwkern import tensorrt as ht
+    from hwkern.tensorrt import _api, measure
+    from hwkern.tensorrt.builder import Engine
+
+    value = onnx.helper.make_tensor_value_info("x", 1, [2, 3, 3])
+    node = onnx.helper.make_node("Einsum", ["x", "x"], ["y"], equation="aij,ajk->aik")
+    graph = onnx.helper.make_graph([node], "g", [value], [onnx.helper.make_tensor_value_info("y", 1, [2, 3, 3])])
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / "m.onnx"))
+    times: dict[str, float | None] = {}
+    built = []
+
+    def build(model, profiles, precision, *, timing_cache, **options):
+        way = "whole" if model.graph.node[0].op_type == "Einsum" else "layers"
+        built.append((way, timing_cache, "edit" in options))
+        if times[way] is None:
+            raise RuntimeError(f"TensorRT cannot build it {way}")
+        return Engine(way.encode() * 2, {})
+
+    api = types.SimpleNamespace(version=(8, 6, 1), rtx=False, module=fake_layers())
+    monkeypatch.setattr(_api, "find", lambda *_: api)
+    monkeypatch.setattr(ht, "build", build)
+    monkeypatch.setattr(
+        measure, "engine_us", lambda engine, shapes, copies: [times[engine.data[: len(engine.data) // 2].decode()]]
+    )
+    message = {
+        "onnx": str(tmp_path / "m.onnx"), "rewrite": False, "profiles": [], "precision": "fp16", "level": 2,
+        "cache": str(tmp_path / "m.timing"), "engine": str(tmp_path / "m.engine"),
+    }  # fmt: skip
+    for whole, layers, best in ((2.0, 1.0, "layers"), (1.0, 2.0, "whole"), (None, 2.0, "layers"), (1.0, None, "whole")):
+        times |= {"whole": whole, "layers": layers}
+        found = engine_child.build(message)
+        assert found["way"] == best
+        assert (tmp_path / "m.engine").read_bytes() == best.encode() * 2
+        assert found["engine_bytes"] == 2 * len(best)
+        assert found["engine_us"] == {way: us for way, us in times.items() if us is not None}
+        assert json.loads((tmp_path / "m.engine.found").read_text()) == found
+    assert built[:2] == [
+        ("whole", str(tmp_path / "m-whole.timing"), False),
+        ("layers", str(tmp_path / "m-layers.timing"), True),
+    ]
+    times |= {"whole": None, "layers": None}
+    with pytest.raises(RuntimeError, match="cannot build it whole"):
+        engine_child.build(message)
+    api.version = (10, 3, 0)  # compiles by itself
+    times |= {"whole": 1.0}
+    built.clear()
+    assert engine_child.build(message)["way"] == "whole"
+    assert len(built) == 1
+
+
+def fake_layers():
+    """Of a TensorRT module what prefer_half reads."""
+    names = [
+        "MATRIX_MULTIPLY",
+        "ELEMENTWISE",
+        "UNARY",
+        "SOFTMAX",
+        "REDUCE",
+        "ACTIVATION",
+        "SHUFFLE",
+        "SLICE",
+        "CONCATENATION",
+    ]
+    kinds = types.SimpleNamespace(**{name: name for name in names})
+    flags = types.SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
+    return types.SimpleNamespace(LayerType=kinds, BuilderFlag=flags, float16="half", float32="float")
+
+
+def test_half_is_preferred_where_a_layer_may_have_it():
+    trt = fake_layers()
+
+    class Layer:
+        def __init__(self, kind, *dtypes, output=False):
+            self.type, self.precision, self.num_outputs = kind, None, len(dtypes)
+            self.outputs = [types.SimpleNamespace(dtype=dtype, is_network_output=output) for dtype in dtypes]
+            self.set = {}
+
+        def get_output(self, i):
+            return self.outputs[i]
+
+        def set_output_type(self, i, dtype):
+            self.set[i] = dtype
+
+    product, gather, ids, last = layers = [
+        Layer("MATRIX_MULTIPLY", "float"), Layer("GATHER", "float"), Layer("SHUFFLE", "int32"),
+        Layer("ELEMENTWISE", "float", output=True),
+    ]  # fmt: skip
+    flags: list[str] = []
+    options = engine_child.prefer_half(trt)
+    options["edit"](types.SimpleNamespace(num_layers=4, get_layer=layers.__getitem__))
+    options["configure"](types.SimpleNamespace(set_flag=flags.append))
+    assert (product.precision, product.set) == ("half", {0: "half"})
+    assert all(layer.precision is None and not layer.set for layer in (gather, ids, last))
+    assert flags == ["prefer"]
+
+
+def test_what_is_told_is_done_before_the_next_question(tmp_path):
+    """A child that answers with the number of the message: the answer to what was told is not taken for another's."""
+    script = tmp_path / "python"
+    script.write_text(
+        "#!/bin/sh\nexec " + sys.executable + " -c 'import sys, json\n"
+        'for n, line in enumerate(sys.stdin): print(json.dumps({"n": n, **json.loads(line)}), flush=True)\'\n'
+    )
+    script.chmod(0o755)
+    child = engines.Child(str(script))
+    try:
+        child.tell(do="warm")
+        assert child.ask(do="hello") == {"n": 1, "do": "hello"}
+        assert child.ask(do="build") == {"n": 2, "do": "build"}
+        child.tell(do="warm")
+        child.tell(do="warm")
+        assert child.ask(do="hello") == {"n": 5, "do": "hello"}
+        child.tell(do="warm")
+        child.close()
+        assert child.ask(do="hello")["n"] == 0  # a new process owes nothing
+    finally:
+        child.close()
+    nowhere = engines.Child(str(tmp_path / "none"))
+    nowhere.tell(do="warm")  # whoever asks learns why
+    with pytest.raises(AbsentError, match="cannot be started"):
+        nowhere.ask(do="hello")
 
 
 @needs_transformers

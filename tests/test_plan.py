@@ -689,6 +689,54 @@ def test_layers_that_are_slower_alone_are_taken_where_the_model_is_faster_with_t
         assert all(recipe.scheme == "keep" for recipe in kept.recipes.values())
 
 
+@pytest.mark.parametrize(
+    ("fused", "plain", "swapped"),
+    [(0.9, 0.8, 7), (0.8, 0.9, 4), (1.05, 0.8, 7), (0.9, 1.05, 4), (1.05, 1.05, 0)],
+)
+def test_w8a8_throughout_is_taken_where_the_whole_model_is_fastest_with_it(
+    device: Device, monkeypatch: pytest.MonkeyPatch, fused: float, plain: float, swapped: int
+) -> None:
+    """Every layer is slower alone; four of the seven can be fused. So no plan is slower than patch without one."""
+    model = bert()
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        int8 = sum(isinstance(module, Int8Linear) for module in model.modules())
+        return {"eager": [{0: 1.0, 4: fused, 7: plain}[int8]]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): 10.0 if name == "keep" else 11.0 for name in names for mode in modes
+    })  # fmt: skip
+    before = Snapshot(model)
+    found = hwkern.plan(model, IDS, show=False, save=False)
+    before.assert_same(model)
+    assert sum(recipe.scheme == "w8a8" for recipe in found.recipes.values()) == swapped
+    if swapped:
+        assert found.whole["after_ms"] == [1000.0 * min(fused, plain)]
+    if swapped == 7:
+        assert "W8A8 throughout" in found.explain("encoder.layer.0.output.dense")
+        assert hwkern.Plan.from_dict(found.to_dict()).recipes == found.recipes
+
+
+def test_w8a8_throughout_is_held_against_the_layers_own_choices(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the layers' choices need no fusing, the whole model still says which of the two it is."""
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        kinds = {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+        return {"eager": [1.0 if not kinds else 0.7 if kinds == {"Int8Linear"} else 0.8]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    found = make(Net(), verify=True)
+    assert {recipe.name for recipe in found.recipes.values()} == {"w8a8"}
+    assert found.whole["after_ms"] == [700.0]
+    assert {r.name for r in make(Net(), verify=False).recipes.values()} == {"w8a16"}
+
+
 def test_a_plan_for_one_way_of_running_says_so_and_comes_back() -> None:
     model = Net()
     found = make(model, mode="graph")

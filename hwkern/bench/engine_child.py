@@ -6,6 +6,7 @@ without TensorRT. Needs TensorRT, numpy and onnx; no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -24,12 +25,94 @@ def hello() -> dict[str, Any]:
         return {"absent": str(error)}
 
 
+#: The ways to build one engine where TensorRT 8.6 leaves a choice; the fastest engine is taken. See ``ways``.
+WHOLE, LAYERS = "whole", "layers"
+
+
+def ways(model: Any, rewritten: bool) -> list[str]:
+    """In which ways a float, Q/DQ or rewritten model is to be built, by TensorRT 8.6.
+
+    That hands a part of a model to its compiler only for the sake of a layer that nothing else runs: a
+    LayerNormalization or an Einsum. engines.py puts Einsum nodes into a model without the former: ``whole`` builds it
+    so (of a rewritten model, the norms between hwkern's nodes too), ``layers`` without, with half precision preferred
+    where it may be had, because TensorRT then times half as many kernels. Neither is always the faster one.
+    """
+    if not any(node.op_type == "Einsum" for node in model.graph.node):
+        return [WHOLE]
+    return [LAYERS, WHOLE] if rewritten else [WHOLE, LAYERS]  # first what takes less time to build
+
+
+def variant(model: Any, way: str, rewritten: bool) -> Any:
+    """The model for one of its ways; a copy where it differs."""
+    from onnx import ModelProto, NodeProto, TensorProto, helper
+
+    if (way == WHOLE) != rewritten:  # a rewritten model keeps its compiled attention
+        return model
+    made = ModelProto()
+    made.CopyFrom(model)
+    if not rewritten:
+        for node in made.graph.node:
+            if node.op_type == "Einsum":
+                node.op_type = "MatMul"
+                del node.attribute[:]
+        return made
+    # The mean of each norm times the 1 × 1 matrix of one: the same numbers, and an Einsum.
+    nodes = []
+    for node in made.graph.node:
+        nodes.append(NodeProto.FromString(node.SerializeToString()))
+        if node.op_type == "ReduceMean":
+            mean = node.output[0]
+            nodes[-1].output[0] = f"{mean}.mean"
+            nodes.append(
+                helper.make_node(
+                    "Einsum", [f"{mean}.mean", "hwkern.one"], [mean], f"{mean}.einsum", equation="abc,cd->abd"
+                )
+            )
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    made.graph.initializer.append(helper.make_tensor("hwkern.one", TensorProto.FLOAT, [1, 1], [1.0]))
+    return made
+
+
+def prefer_half(trt: Any) -> dict[str, Any]:
+    """``edit`` and ``configure`` of hwkern.tensorrt.build for half precision where a layer may have it."""
+    names = (
+        "MATRIX_MULTIPLY",
+        "ELEMENTWISE",
+        "UNARY",
+        "SOFTMAX",
+        "REDUCE",
+        "ACTIVATION",
+        "SHUFFLE",
+        "SLICE",
+        "CONCATENATION",
+    )
+    kinds = {getattr(trt.LayerType, name) for name in names}
+
+    def edit(network: Any) -> None:
+        for layer in map(network.get_layer, range(network.num_layers)):
+            outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
+            if layer.type in kinds and all(o.dtype == trt.float32 and not o.is_network_output for o in outputs):
+                layer.precision = trt.float16
+                for i in range(layer.num_outputs):
+                    layer.set_output_type(i, trt.float16)
+
+    def configure(config: Any) -> None:
+        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+
+    return {"edit": edit, "configure": configure}
+
+
 def build(message: dict[str, Any]) -> dict[str, Any]:
-    """An engine file from an ONNX file, rewritten with hwkern's nodes if asked."""
+    """An engine file from an ONNX file, rewritten with hwkern's nodes if asked; of several ways the fastest engine.
+
+    Each engine that is better than the ones before is saved at once, with what is returned in ``<engine>.found``: who
+    is stopped leaves the best that it had.
+    """
     import onnx
 
     import hwkern.tensorrt as ht
-    from hwkern.tensorrt import _api
+    from hwkern.tensorrt import _api, measure
 
     model: Any = onnx.load(message["onnx"])
     if message["rewrite"]:
@@ -38,17 +121,45 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
         ht.Profile(*({name: tuple(shape) for name, shape in each.items()} for each in three))
         for three in message["profiles"]
     ]
-    cache = None if _api.find().rtx else message["cache"]  # TensorRT-RTX has none
+    api = _api.find()
+    choice = ways(model, message["rewrite"]) if api.version < (10,) and not api.rtx else [WHOLE]
+    shapes = {value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
+    if len(choice) > 1 and not all(all(shape) for shape in shapes.values()):
+        choice = choice[:1]  # without one shape there is no one time
     started = time.perf_counter()
-    engine = ht.build(
-        model, profiles or None, message["precision"], path=message["engine"], timing_cache=cache,
-        optimization_level=message["level"],
-    )  # fmt: skip
-    return {
-        "engine": message["engine"],
-        "engine_bytes": len(engine.data),
-        "build_s": round(time.perf_counter() - started, 1),
-    }
+    found: dict[str, Any] = {"engine": message["engine"], "engine_us": {}}
+    problems = []
+    for way in choice:
+        cache = None if api.rtx else message["cache"].replace(".timing", f"-{way}.timing")  # TensorRT-RTX has none
+        half = prefer_half(api.module) if way == LAYERS and message["precision"] == "fp16" else {}
+        try:
+            engine = ht.build(
+                variant(model, way, message["rewrite"]) if len(choice) > 1 else model, profiles or None,
+                message["precision"], timing_cache=cache, optimization_level=message["level"], **half,
+            )  # fmt: skip
+        except RuntimeError as error:
+            problems.append(error)
+            continue
+        if len(choice) > 1:
+            found["engine_us"][way] = round(measure.engine_us(engine, [shapes], copies=1)[0], 1)
+        if found.get("way") is None or found["engine_us"][way] < found["engine_us"][found["way"]]:
+            found |= {"way": way, "engine_bytes": len(engine.data)}
+            engine.save(message["engine"])
+        found["build_s"] = round(time.perf_counter() - started, 1)
+        with open(message["engine"] + ".found", "w", encoding="utf-8") as file:
+            json.dump(found, file)
+    if "way" not in found:
+        raise problems[0]
+    return found
+
+
+def warm() -> dict[str, Any]:
+    """Make the builder, which takes seconds: TensorRT 8.6 loads 1 GB of kernels for it."""
+    from hwkern.tensorrt import _api, builder
+
+    started = time.perf_counter()
+    builder._new_builder(_api.find())
+    return {"warm_s": round(time.perf_counter() - started, 1)}
 
 
 class Prepared:
@@ -151,6 +262,8 @@ class Server:
         do, engine = message["do"], message.get("engine", "")
         if do == "hello":
             return hello()
+        if do == "warm":
+            return warm()
         if do == "build":
             return build(message)
         if do == "prepare":
@@ -177,16 +290,26 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
         os.dup2(2, 1)
         server = Server()
-        for line in sys.stdin:
-            try:
-                answer = server.answer(json.loads(line))
-            except ImportError as error:
-                answer = {"absent": str(error)}
-            except Exception as error:  # the parent decides what to do about it
-                text = (str(error).strip().splitlines() or ["no text"])[0]
-                answer = {"error": f"{type(error).__name__}: {text}"}
-            out.write(json.dumps(answer) + "\n")
-            out.flush()
+        with _kept_builder():
+            for line in sys.stdin:
+                try:
+                    answer = server.answer(json.loads(line))
+                except ImportError as error:
+                    answer = {"absent": str(error)}
+                except Exception as error:  # the parent decides what to do about it
+                    text = (str(error).strip().splitlines() or ["no text"])[0]
+                    answer = {"error": f"{type(error).__name__}: {text}"}
+                out.write(json.dumps(answer) + "\n")
+                out.flush()
+
+
+def _kept_builder() -> contextlib.AbstractContextManager[None]:
+    """One builder for all engines of the process; nothing without what it needs."""
+    try:
+        from hwkern.tensorrt.builder import keep_builder
+    except ImportError:  # the first message says so
+        return contextlib.nullcontext()
+    return keep_builder()
 
 
 if __name__ == "__main__":

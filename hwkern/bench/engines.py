@@ -6,6 +6,7 @@ stopped at the budget's end, which a build inside this process cannot. It speaks
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
@@ -153,9 +154,60 @@ def export(
             opset_version=OPSET, dynamo=False, custom_opsets={"hwkern_bench": 1},
         )  # fmt: skip
     graph = onnx.load(str(part))
+    if fixed:
+        _fold(graph)
     _put_weights(graph, layers, scales or {})
+    _compile_whole(graph)
     part.write_bytes(graph.SerializeToString())
     part.replace(file)
+
+
+def _fold(model: Any) -> None:
+    """Compute what depends on constants alone (a decoder's mask, the sines of its positions) here: torch's exporter
+    leaves it in the graph, and TensorRT 8.6 then compiles kernels for it."""
+    from onnx import numpy_helper
+    from onnx.reference import ReferenceEvaluator
+
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes, found = [], {}
+    for node in model.graph.node:
+        inputs = [name for name in node.input if name]
+        constant = node.op_type == "Constant" or (inputs and all(name in known for name in inputs))
+        if not constant or node.domain or any(a.type in (a.GRAPH, a.GRAPHS) for a in node.attribute):
+            nodes.append(node)
+            continue
+        values = ReferenceEvaluator(node, opsets={"": OPSET}).run(None, {name: known[name] for name in inputs})
+        known |= dict(zip(node.output, values, strict=True))
+        found |= dict(zip(node.output, values, strict=True))
+    read = {name for node in nodes for name in node.input}
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for name in read & found.keys():
+        model.graph.initializer.append(numpy_helper.from_array(found[name], name))
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
+        model.graph.initializer.remove(tensor)
+
+
+def _compile_whole(model: Any) -> None:
+    """Products of two computed tensors as Einsum in a model without a LayerNormalization, for all engines alike.
+
+    Without either TensorRT 8.6 runs a model layer by layer, and the build, which compiles every chain of pointwise
+    operators for every memory format, takes minutes (two layers of Llama-3.2-1B: not ready after 80 s). The process
+    that builds tries both: see ``ways`` in engine_child.py.
+    """
+    from onnx import helper
+
+    from hwkern.tensorrt import einsums
+    from hwkern.tensorrt.graph import infer_shapes
+
+    if any(node.op_type == "LayerNormalization" for node in model.graph.node):
+        return
+    products = einsums.find(model.graph, infer_shapes(model))
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and (rank := products.get(node.name)) is not None:
+            batch = "abcdefgh"[: rank - 2]
+            node.op_type = "Einsum"
+            node.attribute.append(helper.make_attribute("equation", f"{batch}ij,{batch}jk->{batch}ik"))
 
 
 def _put_weights(model: Any, layers: Mapping[str, nn.Linear], scales: Mapping[str, float]) -> None:
@@ -214,6 +266,7 @@ class Child:
     def __init__(self, python: str | None) -> None:
         self._python = python or sys.executable
         self._process: subprocess.Popen[str] | None = None
+        self._unread = 0  # answers to what was told
 
     def _start(self) -> subprocess.Popen[str]:
         package = str(Path(__file__).resolve().parent.parent.parent)
@@ -235,6 +288,16 @@ class Child:
         except OSError as error:
             raise AbsentError(f"--tensorrt-python {self._python} cannot be started: {error}") from error
 
+    def tell(self, **message: Any) -> None:
+        """Send a message whose answer nobody waits for: the next ``ask`` waits until it is done."""
+        with contextlib.suppress(AbsentError, BrokenPipeError):  # the next question finds out
+            if self._process is None:
+                self._process = self._start()
+            assert self._process.stdin is not None
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            self._unread += 1
+
     def ask(self, **message: Any) -> dict[str, Any]:
         """The answer. AbsentError when TensorRT is not there, RuntimeError with its words when it fails. A wait that is
         cut short (TimeoutError) ends the process."""
@@ -246,6 +309,8 @@ class Child:
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
+            while self._unread and process.stdout.readline():
+                self._unread -= 1
             line = process.stdout.readline()
         except BaseException as error:
             self.close()
@@ -264,6 +329,7 @@ class Child:
 
     def close(self) -> None:
         """End the process."""
+        self._unread = 0
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -292,6 +358,10 @@ class Engines:
         self._files: dict[tuple[Any, ...], Path] = {}
         self._engines: dict[tuple[Any, ...], dict[str, Any]] = {}
         self.version = ""
+
+    def warm(self) -> None:
+        """Have the builder's process load TensorRT's kernels meanwhile."""
+        self.builder.tell(do="warm")
 
     def close(self) -> None:
         self.builder.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def _planned(model: nn.Module, context: Context) -> nn.Module:
     ]  # fmt: skip
     plan = hwkern.plan(made, batches, show=False)
     hwkern.patch(made, plan=plan, originals="drop")
-    made.__dict__["_bench_plan"] = {"plan": schemes(plan), "plan_shapes": shapes(plan)}
+    made.__dict__["_bench_plan"] = {
+        "plan": schemes(plan), "plan_shapes": shapes(plan), "plan_whole": plan.whole.get("text", ""),
+    }  # fmt: skip
     return made
 
 
@@ -101,21 +104,23 @@ def schemes(plan: Any) -> dict[str, int]:
 
 
 def shapes(plan: Any) -> list[dict[str, Any]]:
-    """For each size of layer in a plan: how many there are, what the first became, and µs of every recipe by tokens (as
-    one CUDA graph where that was measured)."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+    """For each kind of layer in a plan (its name within its block, its size and what it became): how many there are,
+    why the first is what it is, and µs of every recipe by tokens (as one CUDA graph where that was measured)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for layer in plan.layers.values():
-        if (layer.n, layer.k) in found:
-            found[layer.n, layer.k]["layers"] += len(layer.names)
+        where = re.split(r"(?:^|\.)\d+\.", layer.name)[-1]
+        kind = (where, layer.n, layer.k, layer.choice.name, layer.choice.recipe.max_tokens)
+        if kind in found:
+            found[kind]["layers"] += len(layer.names)
             continue
         us = {}
         for candidate in layer.candidates:
             if candidate.us:
                 times = candidate.us.get("graph") or next(iter(candidate.us.values()))
                 us[candidate.name] = {str(tokens): round(value, 2) for tokens, value in sorted(times.items())}
-        found[layer.n, layer.k] = {
-            "n": layer.n, "k": layer.k, "layers": len(layer.names), "chosen": layer.choice.name,
-            "max_tokens": layer.choice.recipe.max_tokens, "us": us,
+        found[kind] = {
+            "kind": where, "n": layer.n, "k": layer.k, "layers": len(layer.names), "chosen": layer.choice.name,
+            "max_tokens": layer.choice.recipe.max_tokens, "reason": layer.reason, "us": us,
         }  # fmt: skip
     return list(found.values())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -239,23 +239,45 @@ def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
     return replay
 
 
-def _stored_bytes(tensor: Any) -> int:
-    """Bytes of a tensor; of one that is made of others, as torchao's quantized weights are, the bytes of these."""
+def _parts(tensor: Any) -> list[Tensor]:
+    """The tensor; of one that is made of others, as torchao's quantized weights are, these."""
     if (flatten := getattr(tensor, "__tensor_flatten__", None)) is not None:
-        return sum(_stored_bytes(getattr(tensor, name)) for name in flatten()[0])
-    return int(tensor.numel() * tensor.element_size())
+        return [part for name in flatten()[0] for part in _parts(getattr(tensor, name))]
+    return [tensor]
+
+
+def stored_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes that tensors take, each byte once: tied weights and views of one storage share theirs."""
+    spans: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    alone = 0
+    for tensor in {id(part): part for each in tensors for part in _parts(each)}.values():
+        size = int(tensor.numel()) * tensor.element_size()
+        try:
+            storage = tensor.untyped_storage().data_ptr()
+        except (NotImplementedError, RuntimeError):  # without a storage of its own
+            storage = 0
+        if not storage or not tensor.is_contiguous():
+            alone += size
+            continue
+        start = int(tensor.storage_offset()) * tensor.element_size()
+        spans.setdefault((str(tensor.device), storage), []).append((start, start + size))
+    for pieces in spans.values():
+        end = 0
+        for start, stop in sorted(pieces):
+            alone += max(0, stop - max(start, end))
+            end = max(end, stop)
+    return alone
 
 
 def _tensor_bytes(module: nn.Module) -> int:
     """Bytes of all weights, those of torch.ao's packed layers included."""
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    plain = sum(map(_stored_bytes, tensors.values()))
+    plain = stored_bytes((*module.parameters(), *module.buffers()))
     packed = 0
     for each in module.modules():  # bitsandbytes keeps the scales of its weights beside them, in plain attributes
         scales = getattr(getattr(each, "state", None), "SCB", None)
         if scales is None:
             scales = getattr(getattr(each, "weight", None), "SCB", None)
-        packed += 0 if scales is None else _stored_bytes(scales)
+        packed += 0 if scales is None else stored_bytes([scales])
     for each in module.modules():
         layer: Any = each
         if hasattr(layer, "_packed_params") and callable(getattr(layer, "weight", None)):
