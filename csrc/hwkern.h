@@ -243,8 +243,7 @@ struct Linear {
 size_t linear_workspace_bytes(int64_t m, int64_t k);
 // The id of the fastest way to a whole linear with 16-bit x and y and no options: of a row of Scheme::kW8A8Linear, which
 // quantizes in the GEMM's launch, or the GEMM's (gemm_choose) after a launch for quantize; -1 if none runs.
-// `weight_is_constant`: as in Linear.
-int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool weight_is_constant = false);
+int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device);
 
 // `config_id`: of a row of Scheme::kW8A8 (two launches) or kW8A8Linear (one, which leaves the workspace alone).
 Status linear(const Linear& problem, int config_id, void* workspace, size_t workspace_bytes, Stream stream);

@@ -49,7 +49,7 @@ def _in_one_launch(device: int, m: int, n: int, k: int) -> bool:
     from hwkern import _native, hardware
 
     native, gpu = _native.extension(), hardware.gpu(device)
-    chosen = native.linear_choose(m, n, k, gpu.sm_count, gpu.compute, gpu.shared_bytes, weight_is_constant=True)
+    chosen = native.linear_choose(m, n, k, gpu.sm_count, gpu.compute, gpu.shared_bytes)
     return any(row["id"] == chosen and row["scheme"] == "w8a8_linear" for row in native.gemm_configs())
 
 

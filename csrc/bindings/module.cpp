@@ -208,10 +208,10 @@ PYBIND11_MODULE(_C, m) {
       "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a, "b_is_constant"_a = false);
   m.def(
       "linear_choose",
-      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes, bool weight_is_constant) {
-        return linear_choose(M, N, K, {sm_count, compute, shared_bytes}, weight_is_constant);
+      [](int64_t M, int64_t N, int64_t K, int sm_count, int compute, int shared_bytes) {
+        return linear_choose(M, N, K, {sm_count, compute, shared_bytes});
       },
-      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a, "weight_is_constant"_a = false);
+      "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a);
   m.def("gemm_predict_us", &predict_us, "id"_a, "m"_a, "n"_a, "k"_a, "sm_count"_a, "compute"_a, "shared_bytes"_a,
         "b_is_constant"_a = false);
 

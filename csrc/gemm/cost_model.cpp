@@ -185,7 +185,7 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
   return static_cast<double>(in_square) <= kWide * static_cast<double>(in_wide) ? square.id : wide.id;
 }
 
-int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device, bool) {
+int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int one_launch = choose_one_launch(m, n, k, device);
   return one_launch >= 0 ? one_launch : gemm_choose(m, n, k, device, /*b_is_constant=*/true);  // after quantize
 }
