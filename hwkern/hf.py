@@ -38,6 +38,8 @@ class HwkernConfig(QuantizationConfigMixin):
         format_version: of this description.
     """
 
+    embeddings = False
+
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
@@ -52,7 +54,9 @@ class HwkernConfig(QuantizationConfigMixin):
         if unknown:
             raise ValueError(f"quantization_config has the unknown fields {sorted(unknown)}.")
         self.quant_method: Any = quant_method
-        self.layers, self.include, self.exclude, self.embeddings = layers, include, exclude, embeddings
+        self.layers, self.include, self.exclude = layers, include, exclude
+        if embeddings:  # else not in config.json, which an older hwkern may read
+            self.embeddings = True
         self.format_version = format_version
 
 

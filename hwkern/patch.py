@@ -488,8 +488,9 @@ def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal, recipe: Recip
     weight = cast(nn.Parameter, group[0].weight)
     made = make(group[0].module, recipe)
     if not all_finite(made.weight_scale):
+        bad = nonfinite_rows(made.weight_scale, "rows" if group[0].is_embedding else "output channels")
         for layer in group:
-            layer.status, layer.reason = "left", f"its weight has NaN or ±inf in {nonfinite_rows(made.weight_scale)}"
+            layer.status, layer.reason = "left", f"its weight has NaN or ±inf in {bad}"
         return
     stored = _store(weight, spool)
     for layer in group:

@@ -17,10 +17,11 @@ from test_patch import Snapshot, reasons, statuses
 from torch import nn
 
 import hwkern
-from hwkern import ops, reference
+from hwkern import cli, ops, reference
 from hwkern._choose import POLICIES, Candidate, choose
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
+from hwkern.bench import models, paths
 from hwkern.checkpoint import CheckpointError
 from hwkern.nn import Int8Embedding, Int8Linear
 
@@ -306,6 +307,26 @@ def test_a_subclass_with_a_forward_of_its_own_is_left() -> None:
     assert report.left[0].reason == "its class Scaled has a forward of its own"
 
 
+def test_a_table_with_nan_is_left_and_says_so() -> None:
+    model = Net(True)
+    with torch.no_grad():
+        model.embed.weight[3] = float("nan")
+    report = hwkern.patch(model, embeddings=True)
+    assert reasons(report)["embed"] == "its weight has NaN or ±inf in 1 of 1000 rows"
+    assert model.embed.weight is model.lm_head.weight
+
+
+def test_gradients_start_behind_the_table(ids: torch.Tensor) -> None:
+    """As transformers' enable_input_require_grads has it, for adapters on a frozen model."""
+    model = Net()
+    hwkern.patch(model, embeddings=True)
+    outputs = []
+    model.embed.register_forward_hook(lambda _, __, y: outputs.append(y.requires_grad_(True)))
+    model(ids).sum().backward()
+    assert outputs[0].grad.isfinite().all()
+    assert outputs[0].grad.any()
+
+
 def test_a_failure_halfway_puts_the_tables_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net(True)
     before = Snapshot(model)
@@ -524,6 +545,37 @@ def test_a_model_that_reads_its_table_beside_calling_it_keeps_it(
     assert sentence in table.reason
     assert "it reads the weight itself" in table.reason
     before.assert_same(model)
+
+
+def test_the_command_line_decides_about_tables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "tables_factory.py").write_text(
+        "import torch\nfrom test_embedding_layers import Net, ROWS\n"
+        "def make():\n    return Net(True).eval(), [(torch.randint(0, ROWS, (2, 4)),)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for arguments, expected in (
+        (["report", "tables_factory:make"], "2 layers swapped to int8"),
+        (["report", "tables_factory:make", "--embeddings"], "4 layers swapped to int8"),
+        (["validate", "tables_factory:make", "--embeddings"], "0.26×"),
+        (["plan", "tables_factory:make"], "\nembed "),
+        (["plan", "tables_factory:make", "--no-embeddings"], "\nbody "),
+    ):
+        assert cli.main([*arguments, "--device", "cpu"]) == 0
+        out = capsys.readouterr().out
+        assert expected in out, arguments
+        assert ("\nembed " in out) == (expected == "\nembed ") or arguments[0] == "report"
+
+
+def test_the_bench_s_rows_have_int8_tables() -> None:
+    context = paths.Context("cpu", models.MODELS["tiny-bert"], [])
+    model = transformers.BertModel(
+        transformers.BertConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=1, vocab_size=1000)
+    ).eval()
+    made: Any = paths.BASES["hwkern-patch"].make(model, context)
+    assert isinstance(made.embeddings.word_embeddings, Int8Embedding)
+    assert type(model.embeddings.word_embeddings) is nn.Embedding
 
 
 def test_times_of_a_table_are_measured(monkeypatch: pytest.MonkeyPatch, device: str) -> None:

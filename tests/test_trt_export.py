@@ -56,6 +56,18 @@ def test_the_exported_model_gives_torchs_bits(tmp_path: Path, dtype: torch.dtype
             assert np.abs(by_runtime - y).max() <= 0.01 * np.abs(y).max()
 
 
+def test_an_int8_table_is_exported_as_a_float_one_with_its_values(tmp_path: Path) -> None:
+    made = nn.Sequential(nn.Embedding(700, 200), nn.Linear(200, 700, bias=False)).eval()
+    made[1].weight = made[0].weight  # type: ignore[union-attr]
+    hwkern.patch(made, embeddings=True, include="*")
+    ids = torch.randint(0, 700, (3, 5))
+    path = ht.export(made, (ids,), tmp_path / "m.onnx", input_names=["ids"], output_names=["y"])
+    assert isinstance(made[0], hwkern.nn.Int8Embedding)
+    assert made[0].weight is made[1].weight
+    with torch.no_grad():
+        np.testing.assert_array_equal(evaluate(onnx.load(str(path)), {"ids": ids.numpy()})[0], made(ids).numpy())
+
+
 def test_a_calibrated_layer_keeps_its_static_scale(tmp_path: Path) -> None:
     from hwkern.nn.calibrated import CalibratedInt8Linear, Calibration
 

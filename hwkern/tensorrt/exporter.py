@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
 from onnx import NodeProto
 
 import hwkern.ops  # noqa: F401  (the operators must be registered before torch.export sees the model)
+from hwkern._layers import find_layers
+from hwkern.nn import Int8Embedding
 from hwkern.tensorrt import graph, opdef
 
 
@@ -31,7 +34,8 @@ def export(
     """Export with torch.onnx's dynamo exporter; ``hwkern.patch``-ed layers become LinearInt8 nodes.
 
     A node has the packed weight, scale and bias of its layer, so the engine computes what eager torch computes, to the
-    last bit of each linear (activation functions that torch computes apart excepted).
+    last bit of each linear (activation functions that torch computes apart excepted). Int8 embeddings become float
+    tables with the same values, which every TensorRT can gather from.
 
     Args:
         model: any module, in eval mode; on the CPU or on CUDA.
@@ -53,7 +57,7 @@ def export(
         raise ImportError("hwkern.tensorrt.export needs onnxscript (torch's exporter does): pip install 'hwkern[onnx]'")
     is_mapping = isinstance(example_inputs, Mapping)
     target = Path(path)
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), _float_tables(model):
         warnings.simplefilter("ignore")  # torch's own deprecations, while it exports
         program = torch.onnx.export(
             model,
@@ -71,6 +75,22 @@ def export(
     program.save(str(target), external_data=_is_large(model))
     _finish(target, functions)
     return target
+
+
+@contextlib.contextmanager
+def _float_tables(model: torch.nn.Module) -> Iterator[None]:
+    """The model with its int8 embeddings as float ones, which give the same bits."""
+    tables = [layer for layer in find_layers(model, embeddings=True) if isinstance(layer.module, Int8Embedding)]
+    try:
+        for layer in tables:
+            table = cast(Int8Embedding, layer.module).to_float().requires_grad_(False)
+            for parent, attribute in layer.slots:
+                parent._modules[attribute] = table
+        yield
+    finally:
+        for layer in tables:
+            for parent, attribute in layer.slots:
+                parent._modules[attribute] = layer.module
 
 
 def _is_large(model: torch.nn.Module) -> bool:
