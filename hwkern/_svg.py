@@ -49,7 +49,7 @@ i.key { display: inline-block; width: 1.4em; height: .7em; margin: 0 .3em 0 1em;
 i.was { background: var(--was); margin-left: 0; }
 i.now { background: var(--now); } i.other { background: var(--other); }
 th, td { text-align: right; padding: .35rem 0 .35rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; vertical-align: bottom; }
+th { color: var(--soft); font-weight: 500; vertical-align: bottom; white-space: normal; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 tr.now td { color: var(--now); font-weight: 600; } tr.other td:first-child { color: var(--other); }
 td.text { text-align: left; white-space: normal; }
@@ -254,7 +254,8 @@ class Axis:
 
 
 def plane(x: Axis, y: Axis, points: Sequence[Point], curves: Sequence[Curve], title: str, alone: bool = False) -> str:
-    """Points and curves over two axes, each named beside it; names that would cover each other move down."""
+    """Points and curves over two axes, each named beside it. A name that would cover another or a point moves up or
+    down; a line leads to it."""
     left, right, top, bottom = 62.0, WIDTH - 10.0, 22.0, 330.0
 
     def at(px: float, py: float) -> tuple[float, float]:
@@ -268,14 +269,22 @@ def plane(x: Axis, y: Axis, points: Sequence[Point], curves: Sequence[Curve], ti
         _, py = at(x.low, value)
         body += [line(left, py, right, py), text(left - 7, py + 4, y.form(value), "num soft")]
     taken: list[tuple[float, float, float]] = []
+    dots = [at(point.x, point.y) for point in points]
+
+    def free(start: float, end: float, level: float) -> bool:
+        return not any(abs(level - other) < 13 and start < e and s < end for s, e, other in taken) and not any(
+            start - 4 < dx < end + 4 and level - 14 < dy < level + 6 for dx, dy in dots
+        )
 
     def name(words: str, px: float, level: float, kind: str) -> None:
         wide = LETTER * len(words)
         start = px + 8 if px + 8 + wide < right else px - 8 - wide
-        while any(abs(level - other) < 13 and start < e and s < start + wide for s, e, other in taken):
-            level += 13
-        taken.append((start, start + wide, level))
-        body.append(text(start, level, words, kind))
+        steps = (sign * 13 * step for step in range(100) for sign in (1, -1))
+        moved = next(d for d in steps if level + d > top + 8 and free(start, start + wide, level + d))
+        taken.append((start, start + wide, level + moved))
+        if abs(moved) > 13:
+            body.append(line(px, level - 4, start - 2 if start > px else start + wide + 2, level + moved - 4, "was"))
+        body.append(text(start, level + moved, words, kind))
 
     for curve in curves:
         body.append(lines([at(*point) for point in curve.points], curve.kind))

@@ -698,6 +698,22 @@ def test_names_of_points_do_not_cover_each_other():
     assert float(tree.get("viewBox").split()[3]) > max(levels)
 
 
+def test_names_of_points_in_a_row_cover_no_point_and_are_led_to():
+    axes = _svg.Axis("x", 0, 1), _svg.Axis("y", 0, 1)
+    names = [f"a rather long name {i}" for i in range(9)]
+    points = [_svg.Point(name, 0.1 * i, 0.5, "now") for i, name in enumerate(names)]
+    tree = ElementTree.fromstring(_svg.plane(*axes, points, [], "t"))
+    words = {e.text: (float(e.get("x")), float(e.get("y"))) for e in tree.iter() if e.text in names}
+    dots = [(float(e.get("cx")), float(e.get("cy"))) for e in tree.iter() if e.tag.endswith("circle")]
+    assert len(words) == len(dots) == 9
+    for name, (x, y) in words.items():  # letters are some 10 units high
+        assert not any(x < px < x + _svg.LETTER * len(name) and y - 10 < py < y + 2 for px, py in dots)
+    leads = [e for e in tree.iter() if e.get("class") == "was" and e.tag.endswith("line")]
+    far = [name for name, (_, y) in words.items() if abs(y - 4 - dots[0][1]) > 14]
+    assert len(leads) == len(far) > 2
+    assert {(float(e.get("x1")), float(e.get("y1"))) for e in leads} <= set(dots)
+
+
 def test_the_longest_bar_and_its_words_stay_inside():
     rows = [
         _svg.Bar("a rather long name of a path", 5.0, "some words behind it", "now", 0.2),

@@ -124,7 +124,7 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     api = _api.find()
     choice = ways(model, message["rewrite"]) if api.version < (10,) and not api.rtx else [WHOLE]
     shapes = {value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in model.graph.input}
-    if len(choice) > 1 and not all(all(shape) for shape in shapes.values()):
+    if message["precision"] != "fp16" or not all(all(shape) for shape in shapes.values()):
         choice = choice[:1]  # without one shape there is no one time
     started = time.perf_counter()
     found: dict[str, Any] = {"engine": message["engine"], "engine_us": {}}
