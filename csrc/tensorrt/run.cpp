@@ -63,8 +63,7 @@ int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n
   if (favourite < 0) return 0;
   const double best = gemm_predict_us(*gemm_config(favourite), m_opt, n, op.in_features, device, true);
   // The cost model's own choice is a tactic already; for 16-bit types it may be a whole linear in one launch.
-  const bool model_may_differ =
-      is_whole_linear(op) && linear_choose(m_opt, n, op.in_features, device) != favourite;
+  const bool model_may_differ = is_whole_linear(op) && linear_choose(m_opt, n, op.in_features, device) != favourite;
   const int32_t base = (m_min == m_max ? 0 : bucket_of(m_opt)) * kBucketStep + kFirstConfig;
   struct Timed {
     double us;
