@@ -7,6 +7,7 @@ it arrived, and its memory is used again when the caller lets go of it.
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any
 
@@ -83,4 +84,5 @@ class Result:
         return np.asarray(self).view(dtype).reshape(shape)
 
     def __del__(self) -> None:
-        self._pool.give_back(self._buffer)
+        if not sys.is_finalizing():  # the process ends: so does its memory, and perhaps the driver is gone
+            self._pool.give_back(self._buffer)
