@@ -14,7 +14,7 @@ pytest.importorskip("onnx")
 
 import fake_tensorrt as fake
 
-from hwkern.tensorrt import _api, _cuda, measure
+from hwkern.tensorrt import _api, _cuda, _results, measure
 from hwkern.tensorrt.runner import Runner
 from hwkern.tensorrt.runners import Runners
 
@@ -23,8 +23,14 @@ SHORT = ((1, 1), (4, 16), (8, 32))
 LONG = ((1, 16), (4, 128), (8, 256))
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> fake.Driver:
+@pytest.fixture(params=["results copied", "results handed out"])
+def driver(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> fake.Driver:
+    if request.param == "results handed out":
+        monkeypatch.setattr(_results, "_LEAST", 1)
+    return installed(monkeypatch)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> fake.Driver:
     made = fake.Driver()
     monkeypatch.setattr(_cuda, "attempt", made)
     monkeypatch.setattr(_api, "find", lambda trt=None: _api.TensorRT(fake.module()))
@@ -203,6 +209,7 @@ def test_map_keeps_the_order_and_frees_everything(engine: fake.ICudaEngine, driv
             results = list(run.map(({"x": x} for x in requests), depth=depth))
             for x, outputs in zip(requests, results, strict=True):
                 check(x, outputs)
+        del results, outputs
         with pytest.raises(ValueError, match="depth = 0"):
             next(run.map([{"x": requests[0]}], depth=0))
         early = run.map({"x": x} for x in requests)
@@ -211,6 +218,73 @@ def test_map_keeps_the_order_and_frees_everything(engine: fake.ICudaEngine, driv
         with pytest.raises(TypeError, match="on the host"):
             list(run.map([{"x": fake.GpuArray(some(1, 1))}]))
     assert not driver.memory
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> fake.Driver:
+    monkeypatch.setattr(_results, "_LEAST", 100)  # y is larger, s is not
+    return installed(monkeypatch)
+
+
+def page_locked(driver: fake.Driver) -> int:
+    return driver.log.count("cuMemAllocHost_v2")
+
+
+def test_memory_of_a_result_is_used_again_when_nobody_holds_it(handed: fake.Driver) -> None:
+    with Runner(fake.ICudaEngine(handed, [SHORT, LONG])) as run:
+        x = some(4, 16)
+        first = run({"x": x})
+        one_set = page_locked(handed)  # the input's and s's, and y's
+        part = first["y"][1:, ::2]
+        del first
+        for start in (1, 2, 3):  # each y dies before the next call; what is left of the first holds its memory
+            check(x + start, run({"x": x + start}))
+        assert page_locked(handed) == one_set + 1
+        np.testing.assert_array_equal(part, (2 * x + 1)[1:, ::2])
+        del part
+        held = [run({"x": x + start}) for start in range(5)]
+        assert page_locked(handed) == one_set + 4
+        for start, outputs in enumerate(held):
+            check(x + start, outputs)
+
+
+def test_results_outlive_the_runner_and_free_themselves(handed: fake.Driver) -> None:
+    with Runner(fake.ICudaEngine(handed, [SHORT, LONG])) as run:
+        outputs, other = run({"x": some(4, 16)}), run({"x": some(4, 16, 1)})
+        del other
+    assert len(handed.memory) == 1
+    check(some(4, 16), outputs)
+    del outputs
+    assert not handed.memory
+
+
+@pytest.mark.parametrize("limit", ["_MOST_HELD", "_MOST_IDLE"])
+def test_page_locked_memory_is_limited(handed: fake.Driver, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    x = some(4, 16)
+    monkeypatch.setattr(_results, limit, 3 * x.nbytes)
+    with Runner(fake.ICudaEngine(handed, [SHORT, LONG])) as run:
+        results = [run({"x": x + i}) for i in range(10)]
+        sizes = [len(block) for block in handed.memory.values()]
+        # The input has two buffers, y one on the device; beyond the limit on what is held, one for staging.
+        assert sizes.count(x.nbytes) == 3 + (3 + 1 if limit == "_MOST_HELD" else 10)
+        for i, outputs in enumerate(results):
+            check(x + i, outputs)
+        del results, outputs
+        assert [len(block) for block in handed.memory.values()].count(x.nbytes) == 3 + 3 + (limit == "_MOST_HELD")
+    assert not handed.memory
+
+
+def test_no_page_locked_memory_left(handed: fake.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int) -> None:
+        raise _cuda.CudaError("out of memory")
+
+    with Runner(fake.ICudaEngine(handed, [SHORT, LONG])) as run:
+        x = some(4, 16)
+        with monkeypatch.context() as patch:
+            patch.setattr(_cuda, "PinnedBuffer", refuse)
+            assert run._results.take(x.nbytes) is None
+        check(x, run({"x": x}))
+        assert run._results._held == 0
 
 
 def test_each_thread_has_its_own_context(engine: fake.ICudaEngine) -> None:

@@ -5,7 +5,8 @@ How a call runs:
 - Inputs on the GPU are read where they are and outputs are written straight into new arrays of the same library
   (nothing is copied), or into ``outputs=``.
 - numpy inputs go through page-locked buffers in blocks, so that the copy into the buffer and the transfer overlap;
-  :meth:`Runner.map` also overlaps the transfers of one request with the computation of another.
+  :meth:`Runner.map` also overlaps the transfers of one request with the computation of another. Large numpy results are
+  the page-locked memory that the GPU wrote (see _results.py).
 - From the second call with the same shapes on, the launches are replayed as one CUDA graph (``graphs`` shapes are
   kept, the least recently used goes first). A graph has fixed addresses, so GPU inputs and outputs of up to 8 MB are
   copied on the device (a few µs); larger ones run without a graph, where launches do not count.
@@ -27,6 +28,7 @@ import numpy as np
 
 from hwkern.tensorrt import _api, _cuda
 from hwkern.tensorrt._arrays import ITEM_BYTES, Array, describe, new_device_array, numpy_dtype
+from hwkern.tensorrt._results import Pool, Result
 from hwkern.tensorrt.builder import Engine
 from hwkern.tensorrt.plugin import gpu_problem, load_plugin
 from hwkern.tensorrt.profiles import Profile, Shape
@@ -103,6 +105,7 @@ class Runner(Closing):
             self._runtime, self.engine = self._deserialize(engine)
         self._read_engine()
         self.graphs = graphs
+        self._results = Pool(self.context)
         self._lanes = threading.local()
         self._all_lanes: list[_Lane] = []
         self._lock = threading.Lock()
@@ -275,6 +278,7 @@ class Runner(Closing):
             for lane in self._all_lanes:
                 lane.free()
         self._all_lanes.clear()
+        self._results.close()
         self.engine = self._runtime = None
 
 
@@ -337,8 +341,10 @@ class _Plan:
 class _Flight:
     """A host request on its way."""
 
-    def __init__(self, lane: _Lane, buffers: _Buffers, plan: _Plan, done: _cuda.Event) -> None:
-        self.lane, self.buffers, self.plan, self.done = lane, buffers, plan, done
+    def __init__(
+        self, lane: _Lane, buffers: _Buffers, plan: _Plan, handed: dict[str, Result], done: _cuda.Event
+    ) -> None:
+        self.lane, self.buffers, self.plan, self.handed, self.done = lane, buffers, plan, handed, done
         buffers.in_flight = True
 
     def result(self) -> Outputs:
@@ -347,6 +353,9 @@ class _Flight:
         found: Outputs = {}
         for name, shape in self.plan.outputs.items():
             dtype = numpy_dtype(self.lane.runner.outputs[name].dtype)
+            if name in self.handed:
+                found[name] = self.handed[name].array(dtype, shape)
+                continue
             count = int(np.prod(shape, dtype=np.int64))
             flat = np.frombuffer(memoryview(self.buffers.host[name].view), dtype, count)
             found[name] = flat.reshape(shape).copy()
@@ -568,10 +577,13 @@ class _Lane:
         if buffers.staged is None:
             buffers.staged = _cuda.Event()
         buffers.staged.record(copy_in)
+        handed: dict[str, Result] = {}
         for name, shape in plan.outputs.items():
             size = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[runner.outputs[name].dtype]
             self._device(buffers, name, size)
-            if name not in buffers.host:
+            if (result := runner._results.take(size)) is not None:
+                handed[name] = result
+            elif name not in buffers.host:
                 buffers.host[name] = _cuda.PinnedBuffer(size)
         stream = self.stream.value
         if copy_in != stream:
@@ -580,12 +592,12 @@ class _Lane:
         if copy_out != stream:
             _order(stream, copy_out)
         for name in plan.outputs:
-            host = buffers.host[name]
-            if host.size:
-                _cuda.to_host(host.pointer, buffers.device[name].pointer, host.size, copy_out)
+            device = buffers.device[name]
+            host = handed[name].pointer if name in handed else buffers.host[name].pointer
+            _cuda.to_host(host, device.pointer, device.size, copy_out)
         done = _cuda.Event()
         done.record(copy_out)
-        return _Flight(self, buffers, plan, done)
+        return _Flight(self, buffers, plan, handed, done)
 
     def _stage(self, buffers: _Buffers, name: str, array: Array, stream: int) -> None:
         size = array.nbytes
