@@ -774,7 +774,9 @@ def test_a_second_reading_ends_when_its_noise_tells_it_from_the_limit(load, monk
         return {"original": [1.0] * 7, "planned": [next(left)] * 7}
 
     monkeypatch.setattr(never_slower, "samples", samples)
-    read, noise = never_slower.again({"original": int, "planned": int}, False, 7)
+    made = []
+    read, noise = never_slower.again(lambda: made.append(1), False, 7)
+    assert len(made) == blocks
     assert len(read["planned"]) == len(read["original"]) == 7 * blocks
     assert noise == pytest.approx(statistics.stdev(ratios[:blocks]) / blocks**0.5)
 
