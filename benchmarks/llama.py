@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import os
 import sys
 import tempfile
@@ -275,12 +276,16 @@ def plain_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
 
 
 def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
-    """torch.compile, one workload after the other: first what is not a peer, then each peer, with bf16 beside it."""
-    if not names or not {"compile", "compiled_graph"} & set(modes):
+    """torch.compile: what is not a peer, then each peer, with bf16 beside it, one workload after the other."""
+    if not {"compile", "compiled_graph"} & set(modes):
         return
     together = [name for name in names if name not in PEERS]
-    groups = [[name] for name in names if name in PEERS]
-    for workload in bench.ids:
+    groups = [group for group in (together, *([name] for name in names if name in PEERS)) if group]
+    for group, workload in itertools.product(groups, bench.ids):
+        if bench.arguments.budget is not None and time.monotonic() - START > bench.arguments.budget:
+            for name in group:
+                bench.row(name, workload, "compile", absent="no time left")
+            continue
         torch._dynamo.reset()  # what the other workloads were compiled to is not asked for here
         forwards: dict[str, Model] = {}
 
@@ -295,11 +300,11 @@ def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
         def replay(which: str, workload: str) -> Call:
             return bench.graph(which, workload, compiled(which))
 
-        for group in [together, *groups] if together else groups:
-            if "compile" in modes:
-                bench.measure(group, "compile", call, [workload])
-            if "compiled_graph" in modes:
-                bench.measure(group, "compiled_graph", replay, [workload])
+        if "compile" in modes:
+            bench.measure(group, "compile", call, [workload])
+        if "compiled_graph" in modes:
+            bench.measure(group, "compiled_graph", replay, [workload])
+    bench.save()
 
 
 def verdicts(bench: Bench) -> bool:
@@ -343,6 +348,7 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=4096, help="width; 4096 is Llama-3-8B's")
+    parser.add_argument("--budget", type=float, help="seconds after which nothing more is compiled")
     parser.add_argument("--limit", type=float, default=40, help="seconds that one peer or compilation may take")
     arguments = parser.parse_args()
     arguments.workloads = arguments.workloads.split(",")

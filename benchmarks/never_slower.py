@@ -9,10 +9,11 @@ patched, and timed against a second copy of the original, call by call in turn; 
 A cell's ratio is that of the two lower quartiles: what disturbs a call (the host's other work, above all) only adds to
 its time, so that the quarter that was disturbed least repeats best. (A small model against its own copy on a busy host,
 220 cells of 20 rounds: the ratio's standard deviation is 48 % with medians and 3.6 % with quartiles; 180 rounds: 19 and
-0.8 %.) A cell above 1.02 is read again, its graphs captured anew, in blocks: until its ratio is two standard errors
-(from the blocks) away from 1.02, on either side, or there are twelve. That second reading counts, whatever it says;
-both are kept. A plan that swaps nothing leaves a copy of the model: it is measured like any other, and shows how far
-two readings of one thing lie apart. The exit code is 1 when a cell is above 1.02 or is missing.
+0.8 %.) A cell above 1.02 is read again in blocks, each with new copies of both models: where in the memory a model lies
+makes up to 2 % by itself. It goes on until the ratio is two standard errors (from the blocks) away from 1.02, on either
+side, or there are twelve. That second reading counts, whatever it says; both are kept. A plan that swaps nothing leaves
+a copy of the model: it is measured like any other, and shows how far two readings of one thing lie apart. The exit code
+is 1 when a cell is above 1.02 or is missing.
 
 The file is written after each model. --merge takes an earlier file of the same commit and machine, and measures only
 the models that it lacks: a run that was stopped goes on, and one can be split.
@@ -21,6 +22,7 @@ the models that it lacks: a run that was stopped goes on, and one can be split.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import statistics
 import sys
@@ -125,12 +127,19 @@ def batch(kind: str, config: Any, shape: tuple[int, int], device: str, dtype: to
     return {"input_ids": torch.randint(0, 1000, (size, length), device=device)}
 
 
+def eager(model: torch.nn.Module, inputs: Inputs) -> Callable[[], object]:
+    """One call from Python."""
+    return lambda: model(**inputs)
+
+
 def graph(model: torch.nn.Module, inputs: Inputs) -> Callable[[], object]:
     """The replay of a CUDA graph of one call."""
     with torch.no_grad():
-        return captured(lambda: model(**inputs))
+        replay = captured(lambda: model(**inputs))
+    return lambda: (replay(), model)[0]  # it holds the model, whose memory the graph reads
 
 
+WAYS = {"eager": eager, "graph": graph}
 Calls = dict[str, Callable[[], object]]
 Samples = dict[str, list[float]]
 
@@ -175,14 +184,17 @@ def ratio(read: Samples) -> float:
     return quarter(read["planned"]) / quarter(read["original"])
 
 
-def again(calls: Calls, cuda: bool, rounds: int) -> tuple[Samples, float]:
-    """A longer reading, in blocks of ``rounds``, and the standard error of its ratio. When it ends depends on how far
-    the ratio is from ``LIMIT``, and not on which side.
+def again(fresh: Callable[[], Calls], cuda: bool, rounds: int) -> tuple[Samples, float]:
+    """A longer reading, in blocks of ``rounds`` with ``fresh`` calls each, and the standard error of its ratio.
+
+    When it ends depends on how far the ratio is from ``LIMIT``, and not on which side.
     """
-    found: Samples = {name: [] for name in calls}
+    found: Samples = {"original": [], "planned": []}
+    held: list[Calls] = []  # so that the next ones lie elsewhere
     ratios: list[float] = []
     while True:
-        block = samples(calls, cuda, rounds)
+        held.append(fresh())
+        block = samples(held[-1], cuda, rounds)
         for name, values in block.items():
             found[name] += values
         ratios.append(ratio(block))
@@ -190,6 +202,11 @@ def again(calls: Calls, cuda: bool, rounds: int) -> tuple[Samples, float]:
             error = statistics.stdev(ratios) / len(ratios) ** 0.5
             if len(ratios) >= BLOCKS[1] or abs(ratio(found) - LIMIT) > 2 * error:
                 return found, error
+
+
+def copies(models: dict[str, Any], way: Callable[[Any, Inputs], Callable[[], object]], inputs: Inputs) -> Calls:
+    """Calls of new copies: models in other places of the memory take times that differ by up to 2 %."""
+    return {which: way(copy.deepcopy(model), inputs) for which, model in models.items()}
 
 
 def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -206,33 +223,28 @@ def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[st
     made = time.perf_counter() - start
     plan = hwkern.plan(planned, batches, show=False)
     hwkern.patch(planned, plan=plan, originals="drop")
+    both = {"original": original, "planned": planned}
     before = time.perf_counter()
     found: list[dict[str, Any]] = []
     for shape, inputs in zip(shapes, batches, strict=True):
-        both: Calls = {"original": lambda i=inputs: original(**i), "planned": lambda i=inputs: planned(**i)}
         with torch.no_grad():
-            outputs = [_batches.main_output(call()).float() for call in both.values()]
+            outputs = [_batches.main_output(model(**inputs)).float() for model in both.values()]
         error = (outputs[1] - outputs[0]).norm() / outputs[0].norm()
         if not error < 0.3:
             sys.exit(f"Wrong result: {name}/{size} at {shape} is {error:.1%} off after the plan.")
         del outputs
 
-        def replays(inputs: Inputs = inputs) -> Calls:
-            return {"original": graph(original, inputs), "planned": graph(planned, inputs)}
-
-        modes: dict[str, Calls] = {"eager": both}
         row = {"model": name, "size": size, "shape": "x".join(map(str, shape))}
-        if cuda:
+        for mode, way in WAYS.items() if cuda else (("eager", eager),):
             try:
-                modes["graph"] = replays()
+                read, noise = samples({which: way(model, inputs) for which, model in both.items()}, cuda), None
             except RuntimeError as reason:
-                found.append({**row, "mode": "graph", "absent": str(reason).splitlines()[0]})
-        for mode, calls in modes.items():
-            read, noise = samples(calls, cuda), None
+                found.append({**row, "mode": mode, "absent": str(reason).splitlines()[0]})
+                continue
             first = ratio(read)
             if first > LIMIT:
-                rounds = len(read["original"])
-                read, noise = again(replays() if mode == "graph" else calls, cuda, rounds)
+                fresh = functools.partial(copies, both, way, inputs)
+                read, noise = again(fresh, cuda, len(read["original"]))
             found.append(
                 {
                     **row,

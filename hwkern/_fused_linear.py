@@ -20,7 +20,7 @@ from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, FLOATS, ROW_ALIGNMENT, c
 from hwkern._choice import config_for, tuned
 from hwkern._cuda import current_device, current_stream, extension, on_device
 from hwkern._fused import NORMS, _check_activation, _check_norm
-from hwkern._launch_cell import LaunchCell
+from hwkern._launch_cell import LaunchCell, cell_for
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
 
 _lib = Library("hwkern", "FRAGMENT")
@@ -275,10 +275,11 @@ def _norm_cuda(
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
-    cell, held = LaunchCell(), (weight, weight_scale, bias)
+    held: tuple[Any, ...] = (weight, weight_scale, bias)
     k = x.shape[-1] if x.dim() else 0
+    cell = cell_for(x, k, weight, weight_scale, bias)
     if not (
-        cell.takes(x, k, *held)
+        cell is not None
         and kind in NORMS
         and (norm_bias is None or kind == "layer")
         and _is_vector(norm_weight, k, cell.device)
@@ -305,11 +306,12 @@ def _activation_cuda(
     residual: Tensor | None = None,
 ) -> Tensor:
     _refuse_gradients(x, bias, residual)
-    cell, held = LaunchCell(), (weight, weight_scale, bias)
+    held: tuple[Any, ...] = (weight, weight_scale, bias)
     k = x.shape[-1] if x.dim() else 0
+    cell = cell_for(x, k // 2 if gated else k, weight, weight_scale, bias)
     if not (
-        not (gated and k % 2)
-        and cell.takes(x, k // 2 if gated else k, *held)
+        cell is not None
+        and not (gated and k % 2)
         and activation in ACTIVATIONS
         and (residual is None or (_is_row_of(residual, x, cell.n) and residual.get_device() == cell.device))
     ):

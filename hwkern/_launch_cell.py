@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
-from hwkern._checks import FLOATS, K_MAX, ROW_ALIGNMENT, padded
+from hwkern._checks import FLOATS, K_MAX, ROW_ALIGNMENT
 from hwkern._cuda import extension
 from hwkern._tensors import pointer
 
@@ -64,21 +66,39 @@ class LaunchCell:
             self.bias_pointer, self.bias_dtype = pointer(bias), None if bias is None else bias.dtype
         return ready
 
-    def takes(self, x: Tensor, k: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> bool:
-        """Reads these tensors; whether the kernels can take them with ``x [..., K]`` as they are.
 
-        What is False may still be right (copies help) or wrong: that is for the checks to tell, which write a sentence
-        for each mistake. A compiled model calls the operators with what passed when it was traced, and half of such a
-        call's host time went to these checks.
-        """
-        return (
-            weight.dim() == 2
-            and x.dtype in FLOATS
-            and 0 < k <= K_MAX
-            and weight.shape[1] == padded(k)
-            and self.read(weight, weight_scale, bias)
-            and x.get_device() == self.device
+_cells: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor], LaunchCell]] = {}
+
+
+def cell_for(x: Tensor, k: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> LaunchCell | None:
+    """The cell of these tensors, if the kernels can take them with ``x [..., K]`` as they are; else None.
+
+    None may still be right (copies help) or wrong: that is for the checks to tell, which write a sentence for each
+    mistake. A compiled model calls the operators with what passed when it was traced, and half of such a call's host
+    time went to those checks. The cell is remembered by the weight: the same tensors at the same addresses need no
+    second look (a bias is looked at whenever it is there).
+    """
+    if x.dtype not in FLOATS or weight.dim() != 2 or not 0 < k <= K_MAX:
+        return None
+    known = _cells.get(id(weight))
+    if known is not None and known[0]() is weight and known[1]() is weight_scale and bias is None:
+        cell = known[2]
+        found = (
+            cell.holds(weight, weight_scale, None)
+            and cell.n == weight.shape[0] == weight_scale.shape[0]
+            and cell.device == weight.get_device()
         )
+    else:
+        found = False
+    if not found:
+        cell = LaunchCell()
+        if not cell.read(weight, weight_scale, bias):
+            return None
+        if bias is None:
+            key = id(weight)
+            _cells[key] = weakref.ref(weight, lambda _: _cells.pop(key, None)), weakref.ref(weight_scale), cell
+    fits = cell.columns - ROW_ALIGNMENT < k <= cell.columns and x.get_device() == cell.device
+    return cell if fits else None
 
 
 def _is_vector(t: Tensor, n: int, device: int) -> bool:

@@ -22,7 +22,7 @@ from hwkern._autograd import linear_backward, setup_linear
 from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, ROW_ALIGNMENT, check, check_linear
 from hwkern._cpu import TORCH_ACTIVATIONS
 from hwkern._cuda import current_stream, extension, on_device
-from hwkern._launch_cell import LaunchCell
+from hwkern._launch_cell import cell_for
 from hwkern._tensors import contiguous, dtype_code, is_constant, pointer, rows
 
 _CPU_BLOCK = 2**18  # weights that are widened at once: 1 MB of float32, which stays in a core's cache
@@ -121,7 +121,7 @@ def _cuda(
         and residual is None
         and activation in ACTIVATIONS
         and x.dtype is not torch.float32
-        and LaunchCell().takes(x, k, weight, weight_scale, bias)
+        and cell_for(x, k, weight, weight_scale, bias) is not None
     ):
         dtype = x.dtype
     else:

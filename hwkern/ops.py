@@ -43,7 +43,7 @@ from hwkern._cuda import extension as _cuda
 from hwkern._cuda import on_device as _on_device
 from hwkern._embedding import TableCell, eager_embedding, int8_embedding
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
-from hwkern._launch_cell import LaunchCell
+from hwkern._launch_cell import LaunchCell, cell_for
 from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
 from hwkern._weight_only import weight_only_linear
 
@@ -348,21 +348,16 @@ def _linear_cuda(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    cell = LaunchCell()
-    if (
-        out_dtype is None
-        and residual is None
-        and activation in ACTIVATIONS
-        and x.dim() > 0
-        and cell.takes(x, x.shape[-1], weight, weight_scale, bias)
-    ):
-        dtype = x.dtype
-    else:
+    cell = None
+    if out_dtype is None and residual is None and activation in ACTIVATIONS and x.dim() > 0:
+        dtype, cell = x.dtype, cell_for(x, x.shape[-1], weight, weight_scale, bias)
+    if cell is None:
         dtype = check_linear(x, weight, weight_scale, bias, out_dtype, activation, residual)
         if not (weight.is_contiguous() and weight.data_ptr() % ROW_ALIGNMENT == 0):
             weight = weight.clone(memory_format=torch.contiguous_format)
         # `cell` holds addresses only: these names keep the copies alive until the launch.
         weight_scale, bias = weight_scale.contiguous(), contiguous(bias)
+        cell = LaunchCell()
         cell.read(weight, weight_scale, bias)
     constant = are_constant(weight, weight_scale, bias)
     return _launch_cell(x, cell, weight, constant, dtype, config, ACTIVATIONS[activation], residual)

@@ -788,7 +788,9 @@ def test_a_second_reading_ends_when_its_noise_tells_it_from_the_limit(load, monk
         return {"original": [1.0] * 7, "planned": [next(left)] * 7}
 
     monkeypatch.setattr(never_slower, "samples", samples)
-    read, noise = never_slower.again({"original": int, "planned": int}, False, 7)
+    made = []
+    read, noise = never_slower.again(lambda: made.append(1), False, 7)
+    assert len(made) == blocks
     assert len(read["planned"]) == len(read["original"]) == 7 * blocks
     assert noise == pytest.approx(statistics.stdev(ratios[:blocks]) / blocks**0.5)
 
@@ -950,6 +952,48 @@ def test_the_llama_benchmark_on_the_cpu(load, monkeypatch, tmp_path, capsys):
     assert absent == [] or absent[0]["absent"].startswith("pip install bitsandbytes")
     assert document["plan"]["schemes"]
     assert "seconds of the second plan" in capsys.readouterr().out
+
+
+def test_compiled_rows_come_by_group_and_workload_until_the_budget_ends(load, monkeypatch):
+    pytest.importorskip("transformers")
+    llama = load("llama")
+    asked = []
+
+    class Bench:
+        arguments = SimpleNamespace(budget=None)
+        ids = {"prefill": None, "decode": None}  # noqa: RUF012
+        models = {"bf16": "float", "planned": "int8", "torchao_fp8": "fp8"}  # noqa: RUF012
+
+        def measure(self, names, mode, wrap, workloads):
+            asked.append((names, mode, workloads))
+            wrap("bf16", workloads[0])
+            wrap(names[0], workloads[0])
+
+        def call(self, which, workload, forward):
+            assert forward == ("compiled", self.models[which])
+
+        graph = call
+
+        def row(self, name, workload, mode, **figures):
+            asked.append((name, workload, figures))
+
+        def save(self):
+            pass
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda m, **options: (compiled.append(m), ("compiled", m))[1])
+    bench = Bench()
+    llama.compiled_modes(bench, ["planned", "torchao_fp8"], ["eager", "compile", "compiled_graph"])
+    modes = ("compile", "compiled_graph")
+    works = ("prefill", "decode")
+    assert asked == [([n], mode, [w]) for n in ("planned", "torchao_fp8") for w in works for mode in modes]
+    assert compiled == ["float", "int8"] * 2 + ["float", "fp8"] * 2  # one compilation for both modes
+    asked.clear()
+    bench.arguments.budget = -1.0
+    llama.compiled_modes(bench, ["planned"], ["compile"])
+    assert asked == [("planned", w, {"absent": "no time left"}) for w in works]
+    llama.compiled_modes(bench, ["planned"], ["eager"])
+    assert len(asked) == 2
 
 
 def test_targets_of_the_llama_benchmark_come_from_its_rows(load, capsys):

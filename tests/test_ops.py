@@ -355,12 +355,19 @@ def test_a_cell_takes_only_what_the_checks_would_pass_and_the_kernels_can_read(m
     """What it takes is launched without another look: nothing that the checks refuse may be among it."""
     monkeypatch.setattr(_launch_cell, "extension", lambda: SimpleNamespace(linear=None, weight_only_linear=None))
     x, weight, scale, bias = torch.randn(3, 64), torch.ones(48, 64, dtype=torch.int8), torch.ones(48), torch.ones(48)
-    takes = ops.LaunchCell().takes
+    takes = _launch_cell.cell_for
     assert takes(x, 64, weight, scale, bias)
     assert takes(x.half(), 64, weight, scale, None)
     assert takes(x[:, :50], 50, weight, scale, bias)  # K = 50 has 64 columns
+    known = takes(x, 64, weight, scale, None)
+    assert known is takes(x.half(), 64, weight, scale, None)  # of the same tensors: remembered
+    assert known is not takes(x, 64, weight, scale.clone(), None)
+    assert known is not takes(x, 64, weight.clone(), scale, None)
     for wrong in (
         (x.double(), 64, weight, scale, bias),
+        (x.double(), 64, weight, scale, None),
+        (x[:, :48], 48, weight, scale, None),
+        (x[:, :0], 0, weight, scale, None),
         (x.to(torch.int8), 64, weight, scale, bias),
         (x[:, :48], 48, weight, scale, bias),
         (x[:, :0], 0, weight[:, :0], scale, bias),
@@ -371,12 +378,25 @@ def test_a_cell_takes_only_what_the_checks_would_pass_and_the_kernels_can_read(m
         (x, 64, torch.ones(48 * 64 + 1, dtype=torch.int8)[1:].view(48, 64), scale, bias),
         (x, 64, weight, scale.double(), bias),
         (x, 64, weight, scale[:1], bias),
+        (x, 64, weight, scale[:1], None),
         (x, 64, weight, torch.ones(96)[::2], bias),
         (x, 64, weight, scale, bias[:47]),
         (x, 64, weight, scale, bias.double()),
         (x, 64, weight, scale, torch.ones(96)[::2]),
     ):
-        assert not takes(*wrong), [getattr(w, "shape", w) for w in wrong]
+        assert takes(*wrong) is None, [getattr(w, "shape", w) for w in wrong]
+    known = takes(x, 64, weight, scale, None)
+    weight.data = weight.data.clone()  # elsewhere
+    moved = takes(x, 64, weight, scale, None)
+    assert moved is not known
+    assert moved.weight_pointer == weight.data_ptr()
+    scale.data = scale.data[:40]  # at the same address
+    assert takes(x, 64, weight, scale, None) is None
+    weight.data = weight.data[:40]
+    assert takes(x, 64, weight, scale, None).n == 40
+    remembered = len(_launch_cell._cells)
+    del weight, wrong
+    assert len(_launch_cell._cells) == remembered - 1
 
 
 @pytest.mark.gpu

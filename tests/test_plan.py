@@ -228,6 +228,31 @@ def test_an_interrupt_while_timing_keeps_what_was_measured_and_the_model(
     assert len(device.calls) == 4  # the two that were missing
 
 
+@pytest.mark.parametrize("stage", ["the whole model", "the task"])
+def test_an_interrupt_while_the_model_is_tried_as_int8_puts_it_back(
+    device: Device, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    model = Net()
+    before = Snapshot(model)
+    tried = []
+
+    def interrupted(target: nn.Module, *arguments: Any) -> Any:
+        if any(isinstance(m, Int8Linear) for m in target.modules()):
+            tried.append(stage)
+            raise KeyboardInterrupt
+        return {"eager": [1.0] * len(arguments[0])} if stage == "the whole model" else 1.0
+
+    options: dict[str, Any] = {"verify": True}
+    if stage == "the whole model":
+        monkeypatch.setattr(_whole, "seconds", interrupted)
+    else:
+        options |= {"metric": interrupted, "accuracy": hwkern.Accuracy(max_metric_drop=0.1)}
+    with pytest.raises(KeyboardInterrupt):
+        make(model, **options)
+    assert tried
+    before.assert_same(model)
+
+
 def _fill(folder: str, numbers: range, threads: int, gate: Any) -> None:
     import os
 
