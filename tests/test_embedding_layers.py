@@ -521,6 +521,19 @@ def test_a_plan_without_the_table_still_fits_the_model(ids: torch.Tensor) -> Non
     assert "embed" not in statuses(hwkern.patch(model, plan=plan))
 
 
+def test_a_head_that_no_batch_reached_keeps_the_table_it_shares(
+    ids: torch.Tensor, fast_tables: list[tuple[Shape, int]]
+) -> None:
+    class Headless(Net):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.back(self.body(self.embed(ids)).relu())
+
+    plan = planned(Headless(True).eval(), [(ids,)])
+    assert plan.left["lm_head"] == "no batch reached it"
+    assert plan.left["embed"] == "it shares its weight with 'lm_head': no batch reached it"
+    assert planned(Headless().eval(), [(ids,)]).layers["embed"].choice.name == "int8"
+
+
 class ReadsItsTable(Net):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(self.back(self.body(self.embed(ids)).relu()), self.embed.weight)
