@@ -23,7 +23,7 @@ NOISE = 0.02
 SHARE = 0.02
 CALLS_SHARE = 0.05
 #: µs by which a lookup may be slower than the float table's: it runs once in a forward that takes a thousand times as
-#: long, and eager calls for few tokens are the host's time: on an H100 12.1 against 11.5 µs, and twice that, with as much
+#: long, and eager calls for few tokens are the host's time: on an H100 12.1 against 11.5 µs, and up to 20, with as much
 #: scatter, beside other work. (The whole model is timed afterwards.)
 LOOKUP_US = 2.0
 #: What "balanced" gives for accuracy: time within this of the fastest.
