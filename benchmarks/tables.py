@@ -119,6 +119,23 @@ def fused(document: dict[str, Any]) -> str:
     return markdown(columns, rows)
 
 
+def embedding(document: dict[str, Any]) -> str:
+    """benchmarks/embedding.py."""
+    rows = [
+        [
+            f"{row['rows']} × {row['width']}",
+            str(row["m"]),
+            f"{row['us']:.1f}",
+            f"{row['of_light'] * 100:.0f} %",
+            f"{row['torch_us'] / row['us']:.2f}×",
+            f"{row['eager_us']:.1f}",
+            f"{row['torch_eager_us'] / row['eager_us']:.2f}×",
+        ]
+        for row in document["rows"]
+    ]
+    return markdown(["table", "tokens", "µs", "of the speed of light", "vs torch", "eager µs", "vs torch"], rows)
+
+
 LAYER_PEERS = (
     "bf16", "fp16", "fp32", "bitsandbytes", "compiled_int8", "torchao_int8", "torchao_weight_only", "torchao_fp8",
 )  # fmt: skip
@@ -455,6 +472,7 @@ def never_slower(document: dict[str, Any]) -> str:
 RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "gemm": gemm,
     "quantize": quantize,
+    "embedding": embedding,
     "fused": fused,
     "linear": linear,
     "sweep": sweep,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hwkern import _batches
 from hwkern._layers import Layer, tied
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 #: The model's output with int8 tables must have this signal-to-noise ratio (dB). A table's own rounding costs some
 #: 40 dB; what falls below this reads the table's weight, or its dtype, somewhere beside calling it.
 LEAST_DB = 10.0
+ROWS = 64  # of the output, some more at most
 
 
 def with_their_tables(layers: Sequence[Layer], unusable: dict[str, str]) -> dict[str, str]:
@@ -40,6 +41,13 @@ def with_their_tables(layers: Sequence[Layer], unusable: dict[str, str]) -> dict
     return found
 
 
+def _sample(output: Any) -> Tensor:
+    """Some rows of the main output as float32, so that the logits of a long prompt fit beside the model."""
+    found = _batches.main_output(output)
+    rows = found.reshape(-1, found.shape[-1]) if found.dim() else found.reshape(1, 1)
+    return rows[:: max(1, rows.shape[0] // ROWS)].float()
+
+
 def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
     """Run the first batch with the tables that the plan makes int8; where the model cannot, it keeps them all."""
     from hwkern._back_off import _Recipes, _swapped, trial_place
@@ -55,18 +63,21 @@ def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
     recipes = {name: layer.choice.recipe for layer in layers for name in layer.names}
     with torch.no_grad(), evaluating(model):
         try:
-            exact = _batches.main_output(_batches.call(model, batches[0])).float()
+            exact = _sample(_batches.call(model, batches[0]))
         except ValueError:  # an output without a float tensor: then only whether it runs at all counts
             exact = None
         problem = ""
-        patch(model, originals=trial_place(model), plan=_Recipes(recipes), fuse=False)
+        patch(model, originals=trial_place(model), plan=_Recipes(recipes))
         try:
             output = _batches.call(model, batches[0])
             if exact is not None and bool(exact.isfinite().all()):
-                found = snr_db(exact, _batches.main_output(output).float())
+                found = snr_db(exact, _sample(output))
                 problem = f"the model's output has {found:.1f} dB with it" if found < LEAST_DB else ""
-        except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
-            problem = f"the model does not run with it ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+            first = (str(error).splitlines() or [""])[0]
+            problem = f"the model does not run with it ({type(error).__name__}: {first[:100]})"
         finally:
             unpatch(model, include=[name for name in _swapped(model) if name in recipes])
     if problem:

@@ -43,6 +43,15 @@ def test_every_width_has_the_reference_s_bits(device: str, dtype: torch.dtype, h
 
 
 @dtypes
+def test_rows_wider_than_a_block_takes_at_once(device: str, dtype: torch.dtype):
+    for h in (20000, 40000):
+        weight, scale = table(5, h)
+        indices = torch.tensor([4, 0, 2])
+        y = ops.int8_embedding(indices.to(device), weight.to(device), scale.to(device), dtype)
+        assert same_bits(y.cpu(), reference.int8_embedding(indices, weight, scale, dtype))
+
+
+@dtypes
 def test_it_is_the_dequantized_table_s_row(device: str, dtype: torch.dtype):
     """The very numbers that a head with the same int8 weight multiplies with."""
     weight, scale = (t.to(device) for t in ops.quantize(torch.randn(50, 64)))
