@@ -996,6 +996,7 @@ def fake_layers():
         "SHUFFLE",
         "SLICE",
         "CONCATENATION",
+        "GATHER",
     ]
     kinds = types.SimpleNamespace(**{name: name for name in names})
     flags = types.SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
@@ -1017,8 +1018,8 @@ def test_half_is_preferred_where_a_layer_may_have_it():
         def set_output_type(self, i, dtype):
             self.set[i] = dtype
 
-    product, gather, ids, last = layers = [
-        Layer("MATRIX_MULTIPLY", "float"), Layer("GATHER", "float"), Layer("SHUFFLE", "int32"),
+    product, weight, ids, last = layers = [
+        Layer("MATRIX_MULTIPLY", "float"), Layer("CONSTANT", "float"), Layer("SHUFFLE", "int32"),
         Layer("ELEMENTWISE", "float", output=True),
     ]  # fmt: skip
     flags: list[str] = []
@@ -1026,7 +1027,7 @@ def test_half_is_preferred_where_a_layer_may_have_it():
     options["edit"](types.SimpleNamespace(num_layers=4, get_layer=layers.__getitem__))
     options["configure"](types.SimpleNamespace(set_flag=flags.append))
     assert (product.precision, product.set) == ("half", {0: "half"})
-    assert all(layer.precision is None and not layer.set for layer in (gather, ids, last))
+    assert all(layer.precision is None and not layer.set for layer in (weight, ids, last))
     assert flags == ["prefer"]
 
 

@@ -72,6 +72,7 @@ def prefer_half(trt: Any) -> dict[str, Any]:
         "SHUFFLE",
         "SLICE",
         "CONCATENATION",
+        "GATHER",
     )
     kinds = {getattr(trt.LayerType, name) for name in names}
 

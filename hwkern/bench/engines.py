@@ -171,7 +171,8 @@ def _fold(model: Any) -> None:
     from onnx.reference import ReferenceEvaluator
 
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    nodes, found = [], {}
+    found: dict[str, Any] = {}
+    nodes = []
     for node in model.graph.node:
         inputs = [name for name in node.input if name]
         constant = node.op_type == "Constant" or (inputs and all(name in known for name in inputs))

@@ -210,8 +210,11 @@ def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Varia
         norm=None
         if node.op_type == OP
         else Norm(
-            *(bool(found[name]) for name in ("has_norm_bias", "has_skip", "has_norm_output", "has_sum_output")),
-            kind=found["norm"],
+            has_bias=bool(found["has_norm_bias"]),
+            has_skip=bool(found["has_skip"]),
+            has_output=bool(found["has_norm_output"]),
+            has_sum=bool(found["has_sum_output"]),
+            kind=str(found["norm"]),
         ),
     )
 

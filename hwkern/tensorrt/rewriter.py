@@ -712,21 +712,27 @@ class _Rewriter:
             return None
 
         scaled = by(first.x, "Mul")
-        split = scaled and other(scaled, lambda name: self.constants.find(name, scope) is not None)
-        product = split and by(split[1], "Mul")
-        if not split or not product:
+        split = None if scaled is None else other(scaled, lambda name: self.constants.find(name, scope) is not None)
+        product = None if split is None else by(split[1], "Mul")
+        if split is None or product is None:
             return None
         for inverse, h in (tuple(product.input), tuple(product.input)[::-1]):
             kept = list(nodes)
             divided = by(inverse, "Div", "Reciprocal")
             if divided is not None and divided.op_type == "Div" and number(divided.input[0]) != 1.0:
                 divided = None
-            root = divided and by(divided.input[-1], "Sqrt")
-            total = root and by(root.input[0], "Add")
-            parts = total and other(total, lambda name: number(name) is not None)
-            mean = parts and by(parts[1], "ReduceMean")
-            square = mean and by(mean.input[0], "Pow", "Mul")
-            if mean and square and self._last_axis(mean, scope) and attribute(mean, "keepdims", 1) == 1:
+            root = None if divided is None else by(divided.input[-1], "Sqrt")
+            total = None if root is None else by(root.input[0], "Add")
+            parts = None if total is None else other(total, lambda name: number(name) is not None)
+            mean = None if parts is None else by(parts[1], "ReduceMean")
+            square = None if mean is None else by(mean.input[0], "Pow", "Mul")
+            if (
+                parts is not None
+                and mean is not None
+                and square is not None
+                and self._last_axis(mean, scope)
+                and attribute(mean, "keepdims", 1) == 1
+            ):
                 twice = square.op_type == "Mul" or number(square.input[1]) == 2.0
                 same = square.input[0] == h and (square.op_type == "Pow" or square.input[1] == h)
                 inside = {id(node) for node in nodes}
