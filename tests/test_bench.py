@@ -207,7 +207,8 @@ def test_a_plan_says_which_schemes_it_chose():
     assert sum(row["plan"].values()) == (4 if _cpu.int8_is_fast() else 0)  # of twelve: the others are small
     assert sum(each["layers"] for each in row["plan_shapes"]) == sum(row["plan"].values())
     for each in row["plan_shapes"]:
-        assert each["kind"] in ("intermediate.dense", "output.dense")
+        assert each["kind"]  # the layer's place in its block, whichever block that is
+        assert not re.search(r"\d", each["kind"])
         assert each["chosen"] in each["us"]
         assert each["reason"]
         assert {"16"} == set(each["us"]["keep"])  # tokens of the workload 1x16
