@@ -998,6 +998,7 @@ def fake_layers():
         "SLICE",
         "CONCATENATION",
         "GATHER",
+        "DEQUANTIZE",
     ]
     kinds = types.SimpleNamespace(**{name: name for name in names})
     flags = types.SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
@@ -1008,10 +1009,14 @@ def test_half_is_preferred_where_a_layer_may_have_it():
     trt = fake_layers()
 
     class Layer:
-        def __init__(self, kind, *dtypes, output=False):
-            self.type, self.precision, self.num_outputs = kind, None, len(dtypes)
-            self.outputs = [types.SimpleNamespace(dtype=dtype, is_network_output=output) for dtype in dtypes]
-            self.set = {}
+        def __init__(self, kind, dtype, reads=(), output=False):
+            self.type, self.precision, self.set = kind, None, {}
+            self.inputs = [None if name is None else types.SimpleNamespace(name=name) for name in reads]
+            self.outputs = [types.SimpleNamespace(dtype=dtype, is_network_output=output, name=f"{kind} out")]
+            self.num_inputs, self.num_outputs = len(self.inputs), 1
+
+        def get_input(self, i):
+            return self.inputs[i]
 
         def get_output(self, i):
             return self.outputs[i]
@@ -1019,16 +1024,17 @@ def test_half_is_preferred_where_a_layer_may_have_it():
         def set_output_type(self, i, dtype):
             self.set[i] = dtype
 
-    product, weight, ids, last = layers = [
-        Layer("MATRIX_MULTIPLY", "float"), Layer("CONSTANT", "float"), Layer("SHUFFLE", "int32"),
-        Layer("ELEMENTWISE", "float", output=True),
+    product, *others = layers = [
+        Layer("MATRIX_MULTIPLY", "float", ("x", None)), Layer("CONSTANT", "float"), Layer("SHUFFLE", "int32"),
+        Layer("ELEMENTWISE", "float", output=True), Layer("DEQUANTIZE", "float"),
+        Layer("MATRIX_MULTIPLY", "float", ("x", "DEQUANTIZE out")),  # is to run in int8
     ]  # fmt: skip
     flags: list[str] = []
     options = engine_child.prefer_half(trt)
-    options["edit"](types.SimpleNamespace(num_layers=4, get_layer=layers.__getitem__))
+    options["edit"](types.SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__))
     options["configure"](types.SimpleNamespace(set_flag=flags.append))
     assert (product.precision, product.set) == ("half", {0: "half"})
-    assert all(layer.precision is None and not layer.set for layer in (weight, ids, last))
+    assert all(layer.precision is None and not layer.set for layer in others)
     assert flags == ["prefer"]
 
 

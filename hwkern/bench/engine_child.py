@@ -77,9 +77,15 @@ def prefer_half(trt: Any) -> dict[str, Any]:
     kinds = {getattr(trt.LayerType, name) for name in names}
 
     def edit(network: Any) -> None:
+        int8: set[str] = set()  # what reads it is to run in int8
         for layer in map(network.get_layer, range(network.num_layers)):
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-            if layer.type in kinds and all(o.dtype == trt.float32 and not o.is_network_output for o in outputs):
+            if layer.type == trt.LayerType.DEQUANTIZE:
+                int8.update(each.name for each in outputs)
+            if layer.type not in kinds or any(each is not None and each.name in int8 for each in inputs):
+                continue
+            if all(each.dtype == trt.float32 and not each.is_network_output for each in outputs):
                 layer.precision = trt.float16
                 for i in range(layer.num_outputs):
                     layer.set_output_type(i, trt.float16)
