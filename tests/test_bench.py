@@ -207,7 +207,8 @@ def test_a_plan_says_which_schemes_it_chose():
     assert sum(row["plan"].values()) == (4 if _cpu.int8_is_fast() else 0) + 2  # of twelve, and two tables of three
     assert sum(each["layers"] for each in row["plan_shapes"]) == sum(row["plan"].values())
     for each in row["plan_shapes"]:
-        assert each["kind"] in ("intermediate.dense", "output.dense")
+        assert each["kind"]  # the layer's place in its block, whichever block that is
+        assert not re.search(r"\d", each["kind"])
         assert each["chosen"] in each["us"]
         assert each["reason"]
         assert {"16"} == set(each["us"]["keep"])  # tokens of the workload 1x16
@@ -893,8 +894,6 @@ def test_every_way_to_build_a_decoders_engine_computes_the_same(tmp_path, quanti
     onnx = pytest.importorskip("onnx")
     from onnx.reference import ReferenceEvaluator
 
-    from hwkern import tensorrt as ht
-
     model = models.find("tiny-llama")
     torch.manual_seed(0)
     module = model.make("cpu").requires_grad_(False)
@@ -925,12 +924,13 @@ def test_every_way_to_build_a_decoders_engine_computes_the_same(tmp_path, quanti
     whole = run(graph)
     torch.testing.assert_close(whole, exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(run(plain), whole, rtol=1e-5, atol=1e-5)
-    ours = ht.rewrite(graph).model
-    assert engine_child.ways(ours, True) == ["layers", "whole"]
-    assert engine_child.variant(ours, "layers", True) is ours
-    norms = engine_child.variant(ours, "whole", True)
-    assert kinds(norms).count("Einsum") == 4 + kinds(ours).count("ReduceMean") == 4 + 5
-    torch.testing.assert_close(run(norms), run(ours), rtol=1e-5, atol=1e-5)
+    assert engine_child.ways(graph, True) == ["norms", "layers"]
+    apart, fused = (engine_child.variant(graph, way, True) for way in ("layers", "norms"))
+    # gate and up are large enough: each layer's second norm goes into the first of them.
+    assert [kinds(apart).count(kind) for kind in ("LinearInt8", "NormLinearInt8", "ReduceMean")] == [6, 0, 5]
+    assert [kinds(fused).count(kind) for kind in ("LinearInt8", "NormLinearInt8", "ReduceMean")] == [4, 2, 3]
+    # The norms differ in their last bits, so that now and then a value is rounded to the next int8.
+    torch.testing.assert_close(run(fused), run(apart), rtol=1e-2, atol=1e-2)
 
 
 def test_the_fastest_of_the_ways_becomes_the_engine(monkeypatch, tmp_path):
@@ -997,6 +997,8 @@ def fake_layers():
         "SHUFFLE",
         "SLICE",
         "CONCATENATION",
+        "GATHER",
+        "DEQUANTIZE",
     ]
     kinds = types.SimpleNamespace(**{name: name for name in names})
     flags = types.SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
@@ -1007,10 +1009,14 @@ def test_half_is_preferred_where_a_layer_may_have_it():
     trt = fake_layers()
 
     class Layer:
-        def __init__(self, kind, *dtypes, output=False):
-            self.type, self.precision, self.num_outputs = kind, None, len(dtypes)
-            self.outputs = [types.SimpleNamespace(dtype=dtype, is_network_output=output) for dtype in dtypes]
-            self.set = {}
+        def __init__(self, kind, dtype, reads=(), output=False):
+            self.type, self.precision, self.set = kind, None, {}
+            self.inputs = [None if name is None else types.SimpleNamespace(name=name) for name in reads]
+            self.outputs = [types.SimpleNamespace(dtype=dtype, is_network_output=output, name=f"{kind} out")]
+            self.num_inputs, self.num_outputs = len(self.inputs), 1
+
+        def get_input(self, i):
+            return self.inputs[i]
 
         def get_output(self, i):
             return self.outputs[i]
@@ -1018,16 +1024,17 @@ def test_half_is_preferred_where_a_layer_may_have_it():
         def set_output_type(self, i, dtype):
             self.set[i] = dtype
 
-    product, gather, ids, last = layers = [
-        Layer("MATRIX_MULTIPLY", "float"), Layer("GATHER", "float"), Layer("SHUFFLE", "int32"),
-        Layer("ELEMENTWISE", "float", output=True),
+    product, *others = layers = [
+        Layer("MATRIX_MULTIPLY", "float", ("x", None)), Layer("CONSTANT", "float"), Layer("SHUFFLE", "int32"),
+        Layer("ELEMENTWISE", "float", output=True), Layer("DEQUANTIZE", "float"),
+        Layer("MATRIX_MULTIPLY", "float", ("x", "DEQUANTIZE out")),  # is to run in int8
     ]  # fmt: skip
     flags: list[str] = []
     options = engine_child.prefer_half(trt)
-    options["edit"](types.SimpleNamespace(num_layers=4, get_layer=layers.__getitem__))
+    options["edit"](types.SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__))
     options["configure"](types.SimpleNamespace(set_flag=flags.append))
     assert (product.precision, product.set) == ("half", {0: "half"})
-    assert all(layer.precision is None and not layer.set for layer in (gather, ids, last))
+    assert all(layer.precision is None and not layer.set for layer in others)
     assert flags == ["prefer"]
 
 

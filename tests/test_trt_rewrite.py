@@ -331,6 +331,70 @@ def test_a_norm_goes_into_the_products_that_read_it(bias: bool) -> None:
     assert np.mean(np.abs(run(new, {"x": x})[0] - wanted) > 1e-4) < 0.05
 
 
+def rms_nodes(square: str = "Pow", inverse: str = "Div", **other: Any) -> list[Any]:
+    """x + x @ v, its RMS norm as exporters write it, and a product and a residual that read both."""
+    names = {"power": "two", "one": "one", "epsilon": "epsilon", "mean": "m", "h": "s"} | other
+    return [
+        node("MatMul", ["x", "v"], ["skip"], name="before"),
+        node("Add", ["x", "skip"], ["s"]),
+        node(square, ["s", names["power"] if square == "Pow" else "s"], ["p"]),
+        node("ReduceMean", ["p"], ["m"], axes=[-1], keepdims=1),
+        node("Add", [names["mean"], names["epsilon"]], ["e"]),
+        node("Sqrt", ["e"], ["r"]),
+        node("Div", [names["one"], "r"], ["i"]) if inverse == "Div" else node("Reciprocal", ["r"], ["i"]),
+        node("Mul", [names["h"], "i"], ["c"]),
+        node("Cast", ["c"], ["cc"], to=TensorProto.FLOAT),
+        node("Mul", ["g", "cc"], ["n"], name="norm"),
+        node("MatMul", ["n", "w1"], ["a"], name="first"),
+        node("Add", ["a", "n"], ["b"]),
+        node("Add", ["b", "s"], ["y"]),
+    ]
+
+
+def rms_model(nodes: list[Any]) -> Any:
+    weights = {name: normal(64, 64, seed=i, std=0.2) for i, name in enumerate(("v", "w1"))} | {"g": normal(64, seed=5)}
+    numbers = {"two": 2.0, "three": 3.0, "one": 1.0, "epsilon": 1e-3, "negative": -1e-3}
+    return model(nodes, weights | {name: np.array(v, np.float32) for name, v in numbers.items()}, opset=17)
+
+
+@pytest.mark.parametrize("square", ["Pow", "Mul"])
+@pytest.mark.parametrize("inverse", ["Div", "Reciprocal"])
+def test_an_rms_norm_goes_into_the_product_that_reads_it(square: str, inverse: str) -> None:
+    made = rms_model(rms_nodes(square, inverse))
+    new, report = rewritten(made, fuse_norm=True)
+    assert [n.op_type for n in new.graph.node] == ["LinearInt8", "NormLinearInt8", "Add", "Add"]
+    assert [n.norm for n in report.nodes] == ["", "norm"]
+    fused = new.graph.node[1]
+    assert opdef.attributes(fused)["norm"] == "rms"
+    assert opdef.attributes(fused)["epsilon"] == np.float32(1e-3)
+    assert (list(fused.input)[:3], list(fused.output)[1:]) == (["x", "skip", "g"], ["n", "s"])
+    x = normal(6, 64, seed=9)
+    w, v, g = normal(64, 64, seed=1, std=0.2), normal(64, 64, seed=0, std=0.2), normal(64, seed=5)
+    total = x + linear(x, v.T)
+    n = total / np.sqrt((total * total).mean(-1, keepdims=True) + np.float32(1e-3)) * g
+    wanted = linear(n, w.T) + n + total
+    # As for the LayerNorm above: a last bit may round a value to the next int8.
+    check_both(new, x, wanted, rtol=1e-5, atol=np.abs(n).max() / 127 * np.abs(w).max())
+    assert np.mean(np.abs(run(new, {"x": x})[0] - wanted) > 1e-4) < 0.05
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        rms_nodes(power="three"),  # not a square
+        rms_nodes(one="two"),  # not the inverse of the root
+        rms_nodes(epsilon="negative"),
+        rms_nodes(h="x"),  # not what was squared
+        [*rms_nodes()[:-1], node("Add", ["b", "i"], ["y"])],  # somebody else reads a part of the norm
+        [*rms_nodes()[:3], node("ReduceMean", ["p"], ["m"], axes=[0], keepdims=1), *rms_nodes()[4:]],
+    ],
+)
+def test_what_only_looks_like_an_rms_norm_stays(nodes: list[Any]) -> None:
+    new, report = rewritten(rms_model(nodes), fuse_norm=True)
+    assert [n.norm for n in report.nodes] == ["", ""]
+    assert "ReduceMean" in [n.op_type for n in new.graph.node]
+
+
 def test_norms_between_int8_products_alone() -> None:
     """x → up → + x → norm → down → + → norm → side: the second norm's sum comes from down, which stays float."""
     nodes = [

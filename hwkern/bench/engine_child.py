@@ -26,56 +26,42 @@ def hello() -> dict[str, Any]:
 
 
 #: The ways to build one engine where TensorRT 8.6 leaves a choice; the fastest engine is taken. See ``ways``.
-WHOLE, LAYERS = "whole", "layers"
+WHOLE, LAYERS, NORMS = "whole", "layers", "norms"
 
 
-def ways(model: Any, rewritten: bool) -> list[str]:
-    """In which ways a float, Q/DQ or rewritten model is to be built, by TensorRT 8.6.
+def ways(model: Any, rewrite: bool) -> list[str]:
+    """In which ways a float or Q/DQ model is to be built, by TensorRT 8.6.
 
     That hands a part of a model to its compiler only for the sake of a layer that nothing else runs: a
     LayerNormalization or an Einsum. engines.py puts Einsum nodes into a model without the former: ``whole`` builds it
-    so (of a rewritten model, the norms between hwkern's nodes too), ``layers`` without, with half precision preferred
-    where it may be had, because TensorRT then times half as many kernels. Neither is always the faster one.
+    so, ``layers`` without. With hwkern's nodes the attention between them is compiled in any case, and the norms go
+    into the products that read them (``norms``) or not (``layers``). No way is always the fastest.
     """
     if not any(node.op_type == "Einsum" for node in model.graph.node):
         return [WHOLE]
-    return [LAYERS, WHOLE] if rewritten else [WHOLE, LAYERS]  # first what takes less time to build
+    return [NORMS, LAYERS] if rewrite else [WHOLE, LAYERS]
 
 
-def variant(model: Any, way: str, rewritten: bool) -> Any:
+def variant(model: Any, way: str, rewrite: bool) -> Any:
     """The model for one of its ways; a copy where it differs."""
-    from onnx import ModelProto, NodeProto, TensorProto, helper
+    if rewrite:
+        import hwkern.tensorrt as ht
 
-    if (way == WHOLE) != rewritten:  # a rewritten model keeps its compiled attention
+        return ht.rewrite(model, fuse_norm=True if way == NORMS else None).model
+    if way != LAYERS:
         return model
-    made = ModelProto()
+    made = type(model)()
     made.CopyFrom(model)
-    if not rewritten:
-        for node in made.graph.node:
-            if node.op_type == "Einsum":
-                node.op_type = "MatMul"
-                del node.attribute[:]
-        return made
-    # The mean of each norm times the 1 × 1 matrix of one: the same numbers, and an Einsum.
-    nodes = []
     for node in made.graph.node:
-        nodes.append(NodeProto.FromString(node.SerializeToString()))
-        if node.op_type == "ReduceMean":
-            mean = node.output[0]
-            nodes[-1].output[0] = f"{mean}.mean"
-            nodes.append(
-                helper.make_node(
-                    "Einsum", [f"{mean}.mean", "hwkern.one"], [mean], f"{mean}.einsum", equation="abc,cd->abd"
-                )
-            )
-    del made.graph.node[:]
-    made.graph.node.extend(nodes)
-    made.graph.initializer.append(helper.make_tensor("hwkern.one", TensorProto.FLOAT, [1, 1], [1.0]))
+        if node.op_type == "Einsum":
+            node.op_type = "MatMul"
+            del node.attribute[:]
     return made
 
 
 def prefer_half(trt: Any) -> dict[str, Any]:
-    """``edit`` and ``configure`` of hwkern.tensorrt.build for half precision where a layer may have it."""
+    """``edit`` and ``configure`` of hwkern.tensorrt.build for half precision where a layer may have it: what runs layer
+    by layer is timed in half as many formats, each of which takes half a second to compile."""
     names = (
         "MATRIX_MULTIPLY",
         "ELEMENTWISE",
@@ -86,13 +72,20 @@ def prefer_half(trt: Any) -> dict[str, Any]:
         "SHUFFLE",
         "SLICE",
         "CONCATENATION",
+        "GATHER",
     )
     kinds = {getattr(trt.LayerType, name) for name in names}
 
     def edit(network: Any) -> None:
+        int8: set[str] = set()  # what reads it is to run in int8
         for layer in map(network.get_layer, range(network.num_layers)):
+            inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
             outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-            if layer.type in kinds and all(o.dtype == trt.float32 and not o.is_network_output for o in outputs):
+            if layer.type == trt.LayerType.DEQUANTIZE:
+                int8.update(each.name for each in outputs)
+            if layer.type not in kinds or any(each is not None and each.name in int8 for each in inputs):
+                continue
+            if all(each.dtype == trt.float32 and not each.is_network_output for each in outputs):
                 layer.precision = trt.float16
                 for i in range(layer.num_outputs):
                     layer.set_output_type(i, trt.float16)
@@ -115,8 +108,6 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     from hwkern.tensorrt import _api, measure
 
     model: Any = onnx.load(message["onnx"])
-    if message["rewrite"]:
-        model = ht.rewrite(model).model
     profiles = [
         ht.Profile(*({name: tuple(shape) for name, shape in each.items()} for each in three))
         for three in message["profiles"]
@@ -131,11 +122,11 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     problems = []
     for way in choice:
         cache = None if api.rtx else message["cache"].replace(".timing", f"-{way}.timing")  # TensorRT-RTX has none
-        half = prefer_half(api.module) if way == LAYERS and message["precision"] == "fp16" else {}
+        half = prefer_half(api.module) if way != WHOLE and message["precision"] == "fp16" else {}
         try:
             engine = ht.build(
-                variant(model, way, message["rewrite"]) if len(choice) > 1 else model, profiles or None,
-                message["precision"], timing_cache=cache, optimization_level=message["level"], **half,
+                variant(model, way, message["rewrite"]), profiles or None, message["precision"], timing_cache=cache,
+                optimization_level=message["level"], **half,
             )  # fmt: skip
         except RuntimeError as error:
             problems.append(error)

@@ -157,6 +157,8 @@ def export(
     if fixed:
         _fold(graph)
     _put_weights(graph, layers, scales or {})
+    if fixed:
+        _drop_casts(graph)
     _compile_whole(graph)
     part.write_bytes(graph.SerializeToString())
     part.replace(file)
@@ -169,7 +171,8 @@ def _fold(model: Any) -> None:
     from onnx.reference import ReferenceEvaluator
 
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    nodes, found = [], {}
+    found: dict[str, Any] = {}
+    nodes = []
     for node in model.graph.node:
         inputs = [name for name in node.input if name]
         constant = node.op_type == "Constant" or (inputs and all(name in known for name in inputs))
@@ -186,6 +189,25 @@ def _fold(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(found[name], name))
     for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
         model.graph.initializer.remove(tensor)
+
+
+def _drop_casts(model: Any) -> None:
+    """Casts of a type to itself, which transformers' norms leave in a float32 model."""
+    from hwkern.tensorrt.graph import attribute, infer_shapes
+
+    types = infer_shapes(model)
+    same: dict[str, str] = {}
+    nodes = []
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = same.get(name, name)
+        if node.op_type == "Cast" and types.get(node.input[0], (0,))[0] == attribute(node, "to"):
+            same[node.output[0]] = node.input[0]
+        else:
+            nodes.append(node)
+    if same.keys().isdisjoint(value.name for value in model.graph.output):
+        del model.graph.node[:]
+        model.graph.node.extend(nodes)
 
 
 def _compile_whole(model: Any) -> None:

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--plan", type=Path, help="JSON: node name → scheme or float (see `plan`)")
     sub.add_argument("--scheme", default="w8a8_dynamic", choices=("w8a8_dynamic", "w8a16"))
     sub.add_argument("--fuse-residual", action="store_true", help="additions of the same shape go into the node")
-    sub.add_argument("--fuse-norm", action="store_true", default=None, help="LayerNormalizations before it, too")
+    sub.add_argument(
+        "--fuse-norm", action="store_true", default=None, help="LayerNormalizations and RMS norms before it, too"
+    )
     sub.add_argument("--no-merge", action="store_true", help="keep products of the same input apart")
     sub.add_argument("--no-functions", action="store_true", help="leave out the bodies for ONNX Runtime")
     sub.add_argument("--int32-weights", action="store_true", help="for trtexec of TensorRT 8.6 or 10.0")

@@ -81,12 +81,13 @@ _NORM_ATTRIBUTES = (
 
 @dataclass(frozen=True)
 class Norm:
-    """The LayerNorm of a NormLinearInt8; RMS norms have no operator in ONNX that old opsets know."""
+    """The norm of a NormLinearInt8. ``kind``: "layer", or "rms", which has no mean and no bias."""
 
     has_bias: bool = False
     has_skip: bool = False
     has_output: bool = False
     has_sum: bool = False
+    kind: str = "layer"
 
     @property
     def inputs(self) -> list[str]:
@@ -126,7 +127,7 @@ class Variant:
         parts += ["residual"] * self.has_residual
         parts += ["int32"] * self.int32_weight
         if self.norm is not None:
-            parts += ["norm", *self.norm.inputs, *self.norm.outputs]
+            parts += ["norm" if self.norm.kind == "layer" else self.norm.kind, *self.norm.inputs, *self.norm.outputs]
         return ".".join(parts)
 
     @property
@@ -156,7 +157,7 @@ def make_node(
     """The node; ``inputs`` and ``outputs`` in the order of the variant's. ``epsilon``: of the norm."""
     fields: dict[str, Any] = {}
     if (norm := variant.norm) is not None:
-        fields = {"norm": "layer", "epsilon": epsilon, "norm_offset": 0.0}
+        fields = {"norm": norm.kind, "epsilon": epsilon, "norm_offset": 0.0}
         fields |= {"has_norm_bias": int(norm.has_bias), "has_skip": int(norm.has_skip)}
         fields |= {"has_norm_output": int(norm.has_output), "has_sum_output": int(norm.has_sum)}
     return helper.make_node(
@@ -208,7 +209,13 @@ def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Varia
         int32_weight=int32_weight,
         norm=None
         if node.op_type == OP
-        else Norm(*(bool(found[name]) for name in ("has_norm_bias", "has_skip", "has_norm_output", "has_sum_output"))),
+        else Norm(
+            has_bias=bool(found["has_norm_bias"]),
+            has_skip=bool(found["has_skip"]),
+            has_output=bool(found["has_norm_output"]),
+            has_sum=bool(found["has_sum_output"]),
+            kind=str(found["norm"]),
+        ),
     )
 
 
@@ -363,7 +370,7 @@ def _normed(body: _Body, variant: Variant, x: str) -> str:
     if variant.norm.has_skip:
         skip = "skip" if is_float else body.cast("skip", TensorProto.FLOAT)
         h = rounded(body.op("Add", x, skip), "sum", variant.norm.has_sum)
-    centred = body.op("Sub", h, body.reduce("ReduceMean", h))
+    centred = h if variant.norm.kind == "rms" else body.op("Sub", h, body.reduce("ReduceMean", h))
     variance = body.reduce("ReduceMean", body.op("Mul", centred, centred))
     deviation = body.op("Sqrt", body.op("Add", variance, body.attribute("epsilon", "value_float")))
 

@@ -146,9 +146,9 @@ def rewrite(
             symmetric scale of x is kept as ``"w8a8_static"`` and int8 weights are taken as they are.
         fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node.
         fuse_residual: so does an addition of a tensor of the same shape.
-        fuse_norm: a LayerNormalization (and the addition before it) whose result the product reads goes into the node,
-            which gives the normalized tensor and the sum to whoever else reads them. "between": only when what is
-            normalized comes from an int8 product too. None: as the plan says, else no.
+        fuse_norm: a LayerNormalization or RMS norm (and the addition before it) whose result the product reads goes
+            into the node, which gives the normalized tensor and the sum to whoever else reads them. "between": only
+            when what is normalized comes from an int8 product too. None: as the plan says, else no.
         merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
@@ -332,9 +332,9 @@ class _Linear:
 
 @dataclass
 class _Norm:
-    """A LayerNormalization that goes into the product which reads it."""
+    """A LayerNormalization, or the nodes of an RMS norm, that go into the product which reads them."""
 
-    nodes: list[NodeProto]  # the norm, and the addition before it
+    nodes: list[NodeProto]  # the norm, its last node first, and the addition before it
     x: str
     skip: str
     weight: str
@@ -342,10 +342,11 @@ class _Norm:
     epsilon: float
     output: str  # the normalized tensor, if somebody else reads it
     sum: str  # x + skip, likewise
+    kind: str = "layer"
 
     @property
     def variant(self) -> opdef.Norm:
-        return opdef.Norm(bool(self.bias), bool(self.skip), bool(self.output), bool(self.sum))
+        return opdef.Norm(bool(self.bias), bool(self.skip), bool(self.output), bool(self.sum), self.kind)
 
 
 class _Rewriter:
@@ -624,17 +625,49 @@ class _Rewriter:
             linear.output = node.output[0]
 
     def _norm(self, group: list[_Linear], scope: Scope, reads: _Reads, taken: set[int]) -> _Norm | None:
-        """The LayerNormalization over the last dimension that gives x, in the same graph."""
+        """The norm over the last dimension that gives x, in the same graph."""
         first = group[0]
+        if first.scheme == "w8a16" or first.residual:  # the residual is made after the norm, perhaps
+            return None
+        norm = self._layer_norm(first, scope, reads) or self._rms_norm(first, scope, reads)
+        if norm is None or self._element(norm.x) != first.dtype:
+            return None
+        for name in filter(None, (norm.weight, norm.bias)):
+            value = self.constants.find(name, scope)
+            if value is None or tuple(value.shape) != (first.k,):
+                return None
+        norm.output = self._also_read(first.x, [linear.product for linear in group], reads)
+        order = {id(n): i for i, n in enumerate(scope.graph.node)}
+        inside = {id(node) for node in norm.nodes}
+        add = next((n for n in scope.graph.node if norm.x in n.output), None)
+        if (
+            add is not None
+            and add.op_type == "Add"
+            and add.domain in ("", "ai.onnx")
+            and id(add) not in taken  # by the product before it, as its bias or residual
+            and not any(
+                order[id(n)] < order[id(norm.nodes[0])] and id(n) not in inside for n in reads.consumers[norm.x]
+            )
+        ):
+            (_, a), (_, b) = (self.types.get(name, (0, None)) for name in add.input)
+            constant = any(self.constants.find(name, scope) is not None for name in add.input)
+            if a is not None and a == b and None not in a and not constant:
+                norm.sum = self._also_read(norm.x, norm.nodes, reads)
+                norm.x, norm.skip = add.input
+                norm.nodes.append(add)
+        if self.fuse_norm == "between" and not {norm.x, norm.skip} & self.made:
+            return None
+        for linear in group:
+            linear.report.norm = norm.nodes[0].name or norm.nodes[0].output[0]
+        return norm
+
+    def _layer_norm(self, first: _Linear, scope: Scope, reads: _Reads) -> _Norm | None:
         node = next((n for n in scope.graph.node if first.x in n.output), None)
         if (
             node is None
             or (node.op_type, node.domain) not in (("LayerNormalization", ""), ("LayerNormalization", "ai.onnx"))
             or first.x != node.output[0]
             or any(name and (name in reads.consumers or reads.escapes(name)) for name in node.output[1:])
-            or first.scheme == "w8a16"
-            or first.residual  # made after the norm, perhaps
-            or self._element(node.input[0]) != first.dtype
             or attribute(node, "stash_type", TensorProto.FLOAT) != TensorProto.FLOAT
         ):
             return None
@@ -642,33 +675,84 @@ class _Rewriter:
         if axis != -1 and (rank is None or axis != rank - 1):
             return None
         weight, bias = [*node.input[1:], ""][:2]
-        for name in filter(None, (weight, bias)):
-            value = self.constants.find(name, scope)
-            if value is None or tuple(value.shape) != (first.k,):
-                return None
-        products = [linear.product for linear in group]
-        output = self._also_read(first.x, products, reads)
-        norm = _Norm([node], node.input[0], "", weight, bias, attribute(node, "epsilon", 1e-5), output, "")
-        order = {id(n): i for i, n in enumerate(scope.graph.node)}
-        add = next((n for n in scope.graph.node if norm.x in n.output), None)
-        if (
-            add is not None
-            and add.op_type == "Add"
-            and add.domain in ("", "ai.onnx")
-            and id(add) not in taken  # by the product before it, as its bias or residual
-            and not any(order[id(n)] < order[id(node)] for n in reads.consumers[norm.x])
-        ):
-            (_, a), (_, b) = (self.types.get(name, (0, None)) for name in add.input)
-            constant = any(self.constants.find(name, scope) is not None for name in add.input)
-            if a is not None and a == b and None not in a and not constant:
-                norm.sum = self._also_read(norm.x, [node], reads)
-                norm.x, norm.skip = add.input
-                norm.nodes.append(add)
-        if self.fuse_norm == "between" and not {norm.x, norm.skip} & self.made:
+        return _Norm([node], node.input[0], "", weight, bias, attribute(node, "epsilon", 1e-5), "", "")
+
+    def _rms_norm(self, first: _Linear, scope: Scope, reads: _Reads) -> _Norm | None:
+        """x = weight · h / sqrt(mean(h²) + epsilon), as exporters write it before ONNX had an operator for it, all in
+        one float type; a cast of that type to itself may stand before the weight."""
+        made = {name: node for node in scope.graph.node for name in node.output}
+        nodes: list[NodeProto] = []
+        if self.types.get(first.x, (None,))[0] != first.dtype:
             return None
-        for linear in group:
-            linear.report.norm = node.name or node.output[0]
-        return norm
+
+        def by(name: str, *ops: str) -> NodeProto | None:
+            """The node that gives ``name``, casts of one type to itself left out, if it is one of these."""
+            node = made.get(name)
+            while node is not None and node.op_type == "Cast" and attribute(node, "to", 0) == first.dtype:
+                if self._element(node.input[0]) != first.dtype:
+                    return None
+                nodes.append(node)
+                node = made.get(node.input[0])
+            if node is None or node.op_type not in ops or node.domain not in ("", "ai.onnx"):
+                return None
+            nodes.append(node)
+            return node
+
+        def number(name: str) -> float | None:
+            value = self.constants.find(name, scope)
+            if value is None or int(np.prod(value.shape, dtype=np.int64)) != 1:
+                return None
+            return float(np.asarray(value.load()).reshape(-1)[0])
+
+        def other(node: NodeProto, test: Callable[[str], bool]) -> tuple[str, str] | None:
+            """(the input for which ``test`` holds, the other one)."""
+            for i in (0, 1):
+                if test(node.input[i]):
+                    return node.input[i], node.input[1 - i]
+            return None
+
+        scaled = by(first.x, "Mul")
+        split = None if scaled is None else other(scaled, lambda name: self.constants.find(name, scope) is not None)
+        product = None if split is None else by(split[1], "Mul")
+        if split is None or product is None:
+            return None
+        for inverse, h in (tuple(product.input), tuple(product.input)[::-1]):
+            kept = list(nodes)
+            divided = by(inverse, "Div", "Reciprocal")
+            if divided is not None and divided.op_type == "Div" and number(divided.input[0]) != 1.0:
+                divided = None
+            root = None if divided is None else by(divided.input[-1], "Sqrt")
+            total = None if root is None else by(root.input[0], "Add")
+            parts = None if total is None else other(total, lambda name: number(name) is not None)
+            mean = None if parts is None else by(parts[1], "ReduceMean")
+            square = None if mean is None else by(mean.input[0], "Pow", "Mul")
+            if (
+                parts is not None
+                and mean is not None
+                and square is not None
+                and self._last_axis(mean, scope)
+                and attribute(mean, "keepdims", 1) == 1
+            ):
+                twice = square.op_type == "Mul" or number(square.input[1]) == 2.0
+                same = square.input[0] == h and (square.op_type == "Pow" or square.input[1] == h)
+                inside = {id(node) for node in nodes}
+                private = all(
+                    not reads.escapes(name) and all(id(n) in inside for n in reads.consumers.get(name, ()))
+                    for node in nodes
+                    if first.x not in node.output
+                    for name in node.output
+                )
+                if twice and same and private and (epsilon := number(parts[0])) is not None and epsilon >= 0:
+                    return _Norm(nodes, h, "", split[0], "", epsilon, "", "", "rms")
+            nodes[:] = kept
+        return None
+
+    def _last_axis(self, node: NodeProto, scope: Scope) -> bool:
+        axes = attribute(node, "axes", None)
+        if axes is None and len(node.input) > 1 and (value := self.constants.find(node.input[1], scope)) is not None:
+            axes = np.asarray(value.load()).reshape(-1).tolist()
+        rank = self._rank(node.input[0])
+        return axes is not None and list(axes) in ([-1], [] if rank is None else [rank - 1])
 
     @staticmethod
     def _also_read(name: str, readers: Sequence[NodeProto], reads: _Reads) -> str:
