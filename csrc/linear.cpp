@@ -47,7 +47,8 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
     if (!gemm_runs_on(*config, device))
       return {StatusCode::kUnsupportedDevice,
               "linear: this config is for another GPU: see its compute capabilities and shared memory"};
-    return launch_linear_sm90(p, *config, device.sm_count, stream);
+    return config->id >= kFirstLinearLongId ? launch_linear_long_sm90(p, config->id, device.sm_count, q, scale, k16, stream)
+                                            : launch_linear_sm90(p, *config, device.sm_count, stream);
   }
 
   const Status status = quantize_per_token(quantize, /*release_early=*/p.weight_is_constant, stream);

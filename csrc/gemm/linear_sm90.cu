@@ -96,61 +96,92 @@ __device__ __forceinline__ uint32_t rounded(const float* x, float inverse) {
   return __byte_perm(__byte_perm(v[0], v[1], 0x0040), __byte_perm(v[2], v[3], 0x0040), 0x5410);
 }
 
-// Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales. What would
-// be a row beyond the share or beyond x is the last one again: no branches, and the same bytes twice do no harm.
+// Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales, into
+// `shared` of all blocks of the cluster. What would be a row beyond the share or beyond x is the last one
+// again: no branches, and the same bytes twice do no harm. A warp has two batches of rows under way, so that one is on its
+// way while the other is rounded.
 template <typename C, typename T, bool WHOLE>
-__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0,
-                                              int first) {
+__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* shared, int rank, int64_t m0) {
   using Row = RowVector<T>;
   constexpr int VECTORS = C::K_MAX * static_cast<int>(sizeof(T)) / 16 / 32;  // a lane's, of one row
   constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::BLOCKS_PER_SM > 1 ? 12 : 18) / VECTORS : 1;
-  constexpr int EVEN = (C::SHARE + WARPS - 1) / WARPS;
-  constexpr int ROWS = EVEN < MOST ? EVEN : MOST;  // that a warp has under way at once
-  constexpr int STRIDE = 32 * Row::COUNT;  // elements of all lanes' vectors
+  constexpr int EVEN = (C::SHARE + WARPS - 1) / WARPS, DEPTH = EVEN > 3 && MOST > 1 ? 2 : 1;
+  constexpr int SOME = EVEN < MOST ? EVEN : MOST, ROWS = (SOME + DEPTH - 1) / DEPTH;  // of a batch
+  constexpr int STRIDE = 32 * Row::COUNT, STEP = WARPS * ROWS;  // elements of all lanes' vectors; rows of all warps
   static_assert(VECTORS * 512 == C::K_MAX * static_cast<int>(sizeof(T)) && ROWS > 0);
   const int warp_id = __shfl_sync(~0u, threadIdx.x / 32, 0), lane_id = threadIdx.x % 32;
   const int64_t last = params.out.gemm.m - 1;
   const T* x = static_cast<const T*>(params.x);
   const uint32_t k = static_cast<uint32_t>(params.out.gemm.k), columns = (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K;
   const uint32_t column = lane_id * Row::COUNT, chunk = column % BLOCK_K / 16 * 16;
-  uint8_t* tile = rows + column / BLOCK_K * C::TILE_A + column % 16;
-#pragma unroll 1
-  for (int r = warp_id * ROWS; r < C::SHARE; r += WARPS * ROWS) {
-    Row kept[ROWS][VECTORS];
+  const uint32_t tile = column / BLOCK_K * C::TILE_A + column % 16;
+  const int first = rank * C::SHARE;
+  uint32_t others[C::CLUSTER];  // where their shared memory starts
+#pragma unroll
+  for (int i = 1; i < C::CLUSTER; ++i)
+    others[i] = ptx::cluster_address(ptx::shared_address(shared), (rank + i) % C::CLUSTER);
+  auto put = [&](uint32_t at, auto value) {
+    *reinterpret_cast<decltype(value)*>(shared + at) = value;
+#pragma unroll
+    for (int i = 1; i < C::CLUSTER; ++i) ptx::store_to_block(others[i] + at, value);
+  };
+
+  Row kept[DEPTH][ROWS][VECTORS];
+  auto load = [&](Row (&batch)[ROWS][VECTORS], int r) {
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int64_t m = min(m0 + first + min(r + i, C::SHARE - 1), last);
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
-        kept[i][v].template load<WHOLE>(x + m * params.ldx, column + v * STRIDE, k, params.rows_aligned);
+        batch[i][v].template load<WHOLE>(x + m * params.ldx, column + v * STRIDE, k, params.rows_aligned);
     }
+  };
+  auto quantize = [&](const Row (&batch)[ROWS][VECTORS], int r) {
     uint32_t largest = 0;  // of row lane_id
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       Largest<T> of_row;
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) of_row.add(kept[i][v]);
+      for (int v = 0; v < VECTORS; ++v) of_row.add(batch[i][v]);
       const uint32_t all = __reduce_max_sync(~0u, of_row.bits());
       if (lane_id == i) largest = all;
     }
     const TokenScale token(largest);
-    if (lane_id < ROWS) scales[first + min(r + lane_id, C::SHARE - 1)] = token.scale;
+    if (lane_id < ROWS)
+      put(C::SCALES + (first + min(r + lane_id, C::SHARE - 1)) * 4, __float_as_uint(token.scale));
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const float inverse = __shfl_sync(~0u, token.inverse, i);
       const int row = first + min(r + i, C::SHARE - 1);
-      uint8_t* out = tile + row * BLOCK_K + (chunk ^ (row % 8 * 16));
+      const uint32_t out = tile + row * BLOCK_K + (chunk ^ (row % 8 * 16));
       const uint32_t finite = inverse == 0.0f ? 0 : ~0u;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        Vector<uint32_t, Row::COUNT / 4> packed;
+        uint32_t packed[Row::COUNT / 4];
         float values[Row::COUNT];
-        kept[i][v].values(values);
+        batch[i][v].values(values);
 #pragma unroll
-        for (int e = 0; e < Row::COUNT; e += 4) packed.v[e / 4] = rounded(values + e, inverse) & finite;
-        if (column + v * STRIDE < columns)
-          *reinterpret_cast<decltype(packed)*>(out + v * (STRIDE / BLOCK_K) * C::TILE_A) = packed;
+        for (int e = 0; e < Row::COUNT; e += 4) packed[e / 4] = rounded(values + e, inverse) & finite;
+        if (column + v * STRIDE < columns) {
+          const uint32_t at = out + v * (STRIDE / BLOCK_K) * C::TILE_A;
+          if constexpr (Row::COUNT == 8) put(at, uint2{packed[0], packed[1]});
+          if constexpr (Row::COUNT == 4) put(at, packed[0]);
+        }
       }
+    }
+  };
+
+  int r = warp_id * ROWS;
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    if (r + d * STEP < C::SHARE) load(kept[d], r + d * STEP);
+  if (C::CLUSTER > 1) ptx::cluster_wait();  // the others have started
+#pragma unroll 1
+  for (; r < C::SHARE; r += DEPTH * STEP) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      if (r + d * STEP < C::SHARE) quantize(kept[d], r + d * STEP);
+      if (r + (d + DEPTH) * STEP < C::SHARE) load(kept[d], r + (d + DEPTH) * STEP);
     }
   }
 }
@@ -205,11 +236,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 128);
       ptx::mbarrier_init(turn + i * 8, 1);
     }
-    ptx::mbarrier_init(rows_full, 1);
+    ptx::mbarrier_init(rows_full, C::CLUSTER * C::THREADS / 32);  // all warps that quantize
     ptx::mbarrier_init_fence();
     ptx::tma_prefetch_map(&params.out.b.whole);
-    // The rows of the others in the cluster, and their scales.
-    ptx::mbarrier_arrive_expect(rows_full, (C::CLUSTER - 1) * C::SHARE * (k_tiles * BLOCK_K + 4));
     if (p.b_is_constant) produce(0, ahead);
   }
   __syncthreads();
@@ -219,11 +248,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   if (threadIdx.x == 0 && !p.b_is_constant) produce(0, ahead);
 
   {
-    const int first = rank * C::SHARE;
     auto quantize_as = [&](auto type) {
       using T = decltype(type);
-      if (params.rows_whole) return quantize_rows<C, T, true>(params, shared, scales, m0, first);
-      return quantize_rows<C, T, false>(params, shared, scales, m0, first);
+      if (params.rows_whole) return quantize_rows<C, T, true>(params, shared, rank, m0);
+      return quantize_rows<C, T, false>(params, shared, rank, m0);
     };
     switch (params.x_dtype) {
       case DType::kFloat16: quantize_as(__half{}); break;
@@ -231,19 +259,10 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       default: quantize_as(float{}); break;
     }
     ptx::fence_proxy_async();
-    __syncthreads();
-    if constexpr (C::CLUSTER > 1) {
-      constexpr int OTHERS = C::CLUSTER - 1;
-      ptx::cluster_wait();  // the others have started
-      // One tile of K, or the scales, a copy.
-      if (threadIdx.x < OTHERS * (k_tiles + 1)) {
-        const int to = (rank + 1 + threadIdx.x % OTHERS) % C::CLUSTER, part = threadIdx.x / OTHERS;
-        const uint32_t from = part < k_tiles ? base + part * C::TILE_A + first * BLOCK_K : base + C::SCALES + first * 4;
-        ptx::bulk_copy_to_block(ptx::cluster_address(from, to), from, C::SHARE * (part < k_tiles ? BLOCK_K : 4),
-                                ptx::cluster_address(rows_full, to));
-      }
-      __syncwarp();
-    }
+    ptx::fence_cluster();
+    __syncwarp();
+    if (lane_id < C::CLUSTER) ptx::mbarrier_arrive_cluster(rows_full, lane_id);
+    __syncwarp();
   }
 
   if (warpgroup == 0) {
@@ -272,7 +291,9 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
     if (C::TURNS && consumer == 1) ring.skip(k_tiles);
-    if (C::CLUSTER > 1) ptx::mbarrier_wait(rows_full, 0);
+    ptx::mbarrier_wait(rows_full, 0);
+    ptx::fence_cluster();
+    ptx::fence_proxy_async();
     int previous = 0;  // the buffer of the step before
     int i = C::TURNS ? consumer : 0;
     for (uint32_t round = 0; i < tiles; i += C::TURNS ? 2 : 1, ++round) {
