@@ -28,6 +28,7 @@
 #include "ptx/opaque.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
+#include "quant/finite.cuh"
 #include "quant/row.cuh"
 
 namespace hwkern {
@@ -69,40 +70,76 @@ struct Params {
   int strips;  // that a cluster takes
 };
 
-// Row m as int8, and its scale. Rows that are not whole, or too long, are read a second time.
-template <typename C, typename T, bool WHOLE>
-__device__ __forceinline__ void quantize_row(const Params& params, int64_t m, int lane_id) {
+// Rows first, first + step, … below end as int8, and their scales: a warp's part of a strip. Rows that are whole are kept in
+// registers, and while one is rounded the next is on its way. 16-bit types alone, and one copy of the loop for both: with
+// two of them registers did not suffice.
+template <typename C>
+__device__ __forceinline__ void quantize_whole_rows(const Params& params, int first, int end, int step, int lane_id) {
+  using Row = RowVector<__half>;
+  constexpr uint32_t STRIDE = 32 * Row::COUNT;
+  const uint32_t k = static_cast<uint32_t>(params.out.gemm.k), ldq = static_cast<uint32_t>(params.ldq);
+  const uint32_t column = lane_id * Row::COUNT;
+  const __half* x = static_cast<const __half*>(params.x);
+  Row kept[2][C::VECTORS];
+  auto load = [&](Row (&row)[C::VECTORS], int m) {
+    if (m >= end) return;
+#pragma unroll
+    for (int v = 0; v < C::VECTORS; ++v)
+      row[v].template load<true>(x + m * params.ldx, column + v * STRIDE, k, true);
+  };
+  auto quantize_as = [&](auto type, const Row (&row)[C::VECTORS], int m) {
+    using T = decltype(type);
+    Largest<T> largest;
+#pragma unroll
+    for (int v = 0; v < C::VECTORS; ++v) largest.add(RowVector<T>{row[v].raw});
+    const TokenScale token(__reduce_max_sync(~0u, largest.bits()));
+    if (lane_id == 0) params.scale[m] = token.scale;
+    const uint32_t finite = token.inverse == 0.0f ? 0 : ~0u;
+    int8_t* q = params.q + m * params.ldq;
+#pragma unroll
+    for (int v = 0; v < C::VECTORS; ++v) {
+      float values[Row::COUNT];
+      RowVector<T>{row[v].raw}.values(values);
+      if (column + v * STRIDE < ldq)
+        *reinterpret_cast<uint2*>(q + column + v * STRIDE) = {rounded(values, token.inverse) & finite,
+                                                              rounded(values + 4, token.inverse) & finite};
+    }
+  };
+  const bool is_half = params.x_dtype == DType::kFloat16;
+  auto quantize = [&](const Row (&row)[C::VECTORS], int m) {
+    if (m >= end) return;
+    is_half ? quantize_as(__half{}, row, m) : quantize_as(__nv_bfloat16{}, row, m);
+  };
+  load(kept[0], first), load(kept[1], first + step);
+#pragma unroll 1
+  for (int m = first; m < end; m += 2 * step) {
+    quantize(kept[0], m), load(kept[0], m + 2 * step);
+    quantize(kept[1], m + step), load(kept[1], m + 3 * step);
+  }
+}
+
+// The same for every other row, which is read twice.
+template <typename C, typename T>
+__device__ __forceinline__ void quantize_any_rows(const Params& params, int first, int end, int step, int lane_id) {
   using Row = RowVector<T>;
   constexpr uint32_t STRIDE = 32 * Row::COUNT;
   const uint32_t k = static_cast<uint32_t>(params.out.gemm.k), ldq = static_cast<uint32_t>(params.ldq);
-  const uint32_t first = lane_id * Row::COUNT;
-  const T* x = static_cast<const T*>(params.x) + m * params.ldx;
-  int8_t* q = params.q + m * params.ldq;
-  Largest<T> largest;
-  Row kept[WHOLE ? C::VECTORS : 1];
-  if constexpr (WHOLE) {
-#pragma unroll
-    for (int v = 0; v < C::VECTORS; ++v) kept[v].template load<true>(x, first + v * STRIDE, k, true);
-#pragma unroll
-    for (int v = 0; v < C::VECTORS; ++v) largest.add(kept[v]);
-  } else {
 #pragma unroll 1
-    for (uint32_t c = first; c < k; c += STRIDE) {
-      kept[0].load(x, c, k, params.rows_aligned);
-      largest.add(kept[0]);
+  for (int m = first; m < end; m += step) {
+    const T* x = static_cast<const T*>(params.x) + m * params.ldx;
+    Row row;
+    Largest<T> largest;
+#pragma unroll 1
+    for (uint32_t c = lane_id * Row::COUNT; c < k; c += STRIDE) {
+      row.load(x, c, k, params.rows_aligned);
+      largest.add(row);
     }
-  }
-  const TokenScale token(__reduce_max_sync(~0u, largest.bits()));
-  if (lane_id == 0) params.scale[m] = token.scale;
-  auto same = [&](int) { return token.inverse; };
-  if constexpr (WHOLE) {
-#pragma unroll
-    for (int v = 0; v < C::VECTORS; ++v) kept[v].template quantize<true>(q, first + v * STRIDE, ldq, true, same);
-  } else {
+    const TokenScale token(__reduce_max_sync(~0u, largest.bits()));
+    if (lane_id == 0) params.scale[m] = token.scale;
 #pragma unroll 1
-    for (uint32_t c = first; c < ldq; c += STRIDE) {
-      kept[0].load(x, c, k, params.rows_aligned);
-      kept[0].quantize(q, c, ldq, params.rows_aligned, same);
+    for (uint32_t c = lane_id * Row::COUNT; c < ldq; c += STRIDE) {
+      row.load(x, c, k, params.rows_aligned);
+      row.quantize(params.q + m * params.ldq, c, ldq, params.rows_aligned, [&](int) { return token.inverse; });
     }
   }
 }
@@ -197,16 +234,14 @@ __global__ void __launch_bounds__(THREADS, 1) linear_long_sm90(const __grid_cons
     const int quantizer = (warpgroup == 0 ? -1 : warpgroup == 2 ? QUANTIZERS : QUANTIZERS + 4) + warp % 4;
     for (int strip = 0; strip <= last_strip; ++strip) {
       const int warps = warps_of(strip);
-      const int strip_row = first_row + strip * C::BLOCK_M, end = min(C::SHARE, C::BLOCK_M - rank * C::SHARE);
-      for (int r = quantizer; r < end; r += warps) {
-        const int row = strip_row + rank * C::SHARE + r;
-        if (row >= m) break;
-        auto quantize_as = [&](auto type) {
-          using T = decltype(type);
-          if constexpr (sizeof(T) == 2)
-            if (params.rows_whole) return quantize_row<C, T, true>(params, row, lane_id);
-          return quantize_row<C, T, false>(params, row, lane_id);
-        };
+      const int strip_row = first_row + strip * C::BLOCK_M, end = min((rank + 1) * C::SHARE, C::BLOCK_M);
+      const int from = strip_row + rank * C::SHARE + quantizer, to = min(strip_row + end, m);
+      auto quantize_as = [&](auto type) {
+        return quantize_any_rows<C, decltype(type)>(params, from, to, warps, lane_id);
+      };
+      if (params.rows_whole) {
+        quantize_whole_rows<C>(params, from, to, warps, lane_id);
+      } else {
         switch (params.x_dtype) {
           case DType::kFloat16: quantize_as(__half{}); break;
           case DType::kBFloat16: quantize_as(__nv_bfloat16{}); break;
@@ -289,7 +324,7 @@ Status launch_config(const Linear& l, int sm_count, int8_t* q, float* scale, int
   params.x = l.x, params.ldx = l.ldx, params.x_dtype = l.x_dtype;
   params.q = q, params.scale = scale, params.ldq = ldq;
   params.rows_aligned = is_aligned(l.x, 16) && l.ldx % count == 0;
-  params.rows_whole = params.rows_aligned && l.k % count == 0 && ldq <= C::VECTORS * 32 * count;
+  params.rows_whole = count == 8 && params.rows_aligned && l.k % count == 0 && ldq <= C::VECTORS * 32 * count;
   const int64_t clusters = linear_long_sm90_clusters(C::CLUSTER, l.m, sm_count);
   params.strips = static_cast<int>(ceil_div(ceil_div(l.m, C::BLOCK_M), clusters));
   if (params.strips > kLinearLongStrips || l.n > INT32_MAX - C::BLOCK_N)
