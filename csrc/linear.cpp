@@ -37,8 +37,7 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
 
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
-  if (config_id == kChoose && may_take_one_launch(p))
-    config_id = remembered<linear_choose>(p.m, p.n, p.k, device);
+  if (config_id == kChoose && may_take_one_launch(p)) config_id = remembered<linear_choose>(p.m, p.n, p.k, device);
   if (const GemmConfig* config = gemm_config(config_id); config && config->scheme == Scheme::kW8A8Linear) {
     if (const Status status = validate_quantize(quantize); !status.ok()) return status;
     if (const Status status = validate_gemm(product); !status.ok()) return status;
@@ -47,8 +46,7 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
     if (!gemm_runs_on(*config, device))
       return {StatusCode::kUnsupportedDevice,
               "linear: this config is for another GPU: see its compute capabilities and shared memory"};
-    return config->id >= kFirstLinearLongId ? launch_linear_long_sm90(p, config->id, device.sm_count, q, scale, k16, stream)
-                                            : launch_linear_sm90(p, *config, device.sm_count, stream);
+    return launch_linear_sm90(p, *config, device.sm_count, stream);
   }
 
   const Status status = quantize_per_token(quantize, /*release_early=*/p.weight_is_constant, stream);

@@ -69,53 +69,33 @@ constexpr int kAnyNewer = 999;
              w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
              BLOCKS,                                                                 \
              Scheme::kW8A16},
-#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS, SPLIT_ROWS) \
-  GemmConfig{ID,                                                                                    \
-             "linear_" #BM "x" #BN "x128_s" #STAGES "_c" #CLUSTER,                                  \
-             90,                                                                                    \
-             90,                                                                                    \
-             BM,                                                                                    \
-             BN,                                                                                    \
-             kSm90BlockK,                                                                           \
-             SPLIT_ROWS ? 8 : 4,                                                                    \
-             1,                                                                                     \
-             1,                                                                                     \
-             STAGES,                                                                                \
-             CLUSTER,                                                                               \
-             linear_sm90_shared_bytes(BM, BN, STAGES, K_TILES, CONSUMERS),                          \
-             BLOCKS,                                                                                \
-             Scheme::kW8A8Linear,                                                                   \
-             1,                                                                                     \
+#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS) \
+  GemmConfig{ID,                                                                        \
+             "linear_" #BM "x" #BN "x128_s" #STAGES "_c" #CLUSTER,                      \
+             90,                                                                        \
+             90,                                                                        \
+             BM,                                                                        \
+             BN,                                                                        \
+             kSm90BlockK,                                                               \
+             4,                                                                         \
+             1,                                                                         \
+             1,                                                                         \
+             STAGES,                                                                    \
+             CLUSTER,                                                                   \
+             linear_sm90_shared_bytes(BM, BN, STAGES, K_TILES, CONSUMERS),              \
+             BLOCKS,                                                                    \
+             Scheme::kW8A8Linear,                                                       \
+             1,                                                                         \
              K_TILES * kSm90BlockK},
-#define HWKERN_LINEAR_LONG_SM90_ROW(ID, BN, STAGES, CLUSTER, VECTORS) \
-  GemmConfig{ID,                                                      \
-             "linear_64x" #BN "x128_s" #STAGES "_c" #CLUSTER,         \
-             90,                                                      \
-             90,                                                      \
-             kLinearLongRows,                                         \
-             BN,                                                      \
-             kSm90BlockK,                                             \
-             4,                                                       \
-             1,                                                       \
-             1,                                                       \
-             STAGES,                                                  \
-             CLUSTER,                                                 \
-             linear_long_sm90_shared_bytes(BN, STAGES),               \
-             1,                                                       \
-             Scheme::kW8A8Linear,                                     \
-             1,                                                       \
-             256 * VECTORS},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
                                        HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)
                                            HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)
-                                               HWKERN_LINEAR_SM90_CONFIGS(HWKERN_LINEAR_SM90_ROW)
-                                                   HWKERN_LINEAR_LONG_SM90_CONFIGS(HWKERN_LINEAR_LONG_SM90_ROW)};
+                                               HWKERN_LINEAR_SM90_CONFIGS(HWKERN_LINEAR_SM90_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW
 #undef HWKERN_W8A16_ROW
 #undef HWKERN_LINEAR_SM90_ROW
-#undef HWKERN_LINEAR_LONG_SM90_ROW
 
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 

@@ -62,16 +62,13 @@
   X(243, 128, 320, 1, 4, 1, false)   \
   X(244, 128, 352, 1, 3, 1, false)
 
-// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
+// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
-#define HWKERN_LINEAR_SM90_CONFIGS(X)    \
-  X(400, 64, 64, 6, 6, 1, 4, 2, false)   \
-  X(401, 128, 128, 6, 6, 2, 2, 1, false) \
-  X(402, 128, 192, 4, 6, 2, 2, 1, true)
-
-// X(id, BLOCK_N, STAGES, CLUSTER, VECTORS): the same for K up to 256 · VECTORS, quantized through the workspace
-// (linear_long_sm90.cu).
-#define HWKERN_LINEAR_LONG_SM90_CONFIGS(X) X(410, 256, 5, 3, 12)
+#define HWKERN_LINEAR_SM90_CONFIGS(X) \
+  X(400, 64, 64, 6, 6, 1, 4, 2)       \
+  X(401, 128, 128, 6, 6, 2, 2, 1)     \
+  X(403, 64, 128, 6, 6, 2, 2, 1)      \
+  X(404, 64, 64, 6, 6, 1, 4, 1)
 
 namespace hwkern {
 
@@ -159,19 +156,6 @@ constexpr int linear_sm90_shared_bytes(int block_m, int block_n, int stages, int
          2 * sm90_term_bytes(block_n) + 4 * block_m + 16 * stages + 64;
 }
 
-// The ring, a box for each of two consumers, the terms of two tiles, two barriers a stage, two more and one a strip.
-constexpr int kFirstLinearLongId = 410;
-constexpr int kLinearLongRows = 64, kLinearLongStrips = 32;
-constexpr int linear_long_sm90_shared_bytes(int block_n, int stages) {
-  return stages * (kLinearLongRows + block_n) * kSm90BlockK + 2 * kSm90BoxBytes + 2 * block_n * kColumnTermBytes +
-         16 * stages + 16 + 8 * kLinearLongStrips;
-}
-// How many clusters share M: as many as run at once. On an H100 39 clusters of three do, of 44 that its SMs would make.
-constexpr int64_t linear_long_sm90_clusters(int cluster, int64_t m, int sm_count) {
-  const int64_t strips = (m + kLinearLongRows - 1) / kLinearLongRows, at_once = std::max(1, sm_count / (cluster + 1));
-  return std::min(strips, at_once);
-}
-
 // How many blocks share the rows of one: a multiple of the cluster's, so that the busiest SM has the least to do.
 int linear_sm90_groups(const GemmConfig& config, int64_t m, int64_t n, int sm_count);
 
@@ -183,8 +167,5 @@ Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream
 Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream);
 // linear.cpp has validated the problem, and that K is not too large for the row.
 Status launch_linear_sm90(const Linear& problem, const GemmConfig& config, int sm_count, Stream stream);
-// `q` [M, ldq] and `scale` [M] are the workspace.
-Status launch_linear_long_sm90(const Linear& problem, int config_id, int sm_count, int8_t* q, float* scale, int64_t ldq,
-                               Stream stream);
 
 }  // namespace hwkern

@@ -241,7 +241,7 @@ __device__ __forceinline__ void store(const Sm90Params& params, int32_t (&acc)[C
         store_boxes<C, T, false>(params, acc[0], parts[0], scale_n, columns, ptx::shared_address(own), thread, borrowed,
                                  consumer);
       }
-    } else if constexpr (sizeof(T) == 4 && (C::MMAS_M * C::ACCUMULATORS > 128 || (C::PINGPONG && C::ACCUMULATORS == 128))) {
+    } else if constexpr (sizeof(T) == 4 && C::MMAS_M * C::ACCUMULATORS > 128) {
       each([&](int i) { store_any<C>(p, acc[i], parts[i], columns, staging, thread % 32); });
     } else if constexpr (sizeof(T) == 4) {
       each([&](int i) { store_rows<C, T, true>(params, acc[i], parts[i], columns, staging, thread % 32); });

@@ -9,12 +9,12 @@
 //   producer      one thread has the copy engine fill a ring of STAGES buffers with 128 bytes of K of BLOCK_N columns;
 //                 of constant weights the first ones before the preceding kernel has ended
 //   a warp        brings the column terms of the next epilogue
-//   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong), or
-//                 both take 64 rows of one tile (SPLIT_ROWS)
+//   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong)
 //
-// What bounds it: the way from x to the first wgmma is exposed. Quantizing takes 150 instructions a row of 768 and warp, 1.4
-// µs for 64 rows on an SM, and with launch and latency 5 µs pass before the first tile is stored, of the 0.6 µs that a
-// megabyte of D costs. So it wins where one wave of blocks fills the GPU, or few tiles hardly use it: see linear_choose.
+// What bounds it: the way from x to the first wgmma is exposed. Of the 13.3 thousand cycles that pass before it in 401 at
+// 4096×3072×768, rows take 6.5 to arrive, 1.9 to be rounded (150 instructions a row of 768 and warp), and 4.9 to get to the
+// other block of the cluster: the network between SMs carries 10 – 18 bytes a cycle and SM. So it wins where one wave of
+// blocks fills the GPU, or few tiles hardly use it: see linear_choose.
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue_sm90.cuh"
@@ -28,7 +28,6 @@
 #include "ptx/opaque.cuh"
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
-#include "quant/finite.cuh"
 #include "quant/row.cuh"
 
 namespace hwkern {
@@ -36,16 +35,14 @@ namespace {
 
 constexpr int MMA_M = 64, MMA_K = 32, BLOCK_K = kSm90BlockK;
 
-template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_, bool SPLIT_>
+template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_>
 struct Config {
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_, CLUSTER = CLUSTER_;
   static constexpr int CONSUMERS = CONSUMERS_, BLOCKS_PER_SM = BLOCKS_, THREADS = (CONSUMERS + 1) * 128;
-  static constexpr bool SPLIT_ROWS = SPLIT_;  // two consumers share a tile, 64 rows each
-  static constexpr int SHARERS = SPLIT_ROWS ? 2 : 1;  // consumers of one buffer, and of one tile
-  static constexpr bool TURNS = CONSUMERS > SHARERS;  // consumers multiply in turn
+  static constexpr bool TURNS = CONSUMERS > 1;  // consumers multiply in turn
   static constexpr int K_MAX = K_TILES_ * BLOCK_K;
   static constexpr int SHARE = BLOCK_M / CLUSTER;  // rows that this block quantizes
-  static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
+  static constexpr int MMAS_M = BLOCK_M / MMA_M;  // of a tile
   static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each
   static constexpr int TILE_A = BLOCK_M * BLOCK_K, STAGE_BYTES = BLOCK_N * BLOCK_K;
 
@@ -68,7 +65,8 @@ struct Config {
 
   static_assert(BARRIERS + 16 * STAGES + 56 <= SHARED_BYTES);
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
-  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS <= 2 && CONSUMERS >= SHARERS);
+  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS <= 2);
+  static_assert(FOR_PRODUCER < CONSUMER_REGISTERS);
   static_assert(TILE_A % 1024 == 0 && STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
 };
 
@@ -87,92 +85,71 @@ struct Terms {
   int n0, unused[3];
 };
 
-// Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales, into
-// `shared` of all blocks of the cluster. What would be a row beyond the share or beyond x is the last one
-// again: no branches, and the same bytes twice do no harm. A warp has two batches of rows under way, so that one is on its
-// way while the other is rounded.
+// clamp(rint(x · inverse)) of four neighbours of a finite row, packed. 1.5·2²³ + v rounds v to an integer, half to even,
+// which then is the low end of the sum's bits; |x · inverse| < 127.5 because inverse is that of the row's own scale. Half
+// the cycles of a conversion, of which an SM does 16 a cycle.
+__device__ __forceinline__ uint32_t rounded(const float* x, float inverse) {
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), 12582912.0f));
+  return __byte_perm(__byte_perm(v[0], v[1], 0x0040), __byte_perm(v[2], v[3], 0x0040), 0x5410);
+}
+
+// Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales. What would
+// be a row beyond the share or beyond x is the last one again: no branches, and the same bytes twice do no harm.
 template <typename C, typename T, bool WHOLE>
-__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* shared, int rank, int64_t m0) {
+__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0,
+                                              int first) {
   using Row = RowVector<T>;
   constexpr int VECTORS = C::K_MAX * static_cast<int>(sizeof(T)) / 16 / 32;  // a lane's, of one row
   constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::BLOCKS_PER_SM > 1 ? 12 : 18) / VECTORS : 1;
-  constexpr int EVEN = (C::SHARE + WARPS - 1) / WARPS, DEPTH = EVEN > 3 && MOST > 1 ? 2 : 1;
-  constexpr int SOME = EVEN < MOST ? EVEN : MOST, ROWS = (SOME + DEPTH - 1) / DEPTH;  // of a batch
-  constexpr int STRIDE = 32 * Row::COUNT, STEP = WARPS * ROWS;  // elements of all lanes' vectors; rows of all warps
+  constexpr int EVEN = (C::SHARE + WARPS - 1) / WARPS;
+  constexpr int ROWS = EVEN < MOST ? EVEN : MOST;  // that a warp has under way at once
+  constexpr int STRIDE = 32 * Row::COUNT;  // elements of all lanes' vectors
   static_assert(VECTORS * 512 == C::K_MAX * static_cast<int>(sizeof(T)) && ROWS > 0);
   const int warp_id = __shfl_sync(~0u, threadIdx.x / 32, 0), lane_id = threadIdx.x % 32;
   const int64_t last = params.out.gemm.m - 1;
   const T* x = static_cast<const T*>(params.x);
   const uint32_t k = static_cast<uint32_t>(params.out.gemm.k), columns = (k + BLOCK_K - 1) / BLOCK_K * BLOCK_K;
   const uint32_t column = lane_id * Row::COUNT, chunk = column % BLOCK_K / 16 * 16;
-  const uint32_t tile = column / BLOCK_K * C::TILE_A + column % 16;
-  const int first = rank * C::SHARE;
-  uint32_t others[C::CLUSTER];  // where their shared memory starts
-#pragma unroll
-  for (int i = 1; i < C::CLUSTER; ++i)
-    others[i] = ptx::cluster_address(ptx::shared_address(shared), (rank + i) % C::CLUSTER);
-  auto put = [&](uint32_t at, auto value) {
-    *reinterpret_cast<decltype(value)*>(shared + at) = value;
-#pragma unroll
-    for (int i = 1; i < C::CLUSTER; ++i) ptx::store_to_block(others[i] + at, value);
-  };
-
-  Row kept[DEPTH][ROWS][VECTORS];
-  auto load = [&](Row (&batch)[ROWS][VECTORS], int r) {
+  uint8_t* tile = rows + column / BLOCK_K * C::TILE_A + column % 16;
+#pragma unroll 1
+  for (int r = warp_id * ROWS; r < C::SHARE; r += WARPS * ROWS) {
+    Row kept[ROWS][VECTORS];
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const int64_t m = min(m0 + first + min(r + i, C::SHARE - 1), last);
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v)
-        batch[i][v].template load<WHOLE>(x + m * params.ldx, column + v * STRIDE, k, params.rows_aligned);
+        kept[i][v].template load<WHOLE>(x + m * params.ldx, column + v * STRIDE, k, params.rows_aligned);
     }
-  };
-  auto quantize = [&](const Row (&batch)[ROWS][VECTORS], int r) {
     uint32_t largest = 0;  // of row lane_id
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       Largest<T> of_row;
 #pragma unroll
-      for (int v = 0; v < VECTORS; ++v) of_row.add(batch[i][v]);
+      for (int v = 0; v < VECTORS; ++v) of_row.add(kept[i][v]);
       const uint32_t all = __reduce_max_sync(~0u, of_row.bits());
       if (lane_id == i) largest = all;
     }
     const TokenScale token(largest);
-    if (lane_id < ROWS)
-      put(C::SCALES + (first + min(r + lane_id, C::SHARE - 1)) * 4, __float_as_uint(token.scale));
+    if (lane_id < ROWS) scales[first + min(r + lane_id, C::SHARE - 1)] = token.scale;
 #pragma unroll
     for (int i = 0; i < ROWS; ++i) {
       const float inverse = __shfl_sync(~0u, token.inverse, i);
       const int row = first + min(r + i, C::SHARE - 1);
-      const uint32_t out = tile + row * BLOCK_K + (chunk ^ (row % 8 * 16));
+      uint8_t* out = tile + row * BLOCK_K + (chunk ^ (row % 8 * 16));
       const uint32_t finite = inverse == 0.0f ? 0 : ~0u;
 #pragma unroll
       for (int v = 0; v < VECTORS; ++v) {
-        uint32_t packed[Row::COUNT / 4];
+        Vector<uint32_t, Row::COUNT / 4> packed;
         float values[Row::COUNT];
-        batch[i][v].values(values);
+        kept[i][v].values(values);
 #pragma unroll
-        for (int e = 0; e < Row::COUNT; e += 4) packed[e / 4] = rounded(values + e, inverse) & finite;
-        if (column + v * STRIDE < columns) {
-          const uint32_t at = out + v * (STRIDE / BLOCK_K) * C::TILE_A;
-          if constexpr (Row::COUNT == 8) put(at, uint2{packed[0], packed[1]});
-          if constexpr (Row::COUNT == 4) put(at, packed[0]);
-        }
+        for (int e = 0; e < Row::COUNT; e += 4) packed.v[e / 4] = rounded(values + e, inverse) & finite;
+        if (column + v * STRIDE < columns)
+          *reinterpret_cast<decltype(packed)*>(out + v * (STRIDE / BLOCK_K) * C::TILE_A) = packed;
       }
-    }
-  };
-
-  int r = warp_id * ROWS;
-#pragma unroll
-  for (int d = 0; d < DEPTH; ++d)
-    if (r + d * STEP < C::SHARE) load(kept[d], r + d * STEP);
-  if (C::CLUSTER > 1) ptx::cluster_wait();  // the others have started
-#pragma unroll 1
-  for (; r < C::SHARE; r += DEPTH * STEP) {
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-      if (r + d * STEP < C::SHARE) quantize(kept[d], r + d * STEP);
-      if (r + (d + DEPTH) * STEP < C::SHARE) load(kept[d], r + (d + DEPTH) * STEP);
     }
   }
 }
@@ -220,16 +197,18 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
-      ptx::mbarrier_init(empty + s * 8, C::SHARERS);
+      ptx::mbarrier_init(empty + s * 8, 1);
     }
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
-      ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 128);
+      ptx::mbarrier_init(terms_empty + i * 8, 128);
       ptx::mbarrier_init(turn + i * 8, 1);
     }
-    ptx::mbarrier_init(rows_full, C::CLUSTER * C::THREADS / 32);  // all warps that quantize
+    ptx::mbarrier_init(rows_full, 1);
     ptx::mbarrier_init_fence();
     ptx::tma_prefetch_map(&params.out.b.whole);
+    // The rows of the others in the cluster, and their scales.
+    ptx::mbarrier_arrive_expect(rows_full, (C::CLUSTER - 1) * C::SHARE * (k_tiles * BLOCK_K + 4));
     if (p.b_is_constant) produce(0, ahead);
   }
   __syncthreads();
@@ -239,10 +218,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   if (threadIdx.x == 0 && !p.b_is_constant) produce(0, ahead);
 
   {
+    const int first = rank * C::SHARE;
     auto quantize_as = [&](auto type) {
       using T = decltype(type);
-      if (params.rows_whole) return quantize_rows<C, T, true>(params, shared, rank, m0);
-      return quantize_rows<C, T, false>(params, shared, rank, m0);
+      if (params.rows_whole) return quantize_rows<C, T, true>(params, shared, scales, m0, first);
+      return quantize_rows<C, T, false>(params, shared, scales, m0, first);
     };
     switch (params.x_dtype) {
       case DType::kFloat16: quantize_as(__half{}); break;
@@ -250,10 +230,19 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       default: quantize_as(float{}); break;
     }
     ptx::fence_proxy_async();
-    ptx::fence_cluster();
-    __syncwarp();
-    if (lane_id < C::CLUSTER) ptx::mbarrier_arrive_cluster(rows_full, lane_id);
-    __syncwarp();
+    __syncthreads();
+    if constexpr (C::CLUSTER > 1) {
+      constexpr int OTHERS = C::CLUSTER - 1;
+      ptx::cluster_wait();  // the others have started
+      // One tile of K, or the scales, a copy.
+      if (threadIdx.x < OTHERS * (k_tiles + 1)) {
+        const int to = (rank + 1 + threadIdx.x % OTHERS) % C::CLUSTER, part = threadIdx.x / OTHERS;
+        const uint32_t from = part < k_tiles ? base + part * C::TILE_A + first * BLOCK_K : base + C::SCALES + first * 4;
+        ptx::bulk_copy_to_block(ptx::cluster_address(from, to), from, C::SHARE * (part < k_tiles ? BLOCK_K : 4),
+                                ptx::cluster_address(rows_full, to));
+      }
+      __syncwarp();
+    }
   }
 
   if (warpgroup == 0) {
@@ -277,14 +266,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     }
   } else {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_inc<C::CONSUMER_REGISTERS>();
-    const int consumer = warpgroup - 1, half = C::SPLIT_ROWS ? consumer : 0;
+    const int consumer = warpgroup - 1;
     const bool leader = threadIdx.x % 128 == 0;
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
     if (C::TURNS && consumer == 1) ring.skip(k_tiles);
-    ptx::mbarrier_wait(rows_full, 0);
-    ptx::fence_cluster();
-    ptx::fence_proxy_async();
+    if (C::CLUSTER > 1) ptx::mbarrier_wait(rows_full, 0);
     int previous = 0;  // the buffer of the step before
     int i = C::TURNS ? consumer : 0;
     for (uint32_t round = 0; i < tiles; i += C::TURNS ? 2 : 1, ++round) {
@@ -295,8 +282,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       // Invariant: on entry to step k the wgmmas of step k - 1 may still run; its buffer is not yet released.
       for (int k = 0; k < k_tiles; ++k) {
         ptx::mbarrier_wait(full + ring.stage * 8, ring.parity);
-        const uint32_t smem_a = base + k * C::TILE_A + half * MMA_M * BLOCK_K;
-        const uint64_t a = ptx::wgmma_descriptor(smem_a);
+        const uint64_t a = ptx::wgmma_descriptor(base + k * C::TILE_A);
         const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES);
         ptx::wgmma_fence();
 #pragma unroll
@@ -324,7 +310,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       Part parts[C::MMAS_M];
 #pragma unroll
       for (int part = 0; part < C::MMAS_M; ++part) {
-        const int row = (half + part) * MMA_M + warp_id * 16;
+        const int row = part * MMA_M + warp_id * 16;
         parts[part] = {m0 + row, terms.n0, C::BLOCK_N, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
       }
       ptx::wgmma_wait<0>();

@@ -34,17 +34,4 @@ __device__ __forceinline__ void store_to_block(uint32_t remote, uint32_t remote_
       : "memory");
 }
 
-// Ordinary stores into the shared memory of another block, at cluster_address'es. What another block is to see of them
-// must be followed by fence_cluster() and an arrival at its barrier.
-__device__ __forceinline__ void store_to_block(uint32_t remote, uint2 v) {
-  asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};\n" ::"r"(remote), "r"(v.x), "r"(v.y) : "memory");
-}
-__device__ __forceinline__ void store_to_block(uint32_t remote, uint32_t v) {
-  asm volatile("st.shared::cluster.b32 [%0], %1;\n" ::"r"(remote), "r"(v) : "memory");
-}
-
-// Before an arrival: this thread's writes come first for every thread of the cluster. After a wait: its reads come after
-// what preceded the arrivals. A MEMBAR.GPU, some hundred cycles.
-__device__ __forceinline__ void fence_cluster() { asm volatile("fence.acq_rel.cluster;\n" ::: "memory"); }
-
 }  // namespace hwkern::ptx

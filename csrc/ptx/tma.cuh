@@ -76,8 +76,4 @@ __device__ __forceinline__ void bulk_copy_to_block(uint32_t remote, uint32_t sme
 // Makes this thread's ordinary writes to shared memory visible to the copy engine.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
-// Makes this thread's ordinary writes to memory of any kind visible to the copy engine, or the copy engine's later reads
-// come after this thread's earlier ones.
-__device__ __forceinline__ void fence_proxy_async_all() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
-
 }  // namespace hwkern::ptx

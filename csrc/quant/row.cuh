@@ -10,7 +10,6 @@
 #include "core/float_types.cuh"
 #include "hwkern.h"
 #include "ptx/convert.cuh"
-#include "ptx/max.cuh"
 #include "ptx/opaque.cuh"
 
 namespace hwkern {
@@ -75,14 +74,12 @@ struct Word {
       return pair(__hmul2_rn(as_pair(a), as_pair(b)));
     }
   }
-  // The larger of |a| and |b|, NaN if one is; of 16-bit values with any sign.
+  // The larger of |a| and |b|, NaN if one is.
   static __device__ __forceinline__ uint32_t max_magnitude(uint32_t a, uint32_t b) {
     if constexpr (std::is_same_v<T, float>) {
       return max(a, b & 0x7fffffffu);
-    } else if constexpr (std::is_same_v<T, __half>) {
-      return ptx::max_abs_f16x2(a, b);
     } else {
-      return ptx::max_abs_bf16x2(a, b);
+      return pair(__hmax2_nan(as_pair(a), __habs2(as_pair(b))));
     }
   }
 
