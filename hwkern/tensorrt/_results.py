@@ -1,8 +1,8 @@
 """Host results in page-locked memory: the GPU writes them where the caller reads them.
 
-Copied out of a staging buffer into new memory, a result costs page faults and two more passes over memory: MiniLM on
-an H100 took 0.7 ms for 32 requests on the GPU and 1.6 ms in all, for a result of 6 MB. So a result is handed out where
-it arrived, and its memory is used again when the caller lets go of it.
+Copied out of a staging buffer into new memory, a result costs page faults and two more passes over memory: 6.3 MB,
+MiniLM's for 32 requests of 128 tokens, took 652 µs from the GPU to a numpy array on an H100, and 127 µs where it is
+handed out as it arrived. Its memory is used again when the caller lets go of it.
 """
 
 from __future__ import annotations
