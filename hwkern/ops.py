@@ -564,11 +564,11 @@ def eager_linear(
     if _is_plain(x, weight_scale, k):
         records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
-            known = cell.holds(weight, weight_scale, bias)
+            known, seen = cell.holds(weight, weight_scale, bias), is_constant(weight)  # of an earlier call, both
             if (known or cell.read(weight, weight_scale, bias)) and _fits_cuda(x, k, cell):
                 if records:
                     return _apply(x, bias, (weight, weight_scale), cell)
-                return _launch_cell(x, cell, weight, known and is_constant(weight), x.dtype)
+                return _launch_cell(x, cell, weight, known and seen, x.dtype)
         elif x.is_cpu and not is_autocast_enabled("cpu") and _fits_cpu(weight, weight_scale, bias, k):
             if records:
                 return _apply(x, bias, (weight, weight_scale), None)

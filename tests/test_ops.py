@@ -351,6 +351,32 @@ def test_a_bias_cast_twice_back_to_its_first_address_is_read_again(monkeypatch: 
     assert not cell.holds(weight, scale, memory)
 
 
+def test_a_layer_s_weight_counts_as_constant_from_its_second_call_on(monkeypatch: pytest.MonkeyPatch):
+    """A CUDA graph is captured after one call, as a rule: what that call does not know stays unknown in the graph."""
+
+    class Cell:  # holds() as LaunchCell's: false until read() was called
+        read_once = False
+
+        def holds(self, *tensors: Tensor | None) -> bool:
+            return self.read_once
+
+        def read(self, *tensors: Tensor | None) -> bool:
+            self.read_once = True
+            return True
+
+    launched: list[bool] = []
+    monkeypatch.setattr(ops, "_is_plain", lambda *_: True)
+    monkeypatch.setattr(ops, "_fits_cuda", lambda *_: True)
+    monkeypatch.setattr(ops, "_launch_cell", lambda x, cell, weight, constant, dtype: launched.append(constant))
+    x = SimpleNamespace(is_cuda=True, requires_grad=False, dtype=torch.bfloat16)
+    cell, scale = Cell(), torch.ones(2)
+    for weight in (torch.zeros(2, 16, dtype=torch.int8), torch.zeros(2, 16, dtype=torch.int8)):
+        cell.read_once = False
+        for _ in range(3):
+            ops.eager_linear(x, weight, scale, None, 16, cell)  # type: ignore[arg-type]
+    assert launched == [False, True, True] * 2
+
+
 @pytest.mark.gpu
 def test_a_layer_s_new_addresses_are_seen():
     """The cell remembers addresses; each of the three tensors may move, or be replaced, between two calls."""
