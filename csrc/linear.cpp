@@ -37,8 +37,7 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
 
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
-  if (config_id == kChoose && may_take_one_launch(p))
-    config_id = remembered<linear_choose>(p.m, p.n, p.k, device);
+  if (config_id == kChoose && may_take_one_launch(p)) config_id = remembered<linear_choose>(p.m, p.n, p.k, device);
   if (const GemmConfig* config = gemm_config(config_id); config && config->scheme == Scheme::kW8A8Linear) {
     if (const Status status = validate_quantize(quantize); !status.ok()) return status;
     if (const Status status = validate_gemm(product); !status.ok()) return status;

@@ -69,23 +69,23 @@ constexpr int kAnyNewer = 999;
              w8a16_shared_bytes(BM, BN, WN, WK, STAGES, X_STAGES, CLUSTER),          \
              BLOCKS,                                                                 \
              Scheme::kW8A16},
-#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS, SPLIT_ROWS) \
-  GemmConfig{ID,                                                                                    \
-             "linear_" #BM "x" #BN "x128_s" #STAGES "_c" #CLUSTER,                                  \
-             90,                                                                                    \
-             90,                                                                                    \
-             BM,                                                                                    \
-             BN,                                                                                    \
-             kSm90BlockK,                                                                           \
-             SPLIT_ROWS ? 8 : 4,                                                                    \
-             1,                                                                                     \
-             1,                                                                                     \
-             STAGES,                                                                                \
-             CLUSTER,                                                                               \
-             linear_sm90_shared_bytes(BM, BN, STAGES, K_TILES, CONSUMERS),                          \
-             BLOCKS,                                                                                \
-             Scheme::kW8A8Linear,                                                                   \
-             1,                                                                                     \
+#define HWKERN_LINEAR_SM90_ROW(ID, BM, BN, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS) \
+  GemmConfig{ID,                                                                        \
+             "linear_" #BM "x" #BN "x128_s" #STAGES "_c" #CLUSTER,                      \
+             90,                                                                        \
+             90,                                                                        \
+             BM,                                                                        \
+             BN,                                                                        \
+             kSm90BlockK,                                                               \
+             4,                                                                         \
+             1,                                                                         \
+             1,                                                                         \
+             STAGES,                                                                    \
+             CLUSTER,                                                                   \
+             linear_sm90_shared_bytes(BM, BN, STAGES, K_TILES, CONSUMERS),              \
+             BLOCKS,                                                                    \
+             Scheme::kW8A8Linear,                                                       \
+             1,                                                                         \
              K_TILES * kSm90BlockK},
 constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
                                        HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)

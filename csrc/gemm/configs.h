@@ -62,12 +62,13 @@
   X(243, 128, 320, 1, 4, 1, false)   \
   X(244, 128, 352, 1, 3, 1, false)
 
-// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
+// X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
-#define HWKERN_LINEAR_SM90_CONFIGS(X)    \
-  X(400, 64, 64, 6, 6, 1, 4, 2, false)   \
-  X(401, 128, 128, 6, 6, 2, 2, 1, false) \
-  X(402, 128, 192, 4, 6, 2, 2, 1, true)
+#define HWKERN_LINEAR_SM90_CONFIGS(X) \
+  X(400, 64, 64, 6, 6, 1, 4, 2)       \
+  X(401, 128, 128, 6, 6, 2, 2, 1)     \
+  X(403, 64, 128, 6, 6, 2, 2, 1)      \
+  X(404, 64, 64, 6, 6, 1, 4, 1)
 
 namespace hwkern {
 

@@ -157,22 +157,23 @@ int linear_sm90_groups(const GemmConfig& c, int64_t m, int64_t n, int sm_count) 
   return static_cast<int>(best);
 }
 
-// Where one launch was faster than two on an H100 SXM, mostly by 5 – 9 %. By rules and not by predicted times, because such
+// Where one launch was faster than two on an H100 SXM, mostly by 4 – 9 %. By rules and not by predicted times, because such
 // a difference is within what the model is wrong by. Measured with bfloat16 in and out, one launch / two, µs:
-//   400   64 × 64     128×3072×768 4.8 / 5.2, 512×768×768 5.0 / 5.3, 256×1536×384 4.0 / 4.5, 512×384×384 3.9 / 4.2; but with
-//                     fewer than 24 blocks, 64×768×768, 4.3 / 3.8, and with more than one an SM, 256×3072×768, 6.1 / 5.6
-//   401   128 × 128   4096×3072×768 24.9 / 26.5, 4096×2048×512 15.5 / 16.7; but with 384 columns a block, 2048×3072×768,
-//                     15.9 / 14.7, and with 96 blocks, 3000×3072×768, 23.8 / 21.5
-//   402   128 × 192   4096×2304×768 21.5 / 22.7
+//   400   64 × 64     128×3072×768 4.8 / 5.2, 256×1536×384 4.0 / 4.5, 512×384×384 3.9 / 4.2; but with fewer than 24 blocks,
+//                     64×768×768, 4.3 / 3.8, and with more than one an SM, 256×3072×768, 6.1 / 5.6
+//   404   the same, compiled for one block an SM: 512×768×768 4.7 / 4.9, with 400 4.9
+//   401   128 × 128   4096×3072×768 24.6 / 25.5; but with 384 columns a block, 2048×3072×768,
+//                     15.9 / 14.0, with 576, 4096×2304×768, 21.7 / 20.0, and with 96 blocks, 3000×3072×768, 23.8 / 21.5
+//   403   64 × 128    384 columns a block, 4096×768×768 10.8 / 11.3 and 1024×3072×768 10.0 / 10.4, with one consumer, where
+//                     two take 3 % less; but with 256 columns, 2048×768×768, 8.3 / 7.0, and with 768, 2048×3072×768,
+//                     15.9 / 14.0
 static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kWide = 1.06;  // time of a column in 402's tiles, in that of one in 401's
-  const GemmConfig &small = *gemm_config(400), &square = *gemm_config(401), &wide = *gemm_config(402);
-  if (m < small.block_m || m > 8192 || n < 1 || k < 1 || k > small.max_k || !gemm_runs_on(square, device) ||
-      !gemm_runs_on(wide, device))
-    return -1;
+  const GemmConfig &small = *gemm_config(400), &square = *gemm_config(401), &low = *gemm_config(403);
+  if (m < small.block_m || m > 8192 || n < 1 || k < 1 || k > small.max_k || !gemm_runs_on(square, device)) return -1;
   if (m <= 512) {
     const int64_t blocks = ceil_div(m, small.block_m) * ceil_div(n, small.block_n);
-    return blocks >= 24 && 4 * blocks <= 3 * device.sm_count ? small.id : -1;
+    if (blocks < 24 || 4 * blocks > 3 * device.sm_count) return -1;
+    return m > 256 && k > 640 ? 404 : small.id;
   }
   // Columns that a block multiplies, where one wave of blocks fills the GPU; else 0.
   auto columns = [&](const GemmConfig& c) -> int64_t {
@@ -180,14 +181,25 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
     const bool fills = wave <= device.sm_count && 100 * wave >= 93 * device.sm_count;
     return fills ? ceil_div(ceil_div(n, c.block_n), groups) * c.block_n : 0;
   };
-  const int64_t in_square = columns(square), in_wide = columns(wide);
-  if (in_square < 512 || in_wide < 512 || in_square > 1024) return -1;
-  return static_cast<double>(in_square) <= kWide * static_cast<double>(in_wide) ? square.id : wide.id;
+  if (k <= 640) return -1;  // not measured since the GEMM of two launches got faster
+  if (const int64_t in_square = columns(square); in_square > 640 && in_square <= 1024) return square.id;
+  return columns(low) == 384 ? low.id : -1;
+}
+
+// The GEMM after quantize: gemm_choose's, but where tiles of 128 tokens are one wave of blocks for most of the SMs, they
+// were faster in a layer. Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6,
+// 223 / 228 2048×768×3072 16.8 / 17.6.
+static int choose_after_quantize(int64_t m, int64_t n, int64_t k, const Device& device) {
+  const int id = gemm_choose(m, n, k, device, /*b_is_constant=*/true);
+  const GemmConfig* other = gemm_config(id == 209 ? 222 : id == 225 || id == 228 ? 223 : -1);
+  if (!other || m < 512 || n > 3072 || k <= 640 || k > 3072 || !gemm_runs_on(*other, device)) return id;
+  const int64_t blocks = ceil_div(m, other->block_m) * ceil_div(n, other->block_n);
+  return blocks <= device.sm_count && 10 * blocks >= 7 * device.sm_count ? other->id : id;
 }
 
 int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int one_launch = choose_one_launch(m, n, k, device);
-  return one_launch >= 0 ? one_launch : gemm_choose(m, n, k, device, /*b_is_constant=*/true);  // after quantize
+  return one_launch >= 0 ? one_launch : choose_after_quantize(m, n, k, device);
 }
 
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,

@@ -9,12 +9,12 @@
 //   producer      one thread has the copy engine fill a ring of STAGES buffers with 128 bytes of K of BLOCK_N columns;
 //                 of constant weights the first ones before the preceding kernel has ended
 //   a warp        brings the column terms of the next epilogue
-//   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong), or
-//                 both take 64 rows of one tile (SPLIT_ROWS)
+//   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong)
 //
-// What bounds it: the way from x to the first wgmma is exposed. Quantizing takes 150 instructions a row of 768 and warp, 1.4
-// µs for 64 rows on an SM, and with launch and latency 5 µs pass before the first tile is stored, of the 0.6 µs that a
-// megabyte of D costs. So it wins where one wave of blocks fills the GPU, or few tiles hardly use it: see linear_choose.
+// What bounds it: the way from x to the first wgmma is exposed. Of the 13.3 thousand cycles that pass before it in 401 at
+// 4096×3072×768, rows take 6.5 to arrive, 1.9 to be rounded (150 instructions a row of 768 and warp), and 4.9 to get to the
+// other block of the cluster: the network between SMs carries 10 – 18 bytes a cycle and SM. So it wins where one wave of
+// blocks fills the GPU, or few tiles hardly use it: see linear_choose.
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue_sm90.cuh"
@@ -35,16 +35,14 @@ namespace {
 
 constexpr int MMA_M = 64, MMA_K = 32, BLOCK_K = kSm90BlockK;
 
-template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_, bool SPLIT_>
+template <int BLOCK_M_, int BLOCK_N_, int STAGES_, int K_TILES_, int CONSUMERS_, int CLUSTER_, int BLOCKS_>
 struct Config {
   static constexpr int BLOCK_M = BLOCK_M_, BLOCK_N = BLOCK_N_, STAGES = STAGES_, CLUSTER = CLUSTER_;
   static constexpr int CONSUMERS = CONSUMERS_, BLOCKS_PER_SM = BLOCKS_, THREADS = (CONSUMERS + 1) * 128;
-  static constexpr bool SPLIT_ROWS = SPLIT_;  // two consumers share a tile, 64 rows each
-  static constexpr int SHARERS = SPLIT_ROWS ? 2 : 1;  // consumers of one buffer, and of one tile
-  static constexpr bool TURNS = CONSUMERS > SHARERS;  // consumers multiply in turn
+  static constexpr bool TURNS = CONSUMERS > 1;  // consumers multiply in turn
   static constexpr int K_MAX = K_TILES_ * BLOCK_K;
   static constexpr int SHARE = BLOCK_M / CLUSTER;  // rows that this block quantizes
-  static constexpr int MMAS_M = BLOCK_M / MMA_M / SHARERS;  // of one consumer's part of a tile
+  static constexpr int MMAS_M = BLOCK_M / MMA_M;  // of a tile
   static constexpr int ACCUMULATORS = BLOCK_N / 2;  // int32 registers a thread for each
   static constexpr int TILE_A = BLOCK_M * BLOCK_K, STAGE_BYTES = BLOCK_N * BLOCK_K;
 
@@ -67,7 +65,8 @@ struct Config {
 
   static_assert(BARRIERS + 16 * STAGES + 56 <= SHARED_BYTES);
   static_assert(BLOCKS_PER_SM * (SHARED_BYTES + 1024) <= 233472, "228 KB an SM, 1 KB a block is the system's");
-  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS <= 2 && CONSUMERS >= SHARERS);
+  static_assert(MMAS_M * ACCUMULATORS <= 192 && SHARE % 8 == 0 && CONSUMERS <= 2);
+  static_assert(FOR_PRODUCER < CONSUMER_REGISTERS);
   static_assert(TILE_A % 1024 == 0 && STAGE_BYTES % 1024 == 0, "the swizzle wants tiles at multiples of 1024 bytes");
 };
 
@@ -198,11 +197,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   if (threadIdx.x == 0) {
     for (int s = 0; s < C::STAGES; ++s) {
       ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
-      ptx::mbarrier_init(empty + s * 8, C::SHARERS);
+      ptx::mbarrier_init(empty + s * 8, 1);
     }
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(terms_full + i * 8, 32);
-      ptx::mbarrier_init(terms_empty + i * 8, C::SHARERS * 128);
+      ptx::mbarrier_init(terms_empty + i * 8, 128);
       ptx::mbarrier_init(turn + i * 8, 1);
     }
     ptx::mbarrier_init(rows_full, 1);
@@ -267,7 +266,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     }
   } else {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_inc<C::CONSUMER_REGISTERS>();
-    const int consumer = warpgroup - 1, half = C::SPLIT_ROWS ? consumer : 0;
+    const int consumer = warpgroup - 1;
     const bool leader = threadIdx.x % 128 == 0;
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
@@ -283,8 +282,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       // Invariant: on entry to step k the wgmmas of step k - 1 may still run; its buffer is not yet released.
       for (int k = 0; k < k_tiles; ++k) {
         ptx::mbarrier_wait(full + ring.stage * 8, ring.parity);
-        const uint32_t smem_a = base + k * C::TILE_A + half * MMA_M * BLOCK_K;
-        const uint64_t a = ptx::wgmma_descriptor(smem_a);
+        const uint64_t a = ptx::wgmma_descriptor(base + k * C::TILE_A);
         const uint64_t b = ptx::wgmma_descriptor(base + C::RING + ring.stage * C::STAGE_BYTES);
         ptx::wgmma_fence();
 #pragma unroll
@@ -312,7 +310,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       Part parts[C::MMAS_M];
 #pragma unroll
       for (int part = 0; part < C::MMAS_M; ++part) {
-        const int row = (half + part) * MMA_M + warp_id * 16;
+        const int row = part * MMA_M + warp_id * 16;
         parts[part] = {m0 + row, terms.n0, C::BLOCK_N, {scales[row + lane / 4], scales[row + lane / 4 + 8]}};
       }
       ptx::wgmma_wait<0>();
