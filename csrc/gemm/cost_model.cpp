@@ -186,9 +186,9 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
   return columns(low) == 384 ? low.id : -1;
 }
 
-// The GEMM after quantize, where it was another one than gemm_choose's, in the layer and alone; one launch of tiles of 128
-// tokens for most of the SMs. This one / gemm_choose's, µs: 222 and 209 1024×768×768 5.7 / 6.1, 223 and 225 512×3072×768
-// 7.1 / 7.6, 223 and 228 2048×768×3072 16.8 / 17.6.
+// The GEMM after quantize: gemm_choose's, but where tiles of 128 tokens are one wave of blocks for most of the SMs, they
+// were faster in a layer. Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6,
+// 223 / 228 2048×768×3072 16.8 / 17.6.
 static int choose_after_quantize(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int id = gemm_choose(m, n, k, device, /*b_is_constant=*/true);
   const GemmConfig* other = gemm_config(id == 209 ? 222 : id == 225 || id == 228 ? 223 : -1);
