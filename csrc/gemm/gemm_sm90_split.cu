@@ -21,6 +21,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
@@ -33,17 +34,17 @@ constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
 constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, bool EARLY_>
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, int RELEASE_>
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
-  static constexpr bool EARLY = EARLY_;
+  static constexpr int RELEASE = RELEASE_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   // A wgmma and a box of the copy engine take at most 256 tokens: more are two of half the width.
   static constexpr int MMAS = TOKENS > 256 ? 2 : 1, MMA_N = TOKENS / MMAS;
   // Those sums want registers that the other threads give up: a whole warpgroup then, of which one warp produces.
   static constexpr bool WIDE = MMAS > 1;
-  static constexpr int THREADS = CONSUMER_THREADS + (WIDE ? 128 : 32);
+  static constexpr int THREADS = CONSUMER_THREADS + (WIDE ? 128 : 64);
   static constexpr int BYTES_B = ROWS * BLOCK_K, BYTES_A = TOKENS * BLOCK_K, STAGE_BYTES = BYTES_B + BYTES_A;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
@@ -168,7 +169,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const uint32_t received = empty + C::STAGES * 8;  // the other blocks' sums of this block's share
   const uint32_t ready = received + 8;  // every block of the cluster is done with its ring
   const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
-  const bool is_producer = warp_id >= C::WARPS, is_first = warp_id == C::WARPS && lane_id == 0;
 
   const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
@@ -179,58 +179,54 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const int tokens = static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}));
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
-  auto load_weights = [&](int i, int stage) {
-    const uint32_t barrier = full + stage * 8, smem = base + stage * C::STAGE_BYTES;
-    const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
-    ptx::mbarrier_arrive_expect(barrier, (rows + tokens) * BLOCK_K);
-    if (params.tiles_m == 1) {
-      ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
-    } else {
-      ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
-    }
-  };
-  auto load_tokens = [&](int i, int stage) {
-    const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B;
-    // NOTE: how many boxes there may be is known here: a build with a loop over their number at run time, in the one thread
-    // that asks for everything, took 33.9 µs for 256×4096×14336 where one like this had taken 30.2.
-#pragma unroll
-    for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
-      if (first >= tokens) break;
-      const CUtensorMap* map = tokens - first < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
-      ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
-    }
-  };
-
-  int requested = 0;  // weights of the first buffers
-  if (is_first) {
+  if (warp_id == C::WARPS && ptx::elect_one()) {
     for (int s = 0; s < C::STAGES; ++s) {
-      ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
+      ptx::mbarrier_init(full + s * 8, 2);  // the producers; the rest is bytes
       ptx::mbarrier_init(empty + s * 8, C::CONSUMERS);
     }
     ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(ready, C::SPLIT);
     ptx::mbarrier_init_fence();
-    if (p.b_is_constant)
-#pragma unroll 1
-      for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested, requested);
     if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
   }
   __syncthreads();
   if (C::SPLIT > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
 
-  if (is_producer) {
+  if (warp_id >= C::WARPS) {
     if (C::WIDE) ptx::setmaxnreg_dec<24>();
-    if (is_first) {
-      ptx::grid_wait();
-      if (C::EARLY) ptx::grid_release();
-      RingPosition<C::STAGES> at;
+    RingPosition<C::STAGES> at;
+    if (warp_id == C::WARPS && ptx::elect_one()) {
+      const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
+      if (!p.b_is_constant) ptx::grid_wait();
 #pragma unroll 1
       for (int i = 0; i < k_count; ++i, at.advance()) {
+        const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES;
         ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-        if (i >= requested) load_weights(i, at.stage);
-        load_tokens(i, at.stage);
+        ptx::mbarrier_arrive_expect(barrier, rows * BLOCK_K);
+        if (params.tiles_m == 1) {
+          ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+        } else {
+          ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+        }
       }
-      if (!C::EARLY) ptx::grid_release();
+    } else if (warp_id == C::WARPS + 1 && ptx::elect_one()) {
+      auto map_of = [&](int box) {
+        return tokens - box * C::MMA_N < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
+      };
+      ptx::tma_prefetch_map(map_of(0));
+      ptx::grid_wait();
+      const int release = k_count * C::RELEASE / 8;
+#pragma unroll 1
+      for (int i = 0; i < k_count; ++i, at.advance()) {
+        const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES + C::BYTES_B;
+        if (C::RELEASE < 8 && i == release) ptx::grid_release();
+        ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+        ptx::mbarrier_arrive_expect(barrier, tokens * BLOCK_K);
+        ptx::tma_load(smem, map_of(0), barrier, (k_first + i) * BLOCK_K, token0);
+        if (C::WIDE && tokens > C::MMA_N)
+          ptx::tma_load(smem + C::MMA_N * BLOCK_K, map_of(1), barrier, (k_first + i) * BLOCK_K, token0 + C::MMA_N);
+      }
+      if (C::RELEASE == 8) ptx::grid_release();
     }
     __syncwarp();
     if (C::SPLIT > 1) {
@@ -242,14 +238,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   }
 
   if (C::WIDE) ptx::setmaxnreg_inc<232>();
-  float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
-  float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
+  // Asked for here and waited for after the main loop.
+  float2 my_column{};
+  float my_scales[(C::TOKENS - 1) / C::CONSUMER_THREADS + 1];
   if (!p.b_is_constant) ptx::grid_wait();
-  if (threadIdx.x < C::ROWS) columns[threadIdx.x] = column_terms(p, row0 + threadIdx.x);
+  if (threadIdx.x < C::ROWS) my_column = column_terms(p, row0 + threadIdx.x);
   if (p.b_is_constant) ptx::grid_wait();
 #pragma unroll
   for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
-    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = row_scale(p, token0 + t + threadIdx.x);
+    my_scales[t / C::CONSUMER_THREADS] = t + threadIdx.x < C::TOKENS ? row_scale(p, token0 + t + threadIdx.x) : 0;
 
   // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
   int32_t acc[C::MMAS][C::MMA_N / 2];
@@ -278,6 +275,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     at.advance();
   }
   ptx::wgmma_wait<0>();
+  float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
+  float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
+  if (threadIdx.x < C::ROWS) columns[threadIdx.x] = my_column;
+#pragma unroll
+  for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
+    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = my_scales[t / C::CONSUMER_THREADS];
   ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
 
   // D's fragment of a warp: lane (group, pair) holds rows group, group + 8 of tokens pair, pair + 1 of every 8.
