@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from hwkern import ops
 from hwkern._probe import both_ways, check, distance_problem, product_problem
@@ -90,8 +91,11 @@ class _FusedBlock(_Fused):
         if args or not f.usable(norm, mlp, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
-        product, h = norm._fusion.run_sum(norm, x, hidden_states)
         last: MlpFusion = mlp._fusion
+        if is_compiling() and is_few(x):
+            given = norm._fusion.arguments(norm)
+            return norm._fusion.readers.then(last.output, x, hidden_states, given, last.activation, last.gated)
+        product, h = norm._fusion.run_sum(norm, x, hidden_states)
         if is_few(h):
             return last.output.after_activation(product, last.activation, last.gated, h)
         return h + last.output.after_activation(product, last.activation, last.gated)
@@ -138,14 +142,16 @@ class NormFusion:
     def parts(self) -> tuple[Merged, ...]:
         return (self.readers,)
 
+    def arguments(self, norm: Any) -> tuple[Tensor | None, Tensor | None, str, float, float]:
+        """Weight, bias, kind, eps and offset, as the operators take them."""
+        return norm.weight, norm._parameters.get("bias"), self.kind, getattr(norm, self.eps), self.offset
+
     def run(self, norm: Any, x: Tensor) -> Tensor:
-        bias = norm._parameters.get("bias")
-        return self.readers.after_norm(x, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
+        return self.readers.after_norm(x, *self.arguments(norm))
 
     def run_sum(self, norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The readers' product for ``h = x + residual``, and h."""
-        bias = norm._parameters.get("bias")
-        return self.readers.after_sum(x, residual, norm.weight, bias, self.kind, getattr(norm, self.eps), self.offset)
+        return self.readers.after_sum(x, residual, *self.arguments(norm))
 
     def problem(self, norm: nn.Module, x: Tensor) -> str:
         """The kernel's norm against the module's; and the product of all readers, which has the very bits of each."""

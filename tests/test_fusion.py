@@ -18,7 +18,7 @@ import hwkern
 from hwkern import _fused_linear, _fusion, ops, reference
 from hwkern._recipes import Recipe
 from hwkern.nn import Int8Linear
-from hwkern.nn.merged import Merged
+from hwkern.nn.merged import EPILOGUE_TOKENS, Merged
 
 transformers = pytest.importorskip("transformers")
 
@@ -189,6 +189,24 @@ def test_rows_with_strides_and_no_rows(device: str) -> None:
     assert torch.equal(_fused_linear.norm_linear(x[:, :64], weight, scale)[0], want)
     assert _fused_linear.norm_linear(x[:0, :64], weight, scale)[0].shape == (0, 48)
     assert _fused_linear.activation_linear(x[:0], weight, scale, gated=True).shape == (0, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_mlp_in_one_operator_has_the_bits_of_two(dtype: torch.dtype, gated: bool, device: str) -> None:
+    k, wide = 96, 160
+    x, residual = (torch.randn(2, 3, k, device=device).to(dtype) for _ in range(2))
+    weight, scale = weights(2 * wide if gated else wide, k, device)
+    last, last_scale = weights(k, wide, device)
+    bias, norm = torch.randn(len(weight), device=device), torch.randn(k, device=device)
+    given = (norm, None, "rms", 1e-5, 1.0)
+    y, h = _fused_linear.norm_linear(x, weight, scale, bias, *given, residual)
+    want = _fused_linear.activation_linear(y, last, last_scale, None, "silu", gated, h)
+    arguments = (x, residual, weight, scale, bias, *given, last, last_scale, None, "silu", gated)
+    assert torch.equal(torch.ops.hwkern.norm_mlp.default(*arguments), want)
+    torch.library.opcheck(torch.ops.hwkern.norm_mlp.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        torch.ops.hwkern.norm_mlp.default(x.requires_grad_(), *arguments[1:])
 
 
 def test_a_wrong_weight_and_a_gradient_are_sentences(device: str) -> None:
@@ -798,7 +816,7 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
     assert torch.equal(run(compiled, inputs), want)
     if "norm" in "".join(FAMILIES[family][1]):
         assert "hwkern.norm_linear.default" in names
-        assert "hwkern.activation_linear.default" in names
+        assert {"hwkern.activation_linear.default", "hwkern.norm_mlp.default"} & names
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
@@ -840,8 +858,12 @@ def test_compiling_is_not_taken_for_exporting(monkeypatch: pytest.MonkeyPatch) -
         return graph.forward
 
     run(torch.compile(model, fullgraph=True, backend=backend), inputs_of(model))
-    fused = ["hwkern.norm_linear.default", "hwkern.int8_linear.default", "hwkern.activation_linear.default"]
-    assert names == [fused[0], fused[1], fused[0], fused[2]]
+    few = ["hwkern.norm_linear.default", "hwkern.linear_no_grad.default", "hwkern.norm_mlp.default"]
+    assert names == few
+    names.clear()
+    many = {"input_ids": torch.randint(3, 99, (1, EPILOGUE_TOKENS + 1))}
+    run(torch.compile(model, fullgraph=True, backend=backend, dynamic=False), many)
+    assert names == [*few[:2], "hwkern.norm_linear.default", "hwkern.activation_linear.default"]
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")

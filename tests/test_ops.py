@@ -425,6 +425,20 @@ def test_a_layer_s_weight_counts_as_constant_from_its_second_call_on(monkeypatch
     assert launched == [False, True, True] * 2
 
 
+@pytest.mark.parametrize("only", [False, True])
+def test_the_operator_of_compiled_inference_has_the_bits_of_the_differentiable_ones(device: str, only: bool):
+    x = torch.randn(5, 70, device=device, dtype=torch.bfloat16)
+    weight, scale = ops.pad_weight(torch.randint(-127, 128, (48, 70), dtype=torch.int8)).to(device), torch.rand(48)
+    scale, bias = scale.to(device), torch.randn(48, device=device)
+    call = torch.ops.hwkern.linear_no_grad.default
+    with torch.no_grad():
+        want = (ops.weight_only_linear if only else ops.int8_linear)(x, weight, scale, bias)
+        assert torch.equal(call(x, weight, scale, bias, only), want)
+        torch.library.opcheck(call, (x, weight, scale, bias, only), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        call(x.requires_grad_(), weight, scale, bias, only)
+
+
 @pytest.mark.gpu
 def test_a_layer_s_new_addresses_are_seen():
     """The cell remembers addresses; each of the three tensors may move, or be replaced, between two calls."""

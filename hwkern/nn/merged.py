@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from hwkern import _fused_linear, ops
+from hwkern._tracing import exporting
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
 
@@ -198,6 +199,24 @@ class Merged:
             return y, h
         return _fused_linear.norm_linear(x, weight, scale, bias, norm_weight, norm_bias, kind, eps, offset, residual)
 
+    def then(
+        self,
+        last: Merged,
+        x: Tensor,
+        residual: Tensor,
+        norm: tuple[Tensor | None, Tensor | None, str, float, float],
+        activation: str,
+        gated: bool,
+    ) -> Tensor:
+        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens, while compiling, W8A8 alone.
+
+        One operator: each has a dispatcher's way to go, which is what a compiled decoding step spends its time on.
+        """
+        weight, scale, bias = self._read()
+        return torch.ops.hwkern.norm_mlp.default(
+            x, residual, weight, scale, bias, *norm, *last._read(), activation, gated
+        )
+
     def after_activation(self, x: Tensor, activation: str, gated: bool, residual: Tensor | None = None) -> Tensor:
         """``linear(activation(x)) + residual``, or of ``activation(x[..., :K]) * x[..., K:]``. W8A8 alone."""
         weight, scale, bias = self._read()
@@ -301,12 +320,3 @@ def has_hooks(module: nn.Module) -> bool:
 
 def _module_of(hook: Any) -> str:
     return getattr(hook, "__module__", "") or ""
-
-
-def exporting() -> bool:
-    """torch.export wants a graph over registered tensors: the members' own.
-
-    The flag is read and not ``torch.compiler.is_exporting()``, which dynamo takes for True in every compilation from
-    torch 2.7 to 2.12 (before that there is neither).
-    """
-    return getattr(torch.compiler, "_is_exporting_flag", False) or not torch.compiler.is_dynamo_compiling()

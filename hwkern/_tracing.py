@@ -1,0 +1,26 @@
+"""What traces a call: torch.compile for inference, or an export."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+
+def exporting() -> bool:
+    """torch.export wants a graph over registered tensors, with the public operators.
+
+    The flag is read and not ``torch.compiler.is_exporting()``, which dynamo takes for True in every compilation from
+    torch 2.7 to 2.12 (before that there is neither).
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False) or not torch.compiler.is_dynamo_compiling()
+
+
+def compiles_inference(x: Tensor) -> bool:
+    """Whether torch.compile traces a call in which no gradient is recorded and no dtype is cast."""
+    return (
+        is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and not exporting()
+    )
