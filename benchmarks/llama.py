@@ -276,11 +276,11 @@ def plain_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
 
 
 def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
-    """torch.compile: what is not a peer, then each peer, with bf16 beside it, one workload after the other."""
+    """torch.compile: ours, then each of the others, with bf16 beside it, one workload after the other."""
     if not {"compile", "compiled_graph"} & set(modes):
         return
-    together = [name for name in names if name not in PEERS]
-    groups = [group for group in (together, *([name] for name in names if name in PEERS)) if group]
+    together = [name for name in names if name in ("bf16", *OURS)]
+    groups = [group for group in (together, *([name] for name in names if name not in together)) if group]
     for group, workload in itertools.product(groups, bench.ids):
         if bench.arguments.budget is not None and time.monotonic() - START > bench.arguments.budget:
             for name in group:

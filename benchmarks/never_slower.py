@@ -323,6 +323,7 @@ def main() -> int:
             if arguments.limit is not None and time.monotonic() - start > arguments.limit:
                 missing.append(f"{name}/{size}")
                 continue
+            print(f"{name}/{size} after {time.monotonic() - start:.0f} s", flush=True)
             try:
                 found = cells(name, size, arguments.device, dtype)
             except Exception as error:  # one model that fails must not cost the rows of the others
