@@ -297,14 +297,17 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   if (!make_boxes(&params.a, p.a, p.m, p.k, p.lda, C::BLOCK_M) ||
       !make_boxes(&params.b, p.b, p.n, p.k, p.ldb, C::BLOCK_N / C::CLUSTER))
     return kTensorMapRefused;
-  if (C::NARROW != C::BLOCK_N && !make_boxes(&params.b_narrow, p.b, p.n, p.k, p.ldb, C::NARROW / C::CLUSTER))
-    return kTensorMapRefused;
   if (!C::PINGPONG && params.chunks && element == 2 &&
       !make_map(&params.d, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, p.d, p.m, p.n, p.ldd, MMA_M, 128))
     return kTensorMapRefused;
   constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
   const int64_t tiles_m = ceil_div(p.m, CLUSTER_M), clusters = sm_count / C::CLUSTER;
   params.columns = sm90_columns(tiles_m, p.n, clusters, C::BLOCK_N, C::NARROW);
+  // NOTE: narrow tiles begin where the wide ones end, which need not be at a multiple of NARROW: so does what their last
+  // box has. A box of another height than the producer expects, and the consumers wait for ever.
+  if (params.columns.narrow > 0 && !make_boxes(&params.b_narrow, p.b, p.n, p.k, p.ldb, C::NARROW / C::CLUSTER,
+                                               int64_t{params.columns.wide} * C::BLOCK_N))
+    return kTensorMapRefused;
   const int64_t tiles = tiles_m * (params.columns.wide + params.columns.narrow);
   if (tiles > INT32_MAX / 2 || p.m > INT32_MAX - CLUSTER_M || p.n > INT32_MAX - C::BLOCK_N)
     return invalid("gemm: M x N is too large for one launch");
