@@ -29,38 +29,42 @@
   X(107, 192, 5, true, 1, 2, 128)  \
   X(108, 192, 5, true, 1, 1, 128)
 
-// X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, EARLY): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K;
-// EARLY lets the next launch start beside this one from its beginning, else from its last load on. Ids that are missing
-// had other ring sizes, or were not faster than these.
+// X(id, ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, RELEASE): a tile is ROWS of B and TOKENS of A; SPLIT blocks split its K.
+// The next launch may start beside this one when RELEASE steps of 128 of K are left to ask for: all (kAtOnce), or few enough
+// that its own first loads do not compete with these. Ids that are missing had other ring sizes, or were not faster.
 #define HWKERN_SM90_SPLIT_CONFIGS(X) \
-  X(201, 64, 16, 4, 7, 3, true)      \
-  X(206, 64, 32, 2, 9, 2, false)     \
-  X(209, 64, 64, 1, 7, 2, true)      \
-  X(215, 128, 16, 1, 6, 2, true)     \
-  X(217, 128, 64, 2, 9, 1, false)    \
-  X(218, 128, 80, 2, 8, 1, false)    \
-  X(219, 64, 96, 1, 5, 2, true)      \
-  X(222, 64, 128, 1, 9, 1, false)    \
-  X(223, 128, 128, 1, 7, 1, false)   \
-  X(224, 64, 160, 2, 8, 1, false)    \
-  X(225, 128, 160, 1, 6, 1, false)   \
-  X(227, 64, 192, 2, 7, 1, false)    \
-  X(228, 128, 192, 2, 5, 1, false)   \
-  X(230, 64, 64, 1, 13, 1, false)    \
-  X(231, 64, 96, 1, 10, 1, false)    \
-  X(232, 64, 128, 2, 8, 1, false)    \
-  X(233, 64, 160, 1, 8, 1, false)    \
-  X(234, 64, 192, 1, 7, 1, false)    \
-  X(235, 64, 224, 1, 6, 1, false)    \
-  X(236, 64, 224, 2, 6, 1, false)    \
-  X(237, 128, 144, 1, 6, 1, false)   \
-  X(238, 128, 176, 1, 5, 1, false)   \
-  X(239, 128, 192, 1, 5, 1, false)   \
-  X(240, 128, 224, 1, 5, 1, false)   \
-  X(241, 128, 256, 1, 4, 1, false)   \
-  X(242, 128, 288, 1, 4, 1, false)   \
-  X(243, 128, 320, 1, 4, 1, false)   \
-  X(244, 128, 352, 1, 3, 1, false)
+  X(201, 64, 16, 4, 7, 3, 8)         \
+  X(206, 64, 32, 2, 9, 2, 16)        \
+  X(209, 64, 64, 1, 7, 2, kAtOnce)   \
+  X(215, 128, 16, 1, 6, 2, kAtOnce)  \
+  X(217, 128, 64, 2, 9, 1, 4)        \
+  X(218, 128, 80, 2, 8, 1, 4)        \
+  X(219, 64, 96, 1, 5, 2, 8)         \
+  X(222, 64, 128, 1, 9, 1, 8)        \
+  X(223, 128, 128, 1, 7, 1, 8)       \
+  X(224, 64, 160, 2, 8, 1, 4)        \
+  X(225, 128, 160, 1, 6, 1, 8)       \
+  X(227, 64, 192, 2, 7, 1, 4)        \
+  X(228, 128, 192, 2, 5, 1, 4)       \
+  X(230, 64, 64, 1, 13, 1, 8)        \
+  X(231, 64, 96, 1, 10, 1, 8)        \
+  X(232, 64, 128, 2, 8, 1, 4)        \
+  X(233, 64, 160, 1, 8, 1, 8)        \
+  X(234, 64, 192, 1, 7, 1, 8)        \
+  X(235, 64, 224, 1, 6, 1, 8)        \
+  X(236, 64, 224, 2, 6, 1, 4)        \
+  X(237, 128, 144, 1, 6, 1, 8)       \
+  X(238, 128, 176, 1, 5, 1, 8)       \
+  X(239, 128, 192, 1, 5, 1, 8)       \
+  X(240, 128, 224, 1, 5, 1, 8)       \
+  X(241, 128, 256, 1, 4, 1, 4)       \
+  X(242, 128, 288, 1, 4, 1, 4)       \
+  X(243, 128, 320, 1, 4, 1, 4)       \
+  X(245, 64, 64, 2, 6, 2, 4)         \
+  X(246, 64, 32, 4, 6, 3, 8)         \
+  X(247, 64, 16, 2, 11, 2, 16)       \
+  X(248, 64, 256, 2, 5, 1, 4)        \
+  X(249, 64, 32, 1, 9, 2, kAtOnce)
 
 // X(id, BLOCK_M, BLOCK_N, STAGES, K_TILES, CONSUMERS, CLUSTER, BLOCKS_PER_SM, SPLIT_ROWS): a whole linear in one launch
 // (linear_sm90.cu), for K up to 128 · K_TILES. The blocks of a cluster share BLOCK_M rows of x.
@@ -110,14 +114,7 @@ constexpr int sm90_narrow(int id) {
 constexpr int kFirstSm90SplitId = 200, kLastSm90SplitId = 299;
 constexpr bool is_sm90_split(int id) { return id >= kFirstSm90SplitId && id <= kLastSm90SplitId; }
 
-constexpr bool sm90_split_releases_early(int id) {
-#define HWKERN_EARLY(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, EARLY) \
-  if (id == ID) return EARLY;
-  HWKERN_SM90_SPLIT_CONFIGS(HWKERN_EARLY)
-#undef HWKERN_EARLY
-  return false;
-}
-
+constexpr int kAtOnce = 1 << 20;  // more steps than any K has
 constexpr int kSmSharedBytes = 233472;  // 228 KB an SM, of which the system takes 1 KB a block
 
 // What a block receives: the other blocks' sums of its share of the tile.

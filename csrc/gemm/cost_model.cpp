@@ -3,7 +3,8 @@
 // Constants were fitted to times measured on an H100 SXM (Llama-3-8B and BERT-base shapes, cold L2, graph replays):
 //   mma.sync rows             45 shapes × 8 configs: the choice is 0.2 % slower than the best in the geometric mean, 6 % at
 //                             worst; used before Hopper and after it
-//   split-K rows              315 shapes (M 1 … 1024), B constant and not: 0.3 %, 18 % at worst (128×768×768, 0.4 µs)
+//   split-K rows              164 shapes (Llama-3-8B, M 1 … 512, and 768×768), B constant and not: 0.3 %, 5 % at worst; and
+//                             25 small ones as the rows were before, with less weight
 //   wgmma rows                66 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.2 % slower
 //                             than the best in the geometric mean, 4 % at worst (4096×768×3072)
 // Other GPUs are ranked with the same constants; they were not measured.
@@ -82,16 +83,15 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   return kFixedUs + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
 }
 
-// What a split-K row takes more than the formula below says: fitted with its constants to 315 shapes, M 1 … 1024, B constant
-// and not. The choice is 0.3 % slower than the best in the geometric mean, 18 % at worst (128×768×768, 0.4 µs).
-// 238 was not timed: the mean of its neighbours.
+// What a split-K row takes more than the formula below says, fitted with its constants.
 constexpr struct {
   int id;
   double us;
-} kSplitRowUs[] = {{201, -0.48}, {206, -0.46}, {209, -0.35}, {215, -0.76}, {217, -0.10}, {218, 0.04},  {219, -0.35},
-                   {222, 0.12},  {223, -0.04}, {224, 0.50},  {225, -0.41}, {227, 0.62},  {228, 0.15},  {230, 0.33},
-                   {231, 0.04},  {232, 0.38},  {233, -0.29}, {234, -0.46}, {235, -0.51}, {236, 0.60},  {237, -0.52},
-                   {238, -0.37}, {239, -0.22}, {240, -0.44}, {241, -0.77}, {242, -0.30}, {243, -0.20}, {244, 0.01}};
+} kSplitRowUs[] = {{201, -0.91}, {206, -0.95}, {209, -0.91}, {215, -1.38}, {217, -0.49}, {218, 0.13}, {219, -1.11},
+                   {222, -0.37}, {223, -0.11}, {224, 0.52},  {225, -0.19}, {227, 0.54},  {228, 1.07}, {230, -0.18},
+                   {231, -0.22}, {232, 0.13},  {233, -0.37}, {234, -0.44}, {235, -0.70}, {236, 0.95}, {237, -0.36},
+                   {238, -0.21}, {239, -0.22}, {240, -0.19}, {241, 0.09},  {242, 0.07},  {243, 0.21}, {245, -0.44},
+                   {246, -0.77}, {247, -1.00}, {248, 1.04},  {249, -0.80}};
 
 double split_row_us(int id) {
   for (const auto& row : kSplitRowUs)
@@ -99,21 +99,19 @@ double split_row_us(int id) {
   return 0;
 }
 
-// One block a tile and slice of K, several on an SM at once; the weights of the next launch may fill the tail of this one.
+// One block a tile and slice of K, several on an SM at once. Constant weights of the next launch arrive in this one's time.
 double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device, bool b_is_constant) {
-  constexpr double kFixedUs = 1.965;  // from the preceding kernel's end to the first wgmma, and the epilogue
-  constexpr double kMemoryBytesPerUs = 3.189e6, kL2BytesPerUs = 17.98e6;  // L2: into all SMs
-  constexpr double kOutBytes = 3.858;  // what an element of D costs, in bytes read
-  constexpr double kMacsPerUs = 6.013e6, kSmBytesPerUs = 116.9e3, kSplitSmBytesPerUs = 92.56e3;  // of one SM
-  constexpr double kLatencyUs = 1.358;  // of a load: a block that runs alone takes so long for STAGES steps
-  constexpr double kBlockUs = 0.01248, kRoundUs = 2.09;  // start and end of a block; of all that run at once
-  constexpr double kOutUs = 0.02787, kExchangeUs = 0.2116;  // of 8192 sums: finished, received
-  constexpr double kTokenTilesUs = 0.3343, kSplitTokenTilesUs = 1.35;  // more than one tile of tokens
-  // The next launch's first loads: early with slots for all of them, they compete with this launch's (kClash of their
-  // time); early with too few, they fill this one's tail; late with too few, they come later. Weights that are not
-  // constant are asked for after the wait: with slots for all of them, that much (kWait) of their time is lost, and
-  // kPartlyUs of a split row with slots for some of them.
-  constexpr double kClash = 0.15, kLateUs = 0.04486, kWait = 0.2978, kPartlyUs = 1.994;
+  constexpr double kFixedUs = 2.373;  // from the preceding kernel's end to the first wgmma, and the epilogue
+  constexpr double kMemoryBytesPerUs = 3.084e6, kL2BytesPerUs = 14.42e6;  // L2: into all SMs
+  constexpr double kOutBytes = 3.481;  // what an element of D costs, in bytes read
+  constexpr double kMacsPerUs = 6.935e6, kSmBytesPerUs = 130.2e3, kSplitSmBytesPerUs = 99.54e3;  // of one SM
+  constexpr double kLatencyUs = 1.467;  // of a load: a block that runs alone takes so long for STAGES steps
+  constexpr double kBlockUs = 0.03383, kRoundUs = 2.08;  // start and end of a block; of all that run at once
+  constexpr double kOutUs = 0.004525, kExchangeUs = 0.1454;  // of 8192 sums: finished, received
+  constexpr double kTokenTilesUs = 0.5667, kSplitTokenTilesUs = 1.194;  // more than one tile of tokens
+  // Weights that are not constant are asked for after the wait: with slots for all blocks of the next launch, that much
+  // (kWait) of the time of their first loads is lost, and kPartlyUs with slots for some of them.
+  constexpr double kWait = 0.319, kPartlyUs = 0.6646, kSplitPartlyUs = 1.936;
   const int64_t tiles_m = ceil_div(m, c.block_m), blocks = tiles_m * ceil_div(n, c.block_n) * c.split_k;
   const int64_t slots = int64_t{device.sm_count} * c.blocks_per_sm;
   // Clusters of 4 leave SMs of a GPC over: 96 of them did not run at once on 132 SMs with 3 blocks each, 64 did.
@@ -132,15 +130,12 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
                         std::min<double>(on_one_sm, c.blocks_per_sm);
   const double first_us =
       double(blocks) * c.block_n * c.block_k * std::min<double>(c.stages, steps) / kMemoryBytesPerUs;
-  const bool next_fits = 2 * blocks <= slots, early = sm90_split_releases_early(c.id);
-  const double waiting_us = next_fits ? kWait * first_us : c.split_k > 1 && 1.1 * blocks < slots ? kPartlyUs : 0;
-  const double next_us = !b_is_constant ? waiting_us
-                         : next_fits    ? (early ? kClash * first_us : 0)
-                         : early        ? 0
-                                        : kLateUs;
+  const bool next_fits = 2 * blocks <= slots;
+  const double partly_us = 1.1 * double(blocks) >= double(slots) ? 0 : c.split_k > 1 ? kSplitPartlyUs : kPartlyUs;
+  const double waiting_us = b_is_constant ? 0 : next_fits ? kWait * first_us : partly_us;
   const double busy = std::min(1.0, double(blocks) / device.sm_count);
   const double tiles_us = tiles_m == 1 ? 0 : busy * (c.split_k > 1 ? kSplitTokenTilesUs : kTokenTilesUs);
-  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + next_us + tiles_us + split_row_us(c.id);
+  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + waiting_us + tiles_us + split_row_us(c.id);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/opaque.cuh"
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
   RingPosition<C::STAGES> at;
   if (warpgroup == 0) {
     ptx::setmaxnreg_dec<40>();
-    const int lane_id = threadIdx.x % 32;
-    if (threadIdx.x == 0) {
+    const int warp_id = __shfl_sync(~0u, threadIdx.x / 32, 0), lane_id = threadIdx.x % 32;
+    if (warp_id == 0 && ptx::elect_one()) {
       for (int tile = first_tile; tile < tiles; tile += tile_step) {
         int tile_m, n0;
         order.locate(tile, &tile_m, &n0);
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
           }
         }
       }
-    } else if (threadIdx.x / 32 == 1) {
+    } else if (warp_id == 1) {
       int buffer = 0;
       uint32_t parity = 0;
       for (int tile = first_tile; tile < tiles; tile += tile_step) {

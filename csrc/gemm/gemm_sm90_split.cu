@@ -5,11 +5,12 @@
 // its own to finish. Sums are int32, so their order does not matter: the same bits in every run. More than TOKENS rows of
 // A are tiles of equal height, so that no block has more to load than the others.
 //
-//   producer warp   fills a ring of STAGES buffers of 128 bytes of K by TMA. Constant weights are requested before
-//                   the preceding kernel has ended (see Overlap in hwkern.h), the activations after.
-//   consumers       a warpgroup for every 64 rows. Then each warp lays its sums out by token in shared memory, sends the
-//                   other blocks of the cluster their shares with the copy engine, and finishes its own with 16-byte
-//                   stores along N.
+//   producers       two threads fill a ring of STAGES buffers of 128 bytes of K by TMA, one with weights, one with tokens.
+//                   Constant weights are requested before the preceding kernel has ended (see Overlap in hwkern.h), the
+//                   activations after.
+//   consumers       a warpgroup for every 64 rows. Each warp sends the other blocks of the cluster their shares of its sums
+//                   straight from registers and adds what it is sent to its own; laid out by token in shared memory, they
+//                   are finished with 16-byte stores along N.
 //
 // What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 48 KB and
 // more of weights.
@@ -21,6 +22,7 @@
 #include "ptx/barrier.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/tma.cuh"
@@ -33,17 +35,17 @@ constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
 constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, bool EARLY_>
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, int RELEASE_>
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
-  static constexpr bool EARLY = EARLY_;
+  static constexpr int RELEASE = RELEASE_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   // A wgmma and a box of the copy engine take at most 256 tokens: more are two of half the width.
   static constexpr int MMAS = TOKENS > 256 ? 2 : 1, MMA_N = TOKENS / MMAS;
-  // Those sums want registers that the other threads give up: a whole warpgroup then, of which one warp produces.
+  // Those sums want registers that the other threads give up: a whole warpgroup then, of which two warps produce.
   static constexpr bool WIDE = MMAS > 1;
-  static constexpr int THREADS = CONSUMER_THREADS + (WIDE ? 128 : 32);
+  static constexpr int THREADS = CONSUMER_THREADS + (WIDE ? 128 : 64);
   static constexpr int BYTES_B = ROWS * BLOCK_K, BYTES_A = TOKENS * BLOCK_K, STAGE_BYTES = BYTES_B + BYTES_A;
   static constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
@@ -52,7 +54,7 @@ struct Config {
   static constexpr bool BY_TOKEN = TOKENS / 8 % SPLIT == 0;
   static constexpr int PART_TOKENS = BY_TOKEN ? TOKENS / SPLIT : TOKENS;
   static constexpr int PART_SLABS = BY_TOKEN ? WARPS : WARPS / SPLIT;
-  static constexpr int PIECES = BY_TOKEN ? SPLIT : 1;  // of a warp's sums: each goes to one block
+  static constexpr int PART_EIGHTS = PART_TOKENS / 8;
   static constexpr int PIECE_BYTES = PART_TOKENS * SLAB_ROWS * 4;
 
   static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
@@ -65,6 +67,7 @@ struct Config {
   static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
   static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
 
+  static_assert(RELEASE > 0, "a block that never says so holds the next launch back until it ends");
   static_assert(ROWS % 64 == 0 && TOKENS % (8 * MMAS) == 0 && TOKENS <= 384);
   static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
   static_assert(!WIDE || (CONSUMERS == 2 && SPLIT == 1 && BLOCKS_PER_SM == 1));
@@ -89,11 +92,11 @@ __device__ __forceinline__ int slab_word(int token, int row) {
 }
 
 // What a thread finishes of its block's part: VECTOR columns of D from `n` on, of the tokens token, token + TOKEN_STEP, …
-// below `tokens`. The sums of all the part's tokens in these columns lie in `own` and SPLIT - 1 times in `received`;
-// `scale_m` and m0 belong to the part's first token, `columns` to n.
+// below `tokens`. The sums of all the part's tokens in these columns lie in `slab`; `scale_m` and m0 belong to the part's
+// first token, `columns` to n.
 template <typename C>
 struct Share {
-  const int32_t *own, *received;
+  const int32_t* slab;
   const float* scale_m;
   const float2* columns;
   int64_t m0, n;
@@ -101,18 +104,10 @@ struct Share {
 
   static constexpr int TOKEN_STEP = C::CONSUMER_THREADS / (8 * C::PART_SLABS) * 4;
 
-  __device__ __forceinline__ void sum(int t, int32_t (&sums)[VECTOR]) const {
+  __device__ __forceinline__ void load(int t, int32_t (&sums)[VECTOR]) const {
 #pragma unroll
-    for (int s = 0; s < C::SPLIT; ++s) {
-      const int32_t* slab = s == 0 ? own : received + (s - 1) * C::PART_SLABS * C::PIECE_BYTES / 4;
-#pragma unroll
-      for (int v = 0; v < VECTOR; v += 4) {
-        const int4 four = *reinterpret_cast<const int4*>(slab + slab_word(t, half * VECTOR + v));
-        const int32_t parts[] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[v + e] = s == 0 ? parts[e] : sums[v + e] + parts[e];
-      }
-    }
+    for (int v = 0; v < VECTOR; v += 4)
+      *reinterpret_cast<int4*>(&sums[v]) = *reinterpret_cast<const int4*>(slab + slab_word(t, half * VECTOR + v));
   }
 
   template <typename T>
@@ -125,8 +120,8 @@ struct Share {
     T* d = static_cast<T*>(p.d) + n;
 #pragma unroll 2
     for (int t = token; t < tokens; t += TOKEN_STEP) {
-      int32_t sums[VECTOR];
-      sum(t, sums);
+      alignas(16) int32_t sums[VECTOR];
+      load(t, sums);
       alignas(16) T values[VECTOR];
 #pragma unroll
       for (int v = 0; v < VECTOR; v += 2)
@@ -148,8 +143,8 @@ struct Share {
     const float inverse = inverse_d_scale(p);
 #pragma unroll 1
     for (int t = token; t < tokens; t += TOKEN_STEP) {
-      int32_t sums[VECTOR];
-      sum(t, sums);
+      alignas(16) int32_t sums[VECTOR];
+      load(t, sums);
       float y[VECTOR];
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) y[v] = scaled(sums[v], scale_m[t], columns[v]);
@@ -168,7 +163,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const uint32_t received = empty + C::STAGES * 8;  // the other blocks' sums of this block's share
   const uint32_t ready = received + 8;  // every block of the cluster is done with its ring
   const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
-  const bool is_producer = warp_id >= C::WARPS, is_first = warp_id == C::WARPS && lane_id == 0;
 
   const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
   // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
@@ -179,77 +173,71 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const int tokens = static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}));
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
-  auto load_weights = [&](int i, int stage) {
-    const uint32_t barrier = full + stage * 8, smem = base + stage * C::STAGE_BYTES;
-    const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
-    ptx::mbarrier_arrive_expect(barrier, (rows + tokens) * BLOCK_K);
-    if (params.tiles_m == 1) {
-      ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
-    } else {
-      ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
-    }
-  };
-  auto load_tokens = [&](int i, int stage) {
-    const uint32_t smem = base + stage * C::STAGE_BYTES + C::BYTES_B;
-    // NOTE: how many boxes there may be is known here: a build with a loop over their number at run time, in the one thread
-    // that asks for everything, took 33.9 µs for 256×4096×14336 where one like this had taken 30.2.
-#pragma unroll
-    for (int first = 0; first < (C::WIDE ? C::TOKENS : 1); first += C::MMA_N) {
-      if (first >= tokens) break;
-      const CUtensorMap* map = tokens - first < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
-      ptx::tma_load(smem + first * BLOCK_K, map, full + stage * 8, (k_first + i) * BLOCK_K, token0 + first);
-    }
-  };
-
-  int requested = 0;  // weights of the first buffers
-  if (is_first) {
+  if (warp_id == C::WARPS && ptx::elect_one()) {
     for (int s = 0; s < C::STAGES; ++s) {
-      ptx::mbarrier_init(full + s * 8, 1);  // the producer; the rest is bytes
+      ptx::mbarrier_init(full + s * 8, 2);  // the producers; the rest is bytes
       ptx::mbarrier_init(empty + s * 8, C::CONSUMERS);
     }
     ptx::mbarrier_init(received, 1);
     ptx::mbarrier_init(ready, C::SPLIT);
     ptx::mbarrier_init_fence();
-    if (p.b_is_constant)
-#pragma unroll 1
-      for (; requested < min(C::STAGES, k_count); ++requested) load_weights(requested, requested);
     if (C::SPLIT > 1) ptx::mbarrier_arrive_expect(received, C::RECEIVE_BYTES);
   }
   __syncthreads();
   if (C::SPLIT > 1) ptx::cluster_arrive_relaxed();  // this block's barriers can be used by the others
 
-  if (is_producer) {
+  if (warp_id >= C::WARPS) {
     if (C::WIDE) ptx::setmaxnreg_dec<24>();
-    if (is_first) {
-      ptx::grid_wait();
-      if (C::EARLY) ptx::grid_release();
-      RingPosition<C::STAGES> at;
+    RingPosition<C::STAGES> at;
+    // NOTE: the time that these threads take for a step bounds the kernel where steps are short. One thread for both
+    // operands, not elected (see elect_one), took 0.2 – 0.3 µs a step.
+    if (warp_id == C::WARPS && ptx::elect_one()) {
+      const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
+      if (!p.b_is_constant) ptx::grid_wait();
 #pragma unroll 1
       for (int i = 0; i < k_count; ++i, at.advance()) {
+        const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES;
         ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-        if (i >= requested) load_weights(i, at.stage);
-        load_tokens(i, at.stage);
+        ptx::mbarrier_arrive_expect(barrier, rows * BLOCK_K);
+        if (params.tiles_m == 1) {
+          ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+        } else {
+          ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+        }
       }
-      if (!C::EARLY) ptx::grid_release();
+    } else if (warp_id == C::WARPS + 1 && ptx::elect_one()) {
+      auto map_of = [&](int box) {
+        return tokens - box * C::MMA_N < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
+      };
+      ptx::tma_prefetch_map(map_of(0));
+      ptx::grid_wait();
+      const int release = max(k_count - C::RELEASE, 0);
+#pragma unroll 1
+      for (int i = 0; i < k_count; ++i, at.advance()) {
+        const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES + C::BYTES_B;
+        if (i == release) ptx::grid_release();
+        ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+        ptx::mbarrier_arrive_expect(barrier, tokens * BLOCK_K);
+        ptx::tma_load(smem, map_of(0), barrier, (k_first + i) * BLOCK_K, token0);
+        if (C::WIDE && tokens > C::MMA_N)
+          ptx::tma_load(smem + C::MMA_N * BLOCK_K, map_of(1), barrier, (k_first + i) * BLOCK_K, token0 + C::MMA_N);
+      }
     }
     __syncwarp();
-    if (C::SPLIT > 1) {
-      ptx::cluster_wait();
-      ptx::cluster_arrive_relaxed();
-      ptx::cluster_wait();
-    }
+    if (C::SPLIT > 1) ptx::cluster_wait();
     return;
   }
 
   if (C::WIDE) ptx::setmaxnreg_inc<232>();
-  float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
-  float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
+  // Asked for here and waited for after the main loop.
+  float2 my_column{};
+  float my_scales[(C::TOKENS - 1) / C::CONSUMER_THREADS + 1];
   if (!p.b_is_constant) ptx::grid_wait();
-  if (threadIdx.x < C::ROWS) columns[threadIdx.x] = column_terms(p, row0 + threadIdx.x);
+  if (threadIdx.x < C::ROWS) my_column = column_terms(p, row0 + threadIdx.x);
   if (p.b_is_constant) ptx::grid_wait();
 #pragma unroll
   for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
-    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = row_scale(p, token0 + t + threadIdx.x);
+    my_scales[t / C::CONSUMER_THREADS] = t + threadIdx.x < C::TOKENS ? row_scale(p, token0 + t + threadIdx.x) : 0;
 
   // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
   int32_t acc[C::MMAS][C::MMA_N / 2];
@@ -278,50 +266,71 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     at.advance();
   }
   ptx::wgmma_wait<0>();
-  ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
-
-  // D's fragment of a warp: lane (group, pair) holds rows group, group + 8 of tokens pair, pair + 1 of every 8.
-  int32_t* staging = reinterpret_cast<int32_t*>(shared);
-  int32_t* own_slab = staging + warp_id * C::TOKENS * SLAB_ROWS;
-  const int group = lane_id / 4, pair = lane_id % 4 * 2;
+  float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
+  float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
+  if (threadIdx.x < C::ROWS) columns[threadIdx.x] = my_column;
 #pragma unroll
-  for (int j = 0; j < C::TOKENS / 8; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      own_slab[j * 8 * SLAB_ROWS + slab_word(pair + e % 2, group + e / 2 * 8)] =
-          k_count > 0 ? acc[j * 8 / C::MMA_N][j * 8 % C::MMA_N / 2 + e] : 0;
+  for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
+    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = my_scales[t / C::CONSUMER_THREADS];
 
+  // D's fragment of a warp: lane (group, pair) holds rows group, group + 8 of tokens pair, pair + 1 of every 8. Sums travel
+  // as they lie in registers, 16 bytes a lane and 8 tokens.
+  auto sums_of = [&](int eight) {
+    const int32_t* of = &acc[eight * 8 / C::MMA_N][eight * 8 % C::MMA_N / 2];
+    return k_count > 0 ? int4{of[0], of[1], of[2], of[3]} : int4{};
+  };
+  const int part_warp = warp_id % C::PART_SLABS;
   if (C::SPLIT > 1) {
     ptx::cluster_wait();  // the others have started
     if (!C::OWN_RECEIVE) {
+      ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
       if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, threadIdx.x);
       ptx::mbarrier_wait(ready, 0);
     }
-    ptx::fence_proxy_async();
-    __syncwarp();
-    // A piece of this warp's sums goes to each block that finishes some; a block keeps a slot for each of the others.
-    const int to = C::BY_TOKEN ? lane_id : warp_id / C::PART_SLABS;
-    if (lane_id < C::PIECES && to != rank) {
+    // To each block those that it finishes; a block keeps a slot for each of the others.
+#pragma unroll
+    for (int to = 0; to < C::SPLIT; ++to) {
+      if (to == rank || (!C::BY_TOKEN && to != warp_id / C::PART_SLABS)) continue;
       const int slot = rank < to ? rank : rank - 1;
-      const uint32_t target = base + C::RECEIVE + (slot * C::PART_SLABS + warp_id % C::PART_SLABS) * C::PIECE_BYTES;
-      ptx::bulk_copy_to_block(ptx::cluster_address(target, to),
-                              ptx::shared_address(own_slab) + lane_id * C::PIECE_BYTES, C::PIECE_BYTES,
-                              ptx::cluster_address(received, to));
+      const uint32_t target = ptx::cluster_address(
+          base + C::RECEIVE + (slot * C::PART_SLABS + part_warp) * C::PIECE_BYTES + lane_id * 16, to);
+#pragma unroll
+      for (int j = 0; j < C::PART_EIGHTS; ++j)
+        ptx::store_to_block(target + j * 512, ptx::cluster_address(received, to),
+                            sums_of((C::BY_TOKEN ? to * C::PART_EIGHTS : 0) + j));
     }
   }
-  ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // this block's own sums lie there
-  if (C::SPLIT > 1) {
-    ptx::mbarrier_wait(received, 0);
-    __syncwarp();
-    ptx::cluster_arrive_relaxed();  // the others' copies have been read
+  if (C::SPLIT == 1 || C::OWN_RECEIVE) ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
+  if (C::SPLIT > 1) ptx::mbarrier_wait(received, 0);
+  int32_t* staging = reinterpret_cast<int32_t*>(shared);
+  int32_t* warp_slab = staging + part_warp * C::PART_TOKENS * SLAB_ROWS;
+  const int group = lane_id / 4, pair = lane_id % 4 * 2;
+#pragma unroll
+  for (int part = 0; part < C::SPLIT; ++part) {
+    if (part != (C::BY_TOKEN ? rank : 0) || (!C::BY_TOKEN && warp_id / C::PART_SLABS != rank)) continue;
+#pragma unroll
+    for (int j = 0; j < C::PART_EIGHTS; ++j) {
+      int4 sum = sums_of(part * C::PART_EIGHTS % (C::TOKENS / 8) + j);
+#pragma unroll
+      for (int slot = 0; slot < C::SPLIT - 1; ++slot) {
+        const int4 other = *reinterpret_cast<const int4*>(
+            shared + C::RECEIVE + (slot * C::PART_SLABS + part_warp) * C::PIECE_BYTES + j * 512 + lane_id * 16);
+        sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+      }
+      int32_t* eight = warp_slab + j * 8 * SLAB_ROWS;
+      eight[slab_word(pair, group)] = sum.x;
+      eight[slab_word(pair + 1, group)] = sum.y;
+      eight[slab_word(pair, group + 8)] = sum.z;
+      eight[slab_word(pair + 1, group + 8)] = sum.w;
+    }
   }
+  ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the sums of the block's part lie there
 
   // 8 lanes take 4 tokens of 16 columns, neighbouring groups of 8 neighbouring columns.
   const int slab = threadIdx.x / 8 % C::PART_SLABS, half = threadIdx.x % 2;
   const int slab0 = C::BY_TOKEN ? 0 : rank * C::PART_SLABS, first_token = C::BY_TOKEN ? rank * C::PART_TOKENS : 0;
   const int column = (slab0 + slab) * SLAB_ROWS + half * VECTOR;
-  const Share<C> mine{staging + ((slab0 + slab) * C::TOKENS + first_token) * SLAB_ROWS,
-                      reinterpret_cast<const int32_t*>(shared + C::RECEIVE) + slab * C::PIECE_BYTES / 4,
+  const Share<C> mine{staging + slab * C::PART_TOKENS * SLAB_ROWS,
                       scale_m + first_token,
                       columns + column,
                       token0 + first_token,
@@ -338,11 +347,6 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
       case DType::kBFloat16: mine.template store<__nv_bfloat16>(p); break;
       default: mine.template store<int32_t>(p); break;
     }
-  }
-  // The copies that the others read lie in this block's memory: it stays until all have arrived there.
-  if (C::SPLIT > 1) {
-    __syncwarp();
-    ptx::cluster_wait();
   }
 #endif
 }

@@ -23,6 +23,7 @@
 #include "gemm/w8a16.h"
 #include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/elect.cuh"
 #include "ptx/grid.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/mma.cuh"
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) w8a16(const __gr
       const int64_t row0 = int64_t(w_next.tile_n) * C::BLOCK_N + warp_n * C::WARP_N;
       const int k = k_first + w_next.step * C::STRIDE;
       if constexpr (C::TMA) {
-        if (lane_id == 0) {
+        if (ptx::elect_one()) {
           ptx::mbarrier_arrive_expect(full + w_stage * 8, C::STAGE_BYTES);
           ptx::tma_load(ring + w_stage * C::STAGE_BYTES, &params.weight, full + w_stage * 8, k, static_cast<int>(row0));
         }

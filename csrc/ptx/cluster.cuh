@@ -25,12 +25,18 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;\n" ::: "memory"); }
 
-// Four floats into the shared memory of another block; their 16 bytes count on that block's mbarrier. Addresses are
-// cluster_address'es in the same block.
+// 16 bytes into the shared memory of another block; they count on that block's mbarrier. Addresses are cluster_address'es
+// in the same block.
 __device__ __forceinline__ void store_to_block(uint32_t remote, uint32_t remote_barrier, float4 v) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(remote),
       "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(remote_barrier)
+      : "memory");
+}
+__device__ __forceinline__ void store_to_block(uint32_t remote, uint32_t remote_barrier, int4 v) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.s32 [%0], {%1, %2, %3, %4}, [%5];\n" ::"r"(remote),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(remote_barrier)
       : "memory");
 }
 
