@@ -153,8 +153,16 @@ def test_more_tiles_than_the_gpu_runs_at_once(config: int):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16], ids=str)
 def test_narrow_tiles_of_the_last_round_meet_the_wide_ones(config: int, dtype: torch.dtype):
     """On 132 SMs 107 and 108 cut these N into both widths: 16 × 192 and 8 × 128, 132 and 26, 88 and 40 tiles a row,
-    the last tile ragged at both ends; and 4096 columns into narrow tiles alone."""
-    shapes = [(2000, 4033, 200), (300, 28670, 136), (300, 22001, 300), (1000, 4096, 700)]
+    the last tile ragged at both ends; and 4096 columns into narrow tiles alone. 108 cuts the last two after an odd
+    number of wide tiles, so that 72 and 64 columns are left for the last narrow one, and not N % 128."""
+    shapes = [
+        (2000, 4033, 200),
+        (300, 28670, 136),
+        (300, 22001, 300),
+        (1000, 4096, 700),
+        (1000, 7304, 136),
+        (630, 20480, 136),
+    ]
     for m, n, k in shapes[2:3] if REDUCED else shapes:
         a, b = random_int8(m, k), random_int8(n, k)
         d = Guarded(m, n, dtype, pitch=n + 7)

@@ -5,8 +5,8 @@
 //                             worst; used before Hopper and after it
 //   split-K rows              164 shapes (Llama-3-8B, M 1 … 512, and 768×768), B constant and not: 0.3 %, 5 % at worst; and
 //                             25 small ones as the rows were before, with less weight
-//   wgmma rows                65 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.4 % slower
-//                             than the best in the geometric mean, 3 % at worst
+//   wgmma rows                66 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.2 % slower
+//                             than the best in the geometric mean, 4 % at worst (4096×768×3072)
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -59,13 +59,13 @@ double l2_bytes(int64_t rows_of_tiles, int64_t columns_of_tiles, int64_t m, int6
 
 // Persistent blocks, one an SM. In ping-pong (four warps a tile) an epilogue runs beside the next tile's main loop.
 double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
-  constexpr double kMacsPerUs = 6.996e6, kL2BytesPerUs = 13.34e6, kMemoryBytesPerUs = 2.795e6;
-  constexpr double kOutBytes = 2.916;  // what an element of D costs, in bytes read
-  constexpr double kEpilogueUsPerColumn = 0.0054, kHiddenEpilogue = 0.918;  // the latter in ping-pong
-  constexpr double kFixedUs = 2.642;
-  constexpr double kPair = 1.109;  // blocks of a cluster wait for each other: longer tiles
-  constexpr double kWide = 1.029;  // more than 128 columns a tile, without a cluster
-  constexpr double kNarrow = 0.979;  // tiles of two widths: not all blocks have as much as the busiest
+  constexpr double kMacsPerUs = 7.462e6, kL2BytesPerUs = 12.07e6, kMemoryBytesPerUs = 2.753e6;
+  constexpr double kOutBytes = 2.555;  // what an element of D costs, in bytes read
+  constexpr double kEpilogueUsPerColumn = 0.00591, kHiddenEpilogue = 0.757;  // the latter in ping-pong
+  constexpr double kFixedUs = 2.12;
+  constexpr double kPair = 1.169;  // blocks of a cluster wait for each other: longer tiles
+  constexpr double kWide = 1.081;  // more than 128 columns a tile, without a cluster
+  constexpr double kNarrow = 1.003;  // tiles of two widths: not all blocks have as much as the busiest
   const int64_t tiles_m = ceil_div(m, c.block_m * c.cluster), clusters = device.sm_count / c.cluster;
   const int narrow = sm90_narrow(c.id);
   const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow);

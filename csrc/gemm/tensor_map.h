@@ -44,7 +44,8 @@ inline bool make_map(CUtensorMap* map, CUtensorMapDataType type, int64_t element
                         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// A matrix in boxes of some rows: `whole` ones, and the `last`, which ends with the matrix and may be all there is.
+// A matrix from row `first` on in boxes of some rows: `whole` ones, and the `last`, which ends with the matrix and may be
+// all there is.
 struct Boxes {
   CUtensorMap whole, last;
 };
@@ -52,10 +53,13 @@ struct Boxes {
 // NOTE: a box that reaches over the end would do (what is outside arrives as zeros), but the copy engine takes longer for
 // a row outside than for one inside. What a short box leaves in shared memory of an earlier one only gives sums that
 // nobody stores.
-inline bool make_boxes(Boxes* boxes, const void* matrix, int64_t rows, int64_t columns, int64_t ld, int box_rows) {
+inline bool make_boxes(Boxes* boxes, const void* matrix, int64_t rows, int64_t columns, int64_t ld, int box_rows,
+                       int64_t first = 0) {
+  rows -= first;
   const int64_t left = rows - (ceil_div(rows, box_rows) - 1) * box_rows;
   auto make = [&](CUtensorMap* map, int64_t height) {
-    return make_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix, rows, columns, ld, static_cast<int>(height), 128);
+    return make_map(map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, matrix, first + rows, columns, ld, static_cast<int>(height),
+                    128);
   };
   if (!make(&boxes->last, left)) return false;
   boxes->whole = boxes->last;
