@@ -66,6 +66,8 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   constexpr double kPair = 1.169;  // blocks of a cluster wait for each other: longer tiles
   constexpr double kWide = 1.081;  // more than 128 columns a tile, without a cluster
   constexpr double kNarrow = 1.003;  // tiles of two widths: not all blocks have as much as the busiest
+  constexpr double kShortUs =
+      460;  // over K: a short main loop hides less of the next tile's first loads (0.6 µs at 768)
   const int64_t tiles_m = ceil_div(m, c.block_m * c.cluster), clusters = device.sm_count / c.cluster;
   const int narrow = sm90_narrow(c.id);
   const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow);
@@ -80,7 +82,7 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   const double epilogue_us = kEpilogueUsPerColumn * (columns.narrow > 0 ? narrow : c.block_n) * exposed;
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
   const double l2_us = l2_bytes(tiles_m, tiles_n, m, n, k) / kL2BytesPerUs;
-  return kFixedUs + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
+  return kFixedUs + kShortUs / double(k) + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
 }
 
 // What a split-K row takes more than the formula below says, fitted with its constants.
@@ -182,12 +184,15 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
 }
 
 // The GEMM after quantize: gemm_choose's, but where tiles of 128 tokens are one wave of blocks for most of the SMs, they
-// were faster in a layer. Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6,
-// 223 / 228 2048×768×3072 16.8 / 17.6.
+// were faster in a layer, and where few columns leave tiles of two widths little to gain, consumers that share a tile were.
+// Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6, 223 / 228 2048×768×3072
+// 16.8 / 17.6, 106 / 107 4096×768×3072 28.9 / 30.2.
 static int choose_after_quantize(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int id = gemm_choose(m, n, k, device, /*b_is_constant=*/true);
-  const GemmConfig* other = gemm_config(id == 209 ? 222 : id == 225 || id == 228 ? 223 : -1);
-  if (!other || m < 512 || n > 3072 || k <= 640 || k > 3072 || !gemm_runs_on(*other, device)) return id;
+  if (m < 512 || n > 3072 || k <= 640 || k > 3072) return id;
+  if (id == 107 && n <= 768) return 106;
+  const GemmConfig* other = gemm_config(id == 209 ? 222 : id == 104 || id == 225 || id == 228 ? 223 : -1);
+  if (!other || !gemm_runs_on(*other, device)) return id;
   const int64_t blocks = ceil_div(m, other->block_m) * ceil_div(n, other->block_n);
   return blocks <= device.sm_count && 10 * blocks >= 7 * device.sm_count ? other->id : id;
 }
