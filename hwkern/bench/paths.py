@@ -153,11 +153,16 @@ def _bitsandbytes(model: nn.Module, context: Context) -> nn.Module:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     made = copy.deepcopy(model).half()
     for name, linear in linears(made).items():
+        # On meta, or the layer is filled with first values on the CPU: half a second for each large one.
         layer = bnb.nn.Linear8bitLt(
-            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=0.0
-        )
-        layer.load_state_dict(linear.state_dict())
-        _replace(made, name, layer.half().to(context.device).requires_grad_(False).eval())
+            linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False, threshold=0.0,
+            device="meta",
+        )  # fmt: skip
+        weight = bnb.nn.Int8Params(linear.weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+        layer.weight = weight.to(context.device)  # from the CPU, because that is where it quantizes
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        _replace(made, name, layer.requires_grad_(False).eval())
     return made
 
 
