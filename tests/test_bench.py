@@ -988,19 +988,7 @@ def test_the_fastest_of_the_ways_becomes_the_engine(monkeypatch, tmp_path):
 
 def fake_layers():
     """Of a TensorRT module what prefer_half reads."""
-    names = [
-        "MATRIX_MULTIPLY",
-        "ELEMENTWISE",
-        "UNARY",
-        "SOFTMAX",
-        "REDUCE",
-        "ACTIVATION",
-        "SHUFFLE",
-        "SLICE",
-        "CONCATENATION",
-        "GATHER",
-        "DEQUANTIZE",
-    ]
+    names = [*engine_child.HALF_LAYERS, "DEQUANTIZE"]
     kinds = types.SimpleNamespace(**{name: name for name in names})
     flags = types.SimpleNamespace(PREFER_PRECISION_CONSTRAINTS="prefer")
     return types.SimpleNamespace(LayerType=kinds, BuilderFlag=flags, float16="half", float32="float")

@@ -59,22 +59,17 @@ def variant(model: Any, way: str, rewrite: bool) -> Any:
     return made
 
 
+#: TensorRT's names of the layers that may run in half precision.
+HALF_LAYERS = (
+    "MATRIX_MULTIPLY", "ELEMENTWISE", "UNARY", "SOFTMAX", "REDUCE",
+    "ACTIVATION", "SHUFFLE", "SLICE", "CONCATENATION", "GATHER",
+)  # fmt: skip
+
+
 def prefer_half(trt: Any) -> dict[str, Any]:
     """``edit`` and ``configure`` of hwkern.tensorrt.build for half precision where a layer may have it: what runs layer
     by layer is timed in half as many formats, each of which takes half a second to compile."""
-    names = (
-        "MATRIX_MULTIPLY",
-        "ELEMENTWISE",
-        "UNARY",
-        "SOFTMAX",
-        "REDUCE",
-        "ACTIVATION",
-        "SHUFFLE",
-        "SLICE",
-        "CONCATENATION",
-        "GATHER",
-    )
-    kinds = {getattr(trt.LayerType, name) for name in names}
+    kinds = {getattr(trt.LayerType, name) for name in HALF_LAYERS}
 
     def edit(network: Any) -> None:
         int8: set[str] = set()  # what reads it is to run in int8
