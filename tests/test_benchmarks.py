@@ -320,20 +320,22 @@ def test_record_goes_on_after_a_failure_and_hands_options_on(tmp_path):
 
 
 def test_the_worst_steps_are_found(load):
-    sweep = load("sweep")
-    assert sweep.worst([1.0, 2.0, 2.2, 2.2, 6.6], 2) == [(pytest.approx(3.0), 4), (2.0, 1)]
+    worst = load("sweep").worst
+    assert worst([1.0, 2.0, 2.2, 2.2, 6.6], {}, 2) == [(pytest.approx(3.0), 4), (2.0, 1)]
+    assert worst([1.0, 2.0, 2.2, 2.2, 6.6], {4: 1.5}, 2) == [(2.0, 1), (1.5, 4)]  # read in turn
 
 
-def test_both_sides_of_a_suspicious_step_are_timed_again(load):
+def test_both_sides_of_a_suspicious_step_are_timed_again_in_turn(load):
     asked = []
 
     def again(m):
         asked.append(m)
-        return 10.0
+        return 10.0 * m, 11.0 * m
 
-    us = load("sweep").recheck([10.0, 10.1, 12.0, 11.9, 11.9], again)
+    us, steps = load("sweep").recheck([10.0, 10.1, 12.0, 13.0, 11.9], again)
     assert asked == [2, 3]
-    assert us == [10.0, 10.0, 10.0, 11.9, 11.9]
+    assert us == [10.0, 20.0, 30.0, 33.0, 11.9]
+    assert steps == {2: pytest.approx(1.1), 3: pytest.approx(1.1)}
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
