@@ -237,7 +237,12 @@ def eager_embedding(
         and (m := indices.numel())
         and indices.is_contiguous()
         and (
-            (cell.weight == weight.data_ptr() and cell.scale == weight_scale.data_ptr() and cell.empty.dtype is dtype)
+            (
+                cell.weight == weight.data_ptr()
+                and cell.scale == weight_scale.data_ptr()
+                and cell.n == weight.shape[0]
+                and cell.empty.dtype is dtype
+            )
             or cell.read(weight, weight_scale, dtype, k)
         )
         and indices.get_device() == (device := cell.device)

@@ -134,7 +134,7 @@ def _norm_fake(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
+    _refuse_gradients(x, weight_scale, bias, norm_weight, norm_bias, residual)
     _check_norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, residual)
     return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((0,) if residual is None else x.shape)
 
@@ -149,7 +149,7 @@ def _activation_fake(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _refuse_gradients(x, bias, residual)
+    _refuse_gradients(x, weight_scale, bias, residual)
     _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -280,7 +280,7 @@ def _norm_cuda(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
+    _refuse_gradients(x, weight_scale, bias, norm_weight, norm_bias, residual)
     held: tuple[Any, ...] = (weight, weight_scale, bias)
     k = x.shape[-1] if x.dim() else 0
     cell = cell_for(x, k, weight, weight_scale, bias)
@@ -311,7 +311,7 @@ def _activation_cuda(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _refuse_gradients(x, bias, residual)
+    _refuse_gradients(x, weight_scale, bias, residual)
     held: tuple[Any, ...] = (weight, weight_scale, bias)
     k = x.shape[-1] if x.dim() else 0
     cell = cell_for(x, k // 2 if gated else k, weight, weight_scale, bias)
@@ -341,7 +341,7 @@ def _norm_cpu(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _refuse_gradients(x, bias, norm_weight, norm_bias, residual)
+    _refuse_gradients(x, weight_scale, bias, norm_weight, norm_bias, residual)
     _check_norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, residual)
     n, columns = weight.shape
     y, h = x.new_empty((*x.shape[:-1], n)), x.new_empty((0,) if residual is None else x.shape)
@@ -370,7 +370,7 @@ def _activation_cpu(
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    _refuse_gradients(x, bias, residual)
+    _refuse_gradients(x, weight_scale, bias, residual)
     k = _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
     gate = (x[..., :k] if gated else x).float().contiguous()  # contiguous: as in _fused._activation_cpu
     h = _cpu.TORCH_ACTIVATIONS[activation](gate).to(x.dtype)

@@ -85,7 +85,12 @@ def cell_for(x: Tensor, k: int, weight: Tensor, weight_scale: Tensor, bias: Tens
         cell = known[2]
         found = (
             cell.holds(weight, weight_scale, None)
-            and cell.n == weight.shape[0] == weight_scale.shape[0]
+            and cell.n == weight.shape[0]
+            and cell.columns == weight.shape[1]
+            and weight.dtype is torch.int8
+            and weight.is_contiguous()
+            and weight_scale.dtype is torch.float32
+            and _is_vector(weight_scale, cell.n, cell.device)
             and cell.device == weight.get_device()
         )
     else:

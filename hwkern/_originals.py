@@ -175,6 +175,7 @@ class FloatWeight:
         self._requires_grad = weight.requires_grad
         self._grad = weight.grad
         self._attributes = dict(weight.__dict__)
+        self.gone = ""  #: why it is not to come back, where one of the tied layers has let it go
 
     @property
     def is_meta(self) -> bool:
@@ -218,6 +219,8 @@ class Original:
 
     def forget(self, why: str) -> None:
         """Let the float weight go; ``why`` says what happened, for the error of a later unpatch."""
+        if self.weight is not None:
+            self.weight.gone = why  # for the layers that are tied to this one: their int8 weight is another now too
         self.weight, self.gone = None, why
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:

@@ -83,3 +83,5 @@ def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
     if problem:
         why = f"{problem}: it reads the weight itself"
         send_back(result, [layer.name for layer in layers], why)
+        for layer in layers:  # nothing may choose one again: no other times, no bound, no trial of the whole model
+            del layer.candidates[1:]

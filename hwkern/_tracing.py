@@ -21,6 +21,7 @@ def compiles_inference(x: Tensor) -> bool:
     return (
         is_compiling()
         and not torch.is_grad_enabled()
+        and x.device.type in ("cpu", "cuda")  # autocast knows no meta device
         and not torch.is_autocast_enabled(x.device.type)
         and not exporting()
     )

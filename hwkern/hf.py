@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,9 +133,13 @@ class HwkernQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         _fusion.unfuse(model)
-        for layer in find_layers(model, embeddings=True):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # as a configuration that was saved has it
+        made: dict[int, nn.Parameter] = {}  # by the int8 weight: tied layers share the float one again
+        layers = find_layers(model, embeddings=True)  # they hold the int8 weights, so that no id is used twice
+        for layer in layers:
             if isinstance(layer.module, PackedLayer):
                 restored = layer.module.to_float(dtype)
+                restored.weight = made.setdefault(id(layer.module.weight), cast(nn.Parameter, restored.weight))
                 for parent, attribute in layer.slots:
                     parent._modules[attribute] = restored
         return model

@@ -432,7 +432,8 @@ def _linear_no_grad(int8: Callable[..., Tensor], weight_only: Callable[..., Tens
     """The bits of ``int8_linear`` or ``weight_only_linear``, in x's dtype."""
 
     def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, only: bool) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        floats = (x, weight_scale, bias)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats):
             raise NotImplementedError("linear_no_grad has no gradient: int8_linear and weight_only_linear have.")
         return (weight_only if only else int8)(x, weight, weight_scale, bias)
 

@@ -287,6 +287,8 @@ def _refuse_lost(chosen: Sequence[Layer]) -> None:
             lost.append((layer, "the layer was made without hwkern.patch"))
         elif original.weight is None:
             lost.append((layer, original.gone))
+        elif original.weight.gone:
+            lost.append((layer, original.weight.gone))
         elif original.weight.is_meta and not module.weight.is_meta:
             lost.append((layer, "the model was patched on the meta device, without values"))
     if lost:

@@ -174,6 +174,8 @@ class Plan:
 
     def _decide(self, layer: PlannedLayer, folded: bool) -> None:
         """``folded``: whether, where there are candidates with a divided norm, only those count (or none of them)."""
+        if len(layer.candidates) == 1 and layer.reason:  # it was decided for good, and why
+            return
         divided = [c for c in layer.candidates[1:] if c.recipe.calibration.folded]
         plain = [c for c in layer.candidates[1:] if not c.recipe.calibration.folded]
         pool, rest = (divided, plain) if folded and divided else (plain, divided)

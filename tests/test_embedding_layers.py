@@ -280,6 +280,25 @@ def test_half_of_a_pair_may_go_back_alone(ids: torch.Tensor) -> None:
     assert model.embed.weight is model.lm_head.weight is weight
 
 
+def test_values_loaded_into_a_pair_take_the_float_weight_from_both() -> None:
+    model, other = Net(True), Net(True)
+    hwkern.patch(model, embeddings=True)
+    model.load_state_dict(other.state_dict())
+    for name in ("embed", "lm_head"):
+        with pytest.raises(ValueError, match="the float weight is gone"):
+            hwkern.unpatch(model, include=name)
+
+
+def test_a_table_with_fewer_rows_at_the_same_address_is_seen() -> None:
+    table = Int8Embedding.from_float(nn.Embedding(100, 32))
+    last = torch.tensor([90])
+    table(last)
+    table.weight = nn.Parameter(table.weight.data[:50], requires_grad=False)
+    table.weight_scale = table.weight_scale[:50]
+    with pytest.raises(IndexError):
+        table(last)
+
+
 def test_what_a_user_put_on_the_table_travels_with_it(ids: torch.Tensor) -> None:
     model = Net()
     seen = []
@@ -540,6 +559,12 @@ class ReadsItsTable(Net):
         return nn.functional.linear(self.back(self.body(self.embed(ids)).relu()), self.embed.weight)
 
 
+class ReadsWhatItTies(Net):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.back(self.body(self.embed(ids)).relu())
+        return self.lm_head(x) + nn.functional.linear(x, self.embed.weight)
+
+
 class CastsToItsTable(Net):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids).to(self.embed.weight.dtype).to(self.body.bias.dtype)
@@ -559,6 +584,25 @@ def test_a_model_that_reads_its_table_beside_calling_it_keeps_it(
     assert sentence in table.reason
     assert "it reads the weight itself" in table.reason
     before.assert_same(model)
+
+
+def test_a_table_that_the_model_reads_is_not_chosen_later_either(
+    ids: torch.Tensor, tmp_path: Path, fast_tables: list[tuple[Shape, int]]
+) -> None:
+    """Not under a task's bound, nor by the trials of the whole model, with the times of another GPU, or from a file."""
+    bound = hwkern.Accuracy(max_metric_drop=0.5)
+    batches = [(ids,)]
+    task = hwkern.plan(
+        ReadsItsTable().eval(), batches, accuracy=bound, metric=lambda *_: 1.0, verify=False, save=False, show=False
+    )
+    whole = hwkern.plan(ReadsWhatItTies(True).eval(), batches, save=False, show=False)
+    model = ReadsItsTable().eval()
+    plan = planned(model, batches)
+    plan.save(tmp_path / "plan.json")
+    for found in (task, whole, plan.for_device(model, show=False), hwkern.Plan.load(tmp_path / "plan.json")):
+        found.decide()
+        assert found.layers["embed"].choice.name == "keep"
+        assert "it reads the weight itself" in found.layers["embed"].reason
 
 
 def test_the_command_line_decides_about_tables(
@@ -734,6 +778,8 @@ def test_save_pretrained_and_from_pretrained(tied: bool, tmp_path: Path) -> None
             if tied:
                 assert twin.lm_head.weight is twin.model.embed_tokens.weight
                 assert twin.lm_head.weight_scale.data_ptr() == twin.model.embed_tokens.weight_scale.data_ptr()
+    model.dequantize()
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
 
 
 @pytest.mark.parametrize("tied", [False, True])

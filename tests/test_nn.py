@@ -348,6 +348,14 @@ def test_compiles_without_graph_breaks() -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
+def test_a_layer_without_values_exports() -> None:
+    """On the meta device, which autocast does not know."""
+    layer = nn.Sequential(Int8Linear(32, 48, device="meta"))
+    with torch.no_grad():
+        exported = torch.export.export(layer, (torch.randn(4, 32, device="meta"),))
+    assert "int8_linear" in str(exported.graph)
+
+
 def test_exports() -> None:
     layer = Int8Linear.from_float(linear()).requires_grad_(False)
     x = torch.randn(3, 40)

@@ -390,6 +390,18 @@ def test_a_cell_takes_only_what_the_checks_would_pass_and_the_kernels_can_read(m
     moved = takes(x, 64, weight, scale, None)
     assert moved is not known
     assert moved.weight_pointer == weight.data_ptr()
+    kept = weight.data, scale.data
+    for other in (
+        (kept[0].t(), kept[1]),
+        (kept[0].view(torch.uint8), kept[1]),
+        (kept[0], kept[1].view(torch.int32)),
+        (kept[0], kept[1][:1].expand(48)),
+        (kept[0], kept[1][:, None]),
+    ):  # in place, at the same addresses
+        assert takes(x, 64, weight, scale, None)
+        weight.data, scale.data = other
+        assert takes(x, 64, weight, scale, None) is None
+        weight.data, scale.data = kept
     scale.data = scale.data[:40]  # at the same address
     assert takes(x, 64, weight, scale, None) is None
     weight.data = weight.data[:40]
@@ -435,6 +447,8 @@ def test_the_operator_of_compiled_inference_has_the_bits_of_the_differentiable_o
         want = (ops.weight_only_linear if only else ops.int8_linear)(x, weight, scale, bias)
         assert torch.equal(call(x, weight, scale, bias, only), want)
         torch.library.opcheck(call, (x, weight, scale, bias, only), test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(NotImplementedError, match="has no gradient"):
+        call(x, weight, scale.detach().requires_grad_(), bias, only)
     with pytest.raises(NotImplementedError, match="has no gradient"):
         call(x.requires_grad_(), weight, scale, bias, only)
 
