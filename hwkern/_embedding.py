@@ -29,6 +29,7 @@ from hwkern._checks import (
 )
 from hwkern._cpu import _threads
 from hwkern._cuda import current_device, current_stream, extension, on_device
+from hwkern._tracing import dispatch_modes, functorch_level, profiling, tracing_state
 
 _C = _native.extension()
 
@@ -174,11 +175,6 @@ _lib.impl("int8_embedding", _cpu, "CPU")
 
 # ---- the module's call ---------------------------------------------------------------------------------------------
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_tracing_state = torch._C._get_tracing_state
-_profiling = torch._C._autograd._profiler_enabled
-
 
 class TableCell:
     """What a lookup needs of one layer's table and scales, read once and good while they stay where they are."""
@@ -229,10 +225,10 @@ def eager_embedding(
         # as ops._is_plain
         not is_compiling()
         and type(indices) is Tensor
-        and _dispatch_modes() == 0
-        and _functorch_level() is None
-        and _tracing_state() is None
-        and not _profiling()
+        and dispatch_modes() == 0
+        and functorch_level() is None
+        and tracing_state() is None
+        and not profiling()
         and ((wide := indices.dtype is torch.int64) or indices.dtype is torch.int32)
         and (m := indices.numel())
         and indices.is_contiguous()

@@ -20,8 +20,9 @@ from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, FLOATS, ROW_ALIGNMENT, c
 from hwkern._choice import config_for, tuned
 from hwkern._cuda import current_device, current_stream, extension, on_device
 from hwkern._fused import NORMS, _check_activation, _check_norm
-from hwkern._launch_cell import LaunchCell, cell_for
+from hwkern._launch_cell import LaunchCell, cell_for, is_vector
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
+from hwkern._tracing import dispatch_modes, profiling
 
 _lib = Library("hwkern", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -246,7 +247,7 @@ def _product(
 
 
 def _is_vector(t: Tensor | None, k: int, device: int) -> bool:
-    return t is None or (t.dtype in FLOATS and t.shape == (k,) and t.is_contiguous() and t.get_device() == device)
+    return t is None or (t.dtype in FLOATS and is_vector(t, k, device))
 
 
 def _is_like(t: Tensor | None, x: Tensor) -> bool:
@@ -435,8 +436,8 @@ def is_direct(x: Tensor, cell: LaunchCell) -> bool:
     return (
         type(x) is Tensor
         and x.is_cuda
-        and ops._dispatch_modes() == 0
-        and not ops._profiling()
+        and dispatch_modes() == 0
+        and not profiling()
         and x.get_device() == cell.device
         and (ops._is_only_gpu() or cell.device == current_device())
     )

@@ -49,14 +49,8 @@ class LaunchCell:
         """False where the kernels cannot take the tensors as they are (or where ``check_linear`` would object)."""
         n, columns = weight.shape
         device = weight.get_device()
-        ready = (
-            weight.dtype is torch.int8
-            and columns % ROW_ALIGNMENT == 0
-            and weight.is_contiguous()
-            and weight.data_ptr() % ROW_ALIGNMENT == 0
-            and _is_vector(weight_scale, n, device)
-            and weight_scale.dtype is torch.float32
-            and (bias is None or (_is_vector(bias, n, device) and bias.dtype in FLOATS))
+        ready = _is_readable(weight, weight_scale) and (
+            bias is None or (is_vector(bias, n, device) and bias.dtype in FLOATS)
         )
         if ready:
             native = extension()
@@ -85,13 +79,9 @@ def cell_for(x: Tensor, k: int, weight: Tensor, weight_scale: Tensor, bias: Tens
         cell = known[2]
         found = (
             cell.holds(weight, weight_scale, None)
-            and cell.n == weight.shape[0]
-            and cell.columns == weight.shape[1]
-            and weight.dtype is torch.int8
-            and weight.is_contiguous()
-            and weight_scale.dtype is torch.float32
-            and _is_vector(weight_scale, cell.n, cell.device)
+            and (cell.n, cell.columns) == weight.shape
             and cell.device == weight.get_device()
+            and _is_readable(weight, weight_scale)
         )
     else:
         found = False
@@ -106,5 +96,19 @@ def cell_for(x: Tensor, k: int, weight: Tensor, weight_scale: Tensor, bias: Tens
     return cell if fits else None
 
 
-def _is_vector(t: Tensor, n: int, device: int) -> bool:
+def _is_readable(weight: Tensor, weight_scale: Tensor) -> bool:
+    """Whether the kernels can read a weight ``[N, K16]`` and its scales as they are."""
+    n, columns = weight.shape
+    return (
+        weight.dtype is torch.int8
+        and columns % ROW_ALIGNMENT == 0
+        and weight.is_contiguous()
+        and weight.data_ptr() % ROW_ALIGNMENT == 0
+        and weight_scale.dtype is torch.float32
+        and is_vector(weight_scale, n, weight.get_device())
+    )
+
+
+def is_vector(t: Tensor, n: int, device: int) -> bool:
+    """Whether ``t`` is a contiguous ``[n]`` on the device of this index."""
     return t.get_device() == device and tuple(t.shape) == (n,) and t.is_contiguous()

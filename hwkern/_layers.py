@@ -51,7 +51,7 @@ class Layer:
 
     @property
     def is_embedding(self) -> bool:
-        return isinstance(self.module, (nn.Embedding, Int8Embedding))
+        return _is_embedding(self.module)
 
     @property
     def now(self) -> Any:

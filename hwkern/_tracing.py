@@ -1,10 +1,17 @@
-"""What traces a call: torch.compile for inference, or an export."""
+"""Who sees a call: torch.compile for inference, an export, a tracer, a profiler."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+# What must see an operator go through the dispatcher: a dispatch mode, a functorch transform, a tracer, a profiler.
+# Bound once: these run on every call of every layer.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+functorch_level = torch._C._functorch.peek_interpreter_stack
+tracing_state = torch._C._get_tracing_state
+profiling = torch._C._autograd._profiler_enabled
 
 
 def exporting() -> bool:

@@ -45,7 +45,7 @@ from hwkern._embedding import TableCell, eager_embedding, int8_embedding
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
 from hwkern._launch_cell import LaunchCell, cell_for
 from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
-from hwkern._tracing import compiles_inference
+from hwkern._tracing import compiles_inference, dispatch_modes, functorch_level, profiling, tracing_state
 from hwkern._weight_only import weight_only_linear
 
 __all__ = [
@@ -525,12 +525,7 @@ _lib.impl("int8_linear", _autocast_linear("cpu", torch._C.DispatchKey.AutocastCP
 
 # ---- the module's call ---------------------------------------------------------------------------------------------
 
-# What must see the operator go through the dispatcher: a dispatch mode, a functorch transform, a tracer, a profiler.
 # Bound once: these run on every call of every layer.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_level = torch._C._functorch.peek_interpreter_stack
-_tracing_state = torch._C._get_tracing_state
-_profiling = torch._C._autograd._profiler_enabled
 is_grad_enabled, is_autocast_enabled = torch.is_grad_enabled, torch.is_autocast_enabled
 
 
@@ -557,7 +552,7 @@ def eager_linear(
     if compiles_inference(x) and x.shape[-1] == k:
         return torch.ops.hwkern.linear_no_grad.default(x, weight, weight_scale, bias, False)
     # The packed weight alone cannot tell K = 17 from K = 32. (Under torch.jit.trace sizes are tensors: not checked.)
-    if _tracing_state() is None and x.dim() > 0 and x.shape[-1] != k:
+    if tracing_state() is None and x.dim() > 0 and x.shape[-1] != k:
         raise ValueError(
             f"x has {x.shape[-1]} features in its last dimension (shape {tuple(x.shape)}), but this layer has "
             f"in_features = {k}."
@@ -611,10 +606,10 @@ def _is_plain(x: Tensor, weight_scale: Tensor, k: int) -> bool:
     return (
         not is_compiling()
         and type(x) is Tensor
-        and _dispatch_modes() == 0
-        and _functorch_level() is None
-        and _tracing_state() is None
-        and not _profiling()
+        and dispatch_modes() == 0
+        and functorch_level() is None
+        and tracing_state() is None
+        and not profiling()
         and not weight_scale.requires_grad
         and x.dtype in FLOATS
         and x.shape[-1:] == (k,)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from hwkern import _fused_linear, ops
-from hwkern._tracing import exporting
+from hwkern._tracing import exporting, functorch_level, tracing_state
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
 
@@ -134,8 +134,8 @@ class Merged:
         if is_compiling():
             return self.weight is not None and not exporting() and self._intact()
         return (
-            ops._tracing_state() is None
-            and ops._functorch_level() is None
+            tracing_state() is None
+            and functorch_level() is None
             and x.dtype in ops.FLOATS
             and self._intact()
             and (self.fresh() or self.merge())
