@@ -193,6 +193,15 @@ def main() -> None:
         ["M×N×K", "config", "µs", "TOPS", "speed of light", *(f"vs {name}" for name in products.NAMES)],
         [text(row) for row in rows],
     )
+    if found := [row | row["beside"] for row in rows if "beside" in row]:
+        print_table(
+            f"The same on {found[0]['data']} data",
+            ["M×N×K", "config", "µs", "vs fp8", "vs cutlass"],
+            [
+                [*text(row)[:3], *(timing.ratio(row["us"], row["peers_us"].get(peer)) for peer in ("fp8", "cutlass"))]
+                for row in found
+            ],
+        )
     timing.print_absent(rows)
     if configs != [ops.CHOOSE]:
         print_table(
