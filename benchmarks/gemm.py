@@ -7,7 +7,8 @@ described in peers/products.py; one that cannot run is listed with the reason. C
 
 All peers multiply the same random matrices, quantized by the largest of each row: Gaussian ones, as a linear layer's
 are, or with ``--data uniform`` uniform ones, whose bytes take all values equally often. What power a product takes
-depends on its data, and at many rows its time on the power: beside large Gaussian rows stand uniform ones.
+depends on its data, and at many rows its time on the power: beside large Gaussian rows stand uniform ones, and
+those of a GPU that never rests.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import timing
 import torch
 from peers import products
 
-from hwkern import _native, hardware, ops
+from hwkern import _native, _timing, hardware, ops
 from hwkern._console import print_table
 from hwkern._timing import layer_product
 from hwkern.bench.kernels import wrong_elements
@@ -39,7 +40,8 @@ BERT_SHAPES = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
 BERT_TOKENS = [512, 1024, 2048, 4096]
 LAYERS = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(m, n, k) for n, k in BERT_SHAPES for m in BERT_TOKENS]
 QUICK = [(m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096)]
-POWER_LIMITED = 2**34  # M · N · K from which on the uniform times stand beside the Gaussian ones
+POWER_LIMITED = 2**34  # M · N · K from which on what is in BESIDE is measured too
+BESIDE = {"sustained": "The same without a rest between replays", "uniform": "The same on uniform data"}
 
 
 def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
@@ -62,16 +64,15 @@ def ours(problem: products.Problem, config: int) -> list[peers.Call]:
     return [functools.partial(layer_product, *operands, torch.bfloat16, config) for operands in problem.int8]
 
 
-def beside(row: dict[str, Any], gpu: hardware.Gpu, data: str) -> dict[str, Any]:
-    """The same row's chosen config, FP8 and best configuration of CUTLASS on other ``data``."""
-    problem = products.Problem(row["m"], row["n"], row["k"], gpu, data)
+def beside(row: dict[str, Any], problem: products.Problem, rest: float) -> dict[str, Any]:
+    """The chosen config, FP8 and the row's fastest configuration of CUTLASS, on other data or without a rest."""
     calls = {"hwkern": ours(problem, row["config"])}
     if "fp8" in row["peers_us"]:
         calls["fp8"] = products.fp8(problem)
     if "cutlass" in row["peers_us"]:
         calls["cutlass"] = products.cutlass_named(row["cutlass_config"], problem)
-    us = {name: round(value, 3) for name, value in timing.cuda_us(calls).items()}
-    return {"data": data, "us": us.pop("hwkern"), "peers_us": us}
+    us = {name: round(value, 3) for name, value in timing.cuda_us(calls, rest=rest).items()}
+    return {"us": us.pop("hwkern"), "peers_us": us}
 
 
 def measure(
@@ -107,7 +108,7 @@ def measure(
     by_config = {config: us.pop(f"config {config}") for config in configs}
     floor = hardware.speed_of_light(m, n, k, gpu)
     time = by_config.get(chosen, by_config.get(ops.CHOOSE, min(by_config.values())))
-    return row | {
+    row |= {
         "config": chosen,
         "us": round(time, 3),
         "tops": round(floor.operations / time / 1e6, 1),
@@ -122,6 +123,11 @@ def measure(
             if config >= 0
         },
     }
+    if m * n * k >= POWER_LIMITED:
+        row["sustained"] = beside(row, problem, rest=0)
+        if data == "gaussian":
+            row["uniform"] = beside(row, products.Problem(m, n, k, gpu, "uniform"), _timing.REST)
+    return row
 
 
 def text(row: dict[str, Any]) -> list[str]:
@@ -184,8 +190,6 @@ def main() -> None:
     rows = []
     for m, n, k in problems:
         rows.append(measure(m, n, k, configs, names, gpu, arguments.data))
-        if arguments.data == "gaussian" and m * n * k >= POWER_LIMITED:
-            rows[-1]["beside"] = beside(rows[-1], gpu, "uniform")
         print(" ".join(text(rows[-1])), file=sys.stderr, flush=True)  # a long run shows where it is
         torch.cuda.empty_cache()
     print_table(
@@ -193,15 +197,19 @@ def main() -> None:
         ["M×N×K", "config", "µs", "TOPS", "speed of light", *(f"vs {name}" for name in products.NAMES)],
         [text(row) for row in rows],
     )
-    if found := [row | row["beside"] for row in rows if "beside" in row]:
-        print_table(
-            f"The same on {found[0]['data']} data",
-            ["M×N×K", "config", "µs", "vs fp8", "vs cutlass"],
-            [
-                [*text(row)[:3], *(timing.ratio(row["us"], row["peers_us"].get(peer)) for peer in ("fp8", "cutlass"))]
-                for row in found
-            ],
-        )
+    for name, title in BESIDE.items():
+        if found := [row | row[name] for row in rows if name in row]:
+            print_table(
+                title,
+                ["M×N×K", "config", "µs", "vs fp8", "vs cutlass"],
+                [
+                    [
+                        *text(row)[:3],
+                        *(timing.ratio(row["us"], row["peers_us"].get(peer)) for peer in ("fp8", "cutlass")),
+                    ]
+                    for row in found
+                ],
+            )
     timing.print_absent(rows)
     if configs != [ops.CHOOSE]:
         print_table(

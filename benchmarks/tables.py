@@ -85,23 +85,31 @@ def gemm(document: dict[str, Any]) -> str:
     return table + beside(document["rows"], names) + absent(document["rows"])
 
 
+BESIDE = {
+    "sustained": "without a rest between replays: a GPU at its power limit",
+    "uniform": "on matrices uniform over ±1",
+}
+
+
 def beside(rows: list[dict[str, Any]], names: list[str]) -> str:
-    """A second table: GEMM on other data than the first one's, where it was measured."""
-    found = [row | row["beside"] for row in rows if "beside" in row]
-    if not found:
-        return ""
-    names = peers(found, tuple(names))
-    lines = [
-        [
-            shape(row),
-            f"{row['us']:.1f}",
-            f"{2e-6 * row['m'] * row['n'] * row['k'] / row['us']:.0f}",
-            *(ratio(row, peer) for peer in names),
+    """Tables below GEMM's first one, of the rows that were measured in another way too."""
+    tables = []
+    for kind, title in BESIDE.items():
+        found = [row | row[kind] for row in rows if kind in row]
+        measured = peers(found, tuple(names))
+        lines = [
+            [
+                shape(row),
+                f"{row['us']:.1f}",
+                f"{2e-6 * row['m'] * row['n'] * row['k'] / row['us']:.0f}",
+                *(ratio(row, peer) for peer in measured),
+            ]
+            for row in found
         ]
-        for row in found
-    ]
-    columns = ["M×N×K", "µs", "TOPS", *(f"vs {PEER_TITLES.get(name, name)}" for name in names)]
-    return f"\n\nOn {found[0]['data']} data:\n\n{markdown(columns, lines)}"
+        columns = ["M×N×K", "µs", "TOPS", *(f"vs {PEER_TITLES.get(name, name)}" for name in measured)]
+        if found:
+            tables.append(f"\n\nThe large ones {title}:\n\n{markdown(columns, lines)}")
+    return "".join(tables)
 
 
 def quantize(document: dict[str, Any]) -> str:

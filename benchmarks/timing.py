@@ -20,12 +20,14 @@ import torch
 from hwkern import _native, _timing, hardware
 from hwkern._timing import Call as Call
 from hwkern._timing import capture as capture
-from hwkern._timing import cuda_us as cuda_us
 from hwkern._timing import random_int8 as random_int8
 from hwkern._timing import replay_seconds as replay_seconds
 from hwkern._timing import rotations as rotations
 from hwkern.bench import record
 from hwkern.bench.kernels import cpu_us as cpu_us
+
+#: hwkern._timing's, the GPU resting between replays.
+cuda_us = functools.partial(_timing.cuda_us, rest=_timing.REST)
 
 # ---- the host -------------------------------------------------------------------------------------------------------
 

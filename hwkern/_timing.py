@@ -26,6 +26,7 @@ GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start 
 GRAPH_SECONDS = 0.01  # but no more than fit in this
 REPLAY_SECONDS = 0.15  # time spent on each peer, on average
 LEAST_TURNS, MOST_TURNS = 5, 200
+REST = 1.0  # of a benchmark's, in replays' lengths
 BALANCED_PEERS = 8  # up to so many get whole rounds of orders(); more are candidates of a search, with few turns each
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
@@ -76,10 +77,13 @@ def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda
 
 
 def cuda_us(
-    peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
+    peers: Mapping[str, Sequence[Call]],
+    seconds: float | None = None,
+    graph_calls: int = GRAPH_CALLS,
+    rest: float = 0,
 ) -> dict[str, float]:
     """Median µs per call of each peer: see :func:`cuda_samples`."""
-    return {name: statistics.median(values) for name, values in cuda_samples(peers, seconds, graph_calls).items()}
+    return {name: statistics.median(values) for name, values in cuda_samples(peers, seconds, graph_calls, rest).items()}
 
 
 def orders(count: int) -> list[list[int]]:
@@ -94,15 +98,20 @@ def orders(count: int) -> list[list[int]]:
 
 
 def cuda_samples(
-    peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
+    peers: Mapping[str, Sequence[Call]],
+    seconds: float | None = None,
+    graph_calls: int = GRAPH_CALLS,
+    rest: float = 0,
 ) -> dict[str, list[float]]:
     """µs per call of each peer, one for each replay; a peer is a list of calls, one per buffer set.
 
     All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, as often as fit in
-    ``seconds`` for each of them (by default ``REPLAY_SECONDS``), at least ``LEAST_TURNS`` times. Up to
-    ``BALANCED_PEERS`` peers take turns until each was replayed right behind every other equally often: what ran before
-    has used up some of the power budget, or left some. On an H100 one kernel took 1495 µs (8192×28672×4096) in a fixed
-    order and 1369 in its reverse.
+    ``seconds`` for each of them (by default ``REPLAY_SECONDS``), rests included, at least ``LEAST_TURNS`` times.
+
+    What ran before has used up some of the power budget, or left some: on an H100 one kernel took 1495 µs
+    (8192×28672×4096) in a fixed order and 1369 in its reverse. So up to ``BALANCED_PEERS`` peers take turns until each
+    was replayed right behind every other equally often, and behind each replay the GPU idles ``rest`` times as long as
+    that took. Without a rest these are the times of a GPU that never pauses, at its power limit.
     """
     if not peers:
         return {}
@@ -111,7 +120,7 @@ def cuda_samples(
     for graph, _ in graphs:
         graph.replay()
     mean_seconds = statistics.mean(replay_seconds(graph) for graph, _ in graphs)
-    turns = max(LEAST_TURNS, min(MOST_TURNS, math.ceil(seconds / max(1e-6, mean_seconds))))
+    turns = max(LEAST_TURNS, min(MOST_TURNS, math.ceil(seconds / max(1e-6, (1 + rest) * mean_seconds))))
     rounds = orders(len(names))
     if len(names) <= BALANCED_PEERS:
         turns = math.ceil(turns / len(rounds)) * len(rounds)
@@ -119,7 +128,9 @@ def cuda_samples(
     for turn in range(turns):
         for peer in rounds[turn % len(rounds)]:
             graph, calls = graphs[peer]
-            samples[names[peer]].append(replay_seconds(graph) * 1e6 / calls)
+            spent = replay_seconds(graph)
+            samples[names[peer]].append(spent * 1e6 / calls)
+            time.sleep(rest * spent)
     return samples
 
 

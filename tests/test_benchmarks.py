@@ -136,13 +136,16 @@ def test_peers_are_replayed_in_balanced_turns(monkeypatch, peers, seconds):
         return (graph.peer + 1) / 1e3
 
     monkeypatch.setattr(_timing, "capture", lambda calls, least: (Graph(calls[0]), 10))
+    rests = []
     monkeypatch.setattr(_timing, "replay_seconds", replay_seconds)
-    samples = _timing.cuda_samples({f"peer {i}": [i] for i in range(peers)}, seconds)
+    monkeypatch.setattr(_timing.time, "sleep", rests.append)
+    samples = _timing.cuda_samples({f"peer {i}": [i] for i in range(peers)}, seconds, rest=2.0)
     turns = len(samples["peer 0"])
     assert samples == {f"peer {i}": [pytest.approx((i + 1) * 100.0)] * turns for i in range(peers)}
     orders = [log[peers:][i * peers : (i + 1) * peers] for i in range(turns)]
     assert all(sorted(order) == list(range(peers)) for order in orders)
-    assert turns * (peers + 1) / 2e3 >= seconds
+    assert rests == [2 * (peer + 1) / 1e3 for peer in log[peers:]]
+    assert 3 * turns * (peers + 1) / 2e3 >= seconds
     if peers <= _timing.BALANCED_PEERS:
         assert turns >= 2 * peers
         assert len(set(followers(orders).values())) <= 1
@@ -635,16 +638,19 @@ def test_every_kind_of_result_becomes_a_table(site, name):
     assert start("tables", "--root", root, "--check").returncode == 0
 
 
-def test_gemm_on_other_data_is_a_table_below(site):
+def test_gemm_measured_in_other_ways_is_a_table_below(site):
     """2 · 1024 · 4096² operations in 20 µs: 1718 TOPS."""
     root, put = site
     row = {**GEMM_ROW, "m": 1024, "peers_us": {"bf16": 50.0, "fp8": 28.0}}
-    row["beside"] = {"data": "uniform", "us": 20.0, "peers_us": {"fp8": 30.0}}
+    row["uniform"] = {"us": 20.0, "peers_us": {"fp8": 30.0}}
+    row["sustained"] = {"us": 40.0, "peers_us": {"fp8": 50.0}}
     put("gemm", {"rows": [GEMM_ROW, row]})
     (root / "README.md").write_text(PAGE.format("gemm"), encoding="utf-8")
     assert start("tables", "--root", root).returncode == 0
-    above, below = (root / "README.md").read_text(encoding="utf-8").split("On uniform data:\n")
+    above, sustained, below = (root / "README.md").read_text(encoding="utf-8").split("The large ones ")
     assert "| 1024×4096×4096 | 10.0 | 54 | 50 % (memory) | 5.00× | 2.80× |" in above
+    assert "power limit" in sustained
+    assert "| 1024×4096×4096 | 40.0 | 859 | 1.25× |" in sustained
     assert "| 1024×4096×4096 | 20.0 | 1718 | 1.50× |" in below
     assert "16×4096×4096" not in below.replace("1024×4096×4096", "")
 

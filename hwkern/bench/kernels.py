@@ -287,7 +287,7 @@ def everything(device: str) -> Iterator[tuple[dict[str, Any], Callable[[], Seque
 def measure(work: Work, device: str, seconds: float) -> dict[str, Any]:
     """One row: µs, noise, peers, and the share of the speed of light."""
     if device.startswith("cuda"):
-        samples = _timing.cuda_samples({"hwkern": work.ours, **work.peers}, seconds)
+        samples = _timing.cuda_samples({"hwkern": work.ours, **work.peers}, seconds, rest=_timing.REST)
     else:
         samples = cpu_samples({"hwkern": work.ours[0], **{n: c[0] for n, c in work.peers.items()}}, seconds)
     us = {name: statistics.median(values) for name, values in samples.items()}
