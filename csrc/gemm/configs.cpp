@@ -13,7 +13,8 @@ namespace hwkern {
 namespace {
 
 constexpr int kAnyNewer = 999;
-constexpr int kMostClusters = 160, kLowCandidates = 64;
+constexpr int kMostClusters = 160;  // 132 on an H100
+constexpr int kLowCandidates = 64;  // numbers of wide columns that are tried where the last row of tiles is low
 
 #define HWKERN_SM80_ROW(ID, BM, BN, BK, WM, WN, WK, STAGES, BLOCKS)                                          \
   GemmConfig{ID, "sm80_" #BM "x" #BN "x" #BK "_s" #STAGES, 80,    kAnyNewer, BM, BN, BK, WM, WN, WK, STAGES, \
@@ -131,8 +132,6 @@ bool gemm_runs_on(const GemmConfig& config, const Device& device) {
          device.shared_bytes >= config.shared_bytes;
 }
 
-// Narrow tiles fill the last round: 16 rows of tiles × 4096 columns on 66 clusters are six tiles of 192 for some (1152
-// columns), but four of 192 and two of 128 for each of 64 (1024) if a quarter of the columns is in narrow ones.
 // What the busiest cluster gets where the tiles of the last row of A count half, dealt out as TileOrder does with `turns`.
 static int64_t busiest_with_low_row(int64_t tiles_m, int clusters, const Sm90Columns& columns, int wide_columns,
                                     int narrow_columns) {
@@ -174,6 +173,8 @@ static Sm90Columns columns_with_low_row(int64_t tiles_m, int64_t n, int clusters
   return best;
 }
 
+// Narrow tiles fill the last round: 16 rows of tiles × 4096 columns on 66 clusters are six tiles of 192 for some (1152
+// columns), but four of 192 and two of 128 for each of 64 (1024) if a quarter of the columns is in narrow ones.
 Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns, bool low) {
   const int64_t all = ceil_div(n, wide_columns);
   Sm90Columns best{static_cast<int>(all), 0, ceil_div(tiles_m * all, clusters) * wide_columns};
