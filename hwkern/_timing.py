@@ -25,8 +25,8 @@ Call = Callable[[], object]
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
 GRAPH_SECONDS = 0.01  # but no more than fit in this
 REPLAY_SECONDS = 0.15  # time spent on each peer, on average
-LEAST_TURNS, MOST_TURNS = 5, 200
-REST = 1.0  # of a benchmark's, in replays' lengths
+REST = 1.0  # behind each replay of a benchmark, in lengths of that replay: see cuda_samples
+LEAST_TURNS, MOST_TURNS = 3, 200
 BALANCED_PEERS = 8  # up to so many get whole rounds of orders(); more are candidates of a search, with few turns each
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
@@ -111,7 +111,8 @@ def cuda_samples(
     What ran before has used up some of the power budget, or left some: on an H100 one kernel took 1495 µs
     (8192×28672×4096) in a fixed order and 1369 in its reverse. So up to ``BALANCED_PEERS`` peers take turns until each
     was replayed right behind every other equally often, and behind each replay the GPU idles ``rest`` times as long as
-    that took. Without a rest these are the times of a GPU that never pauses, at its power limit.
+    that took. With a rest of 1 replays of 10 ms scatter by some 0.3 %, with none, at the power limit, by 3 to 10 %; one
+    of 2 gives the times of 1.
     """
     if not peers:
         return {}

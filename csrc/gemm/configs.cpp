@@ -2,7 +2,6 @@
 #include "gemm/configs.h"
 
 #include <algorithm>
-#include <array>
 #include <numeric>
 
 #include "core/status.h"
@@ -13,8 +12,6 @@ namespace hwkern {
 namespace {
 
 constexpr int kAnyNewer = 999;
-constexpr int kMostClusters = 160;  // 132 on an H100
-constexpr int kLowCandidates = 64;  // numbers of wide columns that are tried where the last row of tiles is low
 
 #define HWKERN_SM80_ROW(ID, BM, BN, BK, WM, WN, WK, STAGES, BLOCKS)                                          \
   GemmConfig{ID, "sm80_" #BM "x" #BN "x" #BK "_s" #STAGES, 80,    kAnyNewer, BM, BN, BK, WM, WN, WK, STAGES, \
@@ -132,55 +129,12 @@ bool gemm_runs_on(const GemmConfig& config, const Device& device) {
          device.shared_bytes >= config.shared_bytes;
 }
 
-// What the busiest cluster gets where the tiles of the last row of A count half, dealt out as TileOrder does with `turns`.
-static int64_t busiest_with_low_row(int64_t tiles_m, int clusters, const Sm90Columns& columns, int wide_columns,
-                                    int narrow_columns) {
-  int64_t loads[kMostClusters] = {};
-  int at = 0;  // the cluster that gets the next tile
-  auto deal = [&](int64_t count, int width) {
-    const int64_t each = tiles_m * count / clusters, more = tiles_m * count % clusters;
-    for (int i = 0, cluster = at; i < clusters; ++i, cluster = cluster + 1 < clusters ? cluster + 1 : 0)
-      loads[cluster] += width * (i < more ? each + 1 : each);
-    for (int64_t column = 0; column < count; ++column)
-      loads[(at + column * tiles_m + tiles_m - 1 - column % tiles_m) % clusters] -= width / 2;
-    at = static_cast<int>((at + more) % clusters);
-  };
-  deal(columns.wide, wide_columns);
-  deal(columns.narrow, narrow_columns);
-  return *std::max_element(loads, loads + clusters);
-}
-
-// Searched for, which takes some 0.1 ms, so it is remembered: a thread's own, one slot for each hash.
-static Sm90Columns columns_with_low_row(int64_t tiles_m, int64_t n, int clusters, int wide_columns,
-                                        int narrow_columns) {
-  const std::array<int64_t, 5> key{tiles_m, n, clusters, wide_columns, narrow_columns};
-  struct Slot {
-    std::array<int64_t, 5> key{};
-    Sm90Columns columns{};
-  };
-  thread_local std::array<Slot, 64> slots;
-  Slot& slot = slots[(n * 7 + tiles_m + wide_columns + clusters) % slots.size()];
-  if (slot.key == key) return slot.columns;
-  const int64_t all = ceil_div(n, wide_columns);
-  Sm90Columns best{};
-  for (int64_t wide = all; wide >= std::max<int64_t>(0, all - kLowCandidates); --wide) {
-    const int64_t narrow = ceil_div(std::max<int64_t>(0, n - wide * wide_columns), narrow_columns);
-    Sm90Columns columns{static_cast<int>(wide), static_cast<int>(narrow), 0};
-    columns.most = busiest_with_low_row(tiles_m, clusters, columns, wide_columns, narrow_columns);
-    if (wide == all || columns.most < best.most) best = columns;
-  }
-  slot = {key, best};
-  return best;
-}
-
 // Narrow tiles fill the last round: 16 rows of tiles × 4096 columns on 66 clusters are six tiles of 192 for some (1152
 // columns), but four of 192 and two of 128 for each of 64 (1024) if a quarter of the columns is in narrow ones.
-Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns, bool low) {
+Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns) {
   const int64_t all = ceil_div(n, wide_columns);
   Sm90Columns best{static_cast<int>(all), 0, ceil_div(tiles_m * all, clusters) * wide_columns};
   if (narrow_columns == wide_columns) return best;
-  if (low && clusters <= kMostClusters)
-    return columns_with_low_row(tiles_m, n, static_cast<int>(clusters), wide_columns, narrow_columns);
   const int64_t step = std::gcd(wide_columns, narrow_columns), least = ceil_div(tiles_m * n, clusters * step) * step;
   for (int64_t wide = all - 1; wide >= 0 && best.most > least; --wide) {
     const int64_t narrow = ceil_div(n - wide * wide_columns, narrow_columns);

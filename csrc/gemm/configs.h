@@ -102,13 +102,7 @@ struct Sm90Columns {
   int wide, narrow;
   int64_t most;
 };
-Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns, bool low);
-
-// Whether the last row of a ping-pong config's tiles, of `rows` rows of A each, has at most 64, half a tile's time, and
-// that is so much of the whole that it is worth dealing out evenly.
-constexpr bool sm90_low(int64_t m, int64_t tiles_m, int rows) {
-  return tiles_m >= 2 && tiles_m <= 7 && m - (tiles_m - 1) * rows <= 64;
-}
+Sm90Columns sm90_columns(int64_t tiles_m, int64_t n, int64_t clusters, int wide_columns, int narrow_columns);
 
 constexpr int sm90_narrow(int id) {
 #define HWKERN_NARROW(ID, BLOCK_N, STAGES, PINGPONG, BOXES, CLUSTER, NARROW) \

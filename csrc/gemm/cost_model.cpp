@@ -70,8 +70,7 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
       460;  // over K: a short main loop hides less of the next tile's first loads (0.6 µs at 768)
   const int64_t tiles_m = ceil_div(m, c.block_m * c.cluster), clusters = device.sm_count / c.cluster;
   const int narrow = sm90_narrow(c.id);
-  const bool low = c.warps_m == 4 && sm90_low(m, tiles_m, c.block_m * c.cluster);
-  const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow, low);
+  const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow);
   const int64_t tiles_n = columns.wide + columns.narrow;
   const double rounds = double(ceil_div(tiles_m * tiles_n, clusters));
   const double exposed = c.warps_m == 4 ? 1 + (1 - kHiddenEpilogue) * (rounds - 1) : rounds;

@@ -28,7 +28,6 @@ struct Sm90Params {
   Gemm gemm;
   Sm90Columns columns;
   int group_rows;  // of TileOrder
-  bool turns;  // of TileOrder
   bool chunks;  // D consists of whole 16-byte chunks
   bool streams;  // D does not fit in L2: it leaves first, so that A and B stay
 };

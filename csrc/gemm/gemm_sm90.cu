@@ -78,7 +78,6 @@ template <typename C>
 struct TileOrder {
   int tiles_m, wide, narrow;  // rows of tiles; columns of tiles of either kind
   int group_rows;  // rows of tiles that walk along N side by side, so that a wave of tiles is about square
-  bool turns;  // each column of tiles begins with another row, so that all blocks get as many of the low last one
 
   __device__ int count() const { return tiles_m * (wide + narrow); }
   __device__ bool is_wide(int tile) const { return C::NARROW == C::BLOCK_N || tile < tiles_m * wide; }
@@ -88,9 +87,8 @@ struct TileOrder {
     if (!in_wide) tile -= tiles_m * wide;
     const int group = tile / (group_rows * tiles_n), in_group = tile % (group_rows * tiles_n);
     const int rows = min(tiles_m - group * group_rows, group_rows);
-    const int column = in_group / rows;
-    *tile_m = group * group_rows + (turns ? in_group + column : in_group) % rows;
-    *n0 = in_wide ? column * C::BLOCK_N : wide * C::BLOCK_N + column * C::NARROW;
+    *tile_m = group * group_rows + in_group % rows;
+    *n0 = in_wide ? in_group / rows * C::BLOCK_N : wide * C::BLOCK_N + in_group / rows * C::NARROW;
   }
 };
 
@@ -118,7 +116,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
   const int rank = C::CLUSTER > 1 ? static_cast<int>(blockIdx.x % C::CLUSTER) : 0;
   constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
   const TileOrder<C> order{static_cast<int>((p.m + CLUSTER_M - 1) / CLUSTER_M), params.columns.wide,
-                           params.columns.narrow, params.group_rows, params.turns};
+                           params.columns.narrow, params.group_rows};
   const int first_tile = blockIdx.x / C::CLUSTER, tile_step = gridDim.x / C::CLUSTER, tiles = order.count();
   const int k_tiles = static_cast<int>((p.k + C::BLOCK_K - 1) / C::BLOCK_K);
 
@@ -215,22 +213,12 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
     int tile = first_tile + (C::PINGPONG ? consumer * tile_step : 0);
     if (C::PINGPONG && consumer == 1) at.skip(k_tiles);
     for (uint32_t parity = 0; tile < tiles; tile += tile_step * (C::PINGPONG ? 2 : 1), parity ^= 1) {
-      bool is_low = false;  // of a ping-pong tile's two parts of 64 rows, the second lies below the matrix
-      if (C::PINGPONG) {
-        int tile_m, n0;
-        uint32_t group_rows = params.group_rows;
-        ptx::opaque(group_rows);  // nothing of locate's divisions takes registers in the main loop
-        TileOrder<C> now = order;
-        now.group_rows = group_rows;
-        now.locate(tile, &tile_m, &n0);
-        is_low = p.m - tile_m * CLUSTER_M - rank * C::BLOCK_M <= MMA_M;
-      }
       // NOTE: a wait on a buffer only tells odd fills from even ones, so the consumer whose tile is the next must not
       // look before the other one has seen all of its own.
       if (C::PINGPONG) ptx::mbarrier_wait(turn + consumer * 8, parity ^ (consumer == 0));
       int32_t acc[C::MMAS_M][C::ACCUMULATORS];
       // Invariant: on entry to step k_tile the wgmmas of step k_tile - 1 may still run; its buffer is not yet released.
-      auto multiply = [&](auto columns, auto mmas_m) {
+      auto multiply = [&](auto columns) {
         constexpr int ACCUMULATORS = decltype(columns)::value / 2;
         for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
           ptx::mbarrier_wait(full + at.stage * 8, at.parity);
@@ -241,7 +229,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
 #pragma unroll
           for (int step = 0; step < C::BLOCK_K / MMA_K; ++step)
 #pragma unroll
-            for (int i = 0; i < decltype(mmas_m)::value; ++i)
+            for (int i = 0; i < C::MMAS_M; ++i)
               ptx::wgmma_m64k32_s8(reinterpret_cast<int32_t (&)[ACCUMULATORS]>(acc[i]),
                                    a + (i * MMA_M * C::BLOCK_K + step * MMA_K) / 16, b + step * MMA_K / 16,
                                    k_tile > 0 || step > 0);
@@ -258,17 +246,10 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_sm90(const __grid_constant__ 
           at.advance();
         }
       };
-      auto multiply_rows = [&](auto columns) {
-        if (C::PINGPONG && is_low) {
-          multiply(columns, std::integral_constant<int, 1>{});
-        } else {
-          multiply(columns, std::integral_constant<int, C::MMAS_M>{});
-        }
-      };
       if (C::NARROW < C::BLOCK_N && !order.is_wide(tile)) {
-        multiply_rows(std::integral_constant<int, C::NARROW>{});
+        multiply(std::integral_constant<int, C::NARROW>{});
       } else {
-        multiply_rows(std::integral_constant<int, C::BLOCK_N>{});
+        multiply(std::integral_constant<int, C::BLOCK_N>{});
       }
       if (C::PINGPONG && leader) ptx::mbarrier_arrive(turn + (consumer ^ 1) * 8);
 
@@ -323,8 +304,7 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
     return kTensorMapRefused;
   constexpr int CLUSTER_M = C::CLUSTER * C::BLOCK_M;
   const int64_t tiles_m = ceil_div(p.m, CLUSTER_M), clusters = sm_count / C::CLUSTER;
-  const bool low = C::PINGPONG && sm90_low(p.m, tiles_m, CLUSTER_M);
-  params.columns = sm90_columns(tiles_m, p.n, clusters, C::BLOCK_N, C::NARROW, low);
+  params.columns = sm90_columns(tiles_m, p.n, clusters, C::BLOCK_N, C::NARROW);
   // NOTE: narrow tiles begin where the wide ones end, which need not be at a multiple of NARROW: so does what their last
   // box has. A box of another height than the producer expects, and the consumers wait for ever.
   if (params.columns.narrow > 0 && !make_boxes(&params.b_narrow, p.b, p.n, p.k, p.ldb, C::NARROW / C::CLUSTER,
@@ -338,7 +318,6 @@ Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   // Side by side, all rows of tiles take B from memory once: 2048×28672×4096 126 MB, not 240 in two groups; 0.5 % of time.
   if (p.m * p.k <= kKeptBytes && p.n * p.k > kPassingBytes) rows = tiles_m;
   params.group_rows = static_cast<int>(ceil_div(tiles_m, ceil_div(tiles_m, rows)));
-  params.turns = low;
   const unsigned blocks = static_cast<unsigned>((tiles < clusters ? tiles : clusters) * C::CLUSTER);
   return launch<gemm_sm90<C>>({dim3(blocks), dim3(THREADS), C::SHARED_BYTES, C::CLUSTER, p.overlap}, stream, params);
 }
