@@ -194,6 +194,34 @@ def test_the_data_are_what_their_name_says(problem):
     assert problem.int8[0][0].float().std().item() == pytest.approx(wanted, rel=0.03)
 
 
+def test_a_large_row_has_its_times_without_rest_and_on_uniform_data_beside(load, monkeypatch):
+    """Times are stand-ins: 10 µs for ours, 20 for FP8; with other data or another rest 1 and 2 more."""
+    gemm, asked = load("gemm"), []
+    gpu = SimpleNamespace(
+        compute=90, sm_count=132, shared_bytes=232448, l2_bytes=1000, int8_ops=1e15, bandwidth=1e12, name="x"
+    )
+
+    def cuda_us(calls, rest=1.0):
+        uniform = calls["fp8"][0].args[0].float().abs().mean().item() > 150  # 448 / 2; Gaussian: 448 / 3.7 · 0.8
+        asked.append((sorted(calls), rest))
+        return {name: (20.0 if name == "fp8" else 10.0) + uniform + 2 * (rest == 0) for name in calls}
+
+    monkeypatch.setattr(gemm.timing, "cuda_us", cuda_us)
+    monkeypatch.setattr(gemm.timing, "capture", lambda calls, least: None)
+    monkeypatch.setattr(products.Problem, "device", "cpu")
+    monkeypatch.setattr(gemm, "POWER_LIMITED", 48 * 32 * 4096)
+    row = gemm.measure(48, 32, 4096, [-1], ["fp8"], gpu, "gaussian")
+    assert (row["us"], row["peers_us"], row["data"]) == (10.0, {"fp8": 20.0}, "gaussian")
+    assert row["sustained"] == {"us": 12.0, "peers_us": {"fp8": 22.0}}
+    assert row["uniform"] == {"us": 11.0, "peers_us": {"fp8": 21.0}}
+    assert asked == [(["config -1", "fp8"], 1.0), (["fp8", "hwkern"], 0), (["fp8", "hwkern"], 1.0)]
+    row = gemm.measure(48, 32, 4096, [-1], ["fp8"], gpu, "uniform")
+    assert (row["us"], row["sustained"]["us"], row["data"]) == (11.0, 13.0, "uniform")
+    assert "uniform" not in row
+    row = gemm.measure(47, 32, 4096, [-1], ["fp8"], gpu, "gaussian")
+    assert "sustained" not in row
+
+
 def test_random_int8_is_what_a_linear_layer_multiplies():
     torch.manual_seed(0)
     rows = _timing.random_int8(64, 4096, device="cpu")
