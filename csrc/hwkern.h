@@ -65,8 +65,8 @@ enum class Activation : int32_t {
 
 // ---- GEMM ---------------------------------------------------------------------------------------------------------
 
-// What a row of the config table computes: int8 activations (gemm), 16-bit ones (weight_only_linear), or those of a
-// linear that are quantized in the same launch (linear alone).
+// What a row of the config table computes: int8 activations (gemm), 16-bit ones (weight_only_linear), or a whole linear
+// (linear alone), which it quantizes in its own launch, or whose quantize kernel it starts beside.
 enum class Scheme : int32_t { kW8A8 = 0, kW8A16 = 1, kW8A8Linear = 2 };
 
 // One row of the config table: an instantiation, a tuning candidate, a TensorRT tactic, a test parameter and a
@@ -241,11 +241,11 @@ struct Linear {
 
 // Bytes of device scratch for one call: the int8 activations and their scales. Any 16-byte aligned buffer will do.
 size_t linear_workspace_bytes(int64_t m, int64_t k);
-// The id of the fastest way to a whole linear with 16-bit x and y and no options: of a row of Scheme::kW8A8Linear, which
-// quantizes in the GEMM's launch, or the GEMM's (gemm_choose) after a launch for quantize; -1 if none runs.
+// The id of the fastest way to a whole linear with 16-bit x and y and no options: of a row of Scheme::kW8A8Linear, or the
+// GEMM's (gemm_choose) after a launch for quantize; -1 if none runs.
 int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device);
 
-// `config_id`: of a row of Scheme::kW8A8 (two launches) or kW8A8Linear (one, which leaves the workspace alone).
+// `config_id`: of a row of Scheme::kW8A8 (two launches) or kW8A8Linear (one, which leaves the workspace alone, or two).
 Status linear(const Linear& problem, int config_id, void* workspace, size_t workspace_bytes, Stream stream);
 
 // ---- Weight-only linear (W8A16): int8 weights, 16-bit activations -------------------------------------------------

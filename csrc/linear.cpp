@@ -1,4 +1,5 @@
-// Linear: quantize the activations per token into the workspace, then the GEMM; or both in one launch (linear_sm90.cu).
+// Linear: quantize the activations per token into the workspace, then the GEMM, which may be one that starts beside quantize
+// (linear_beside_sm90.cu); or both in one launch (linear_sm90.cu).
 #include "core/device.h"
 #include "core/status.h"
 #include "gemm/configs.h"
@@ -38,6 +39,7 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
   if (config_id == kChoose && may_take_one_launch(p)) config_id = remembered<linear_choose>(p.m, p.n, p.k, device);
+  bool beside = false;  // a GEMM of the linear's own, beside quantize
   if (const GemmConfig* config = gemm_config(config_id); config && config->scheme == Scheme::kW8A8Linear) {
     if (const Status status = validate_quantize(quantize); !status.ok()) return status;
     if (const Status status = validate_gemm(product); !status.ok()) return status;
@@ -46,11 +48,13 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
     if (!gemm_runs_on(*config, device))
       return {StatusCode::kUnsupportedDevice,
               "linear: this config is for another GPU: see its compute capabilities and shared memory"};
-    return launch_linear_sm90(p, *config, device.sm_count, stream);
+    beside = config_id >= kFirstLinearBesideId;
+    if (!beside) return launch_linear_sm90(p, *config, device.sm_count, stream);
   }
 
   const Status status = quantize_per_token(quantize, /*release_early=*/p.weight_is_constant, stream);
   if (!status.ok()) return status;
+  if (beside) return launch_linear_beside_sm90(product, config_id, device.sm_count, stream);
   product.b_is_constant = true;  // the kernel before the GEMM is quantize's; before that one: weight_is_constant
   // The blocks of a large tile do not fit beside quantize's, so overlap hides little of a long GEMM's launch; and the layer
   // of 512×4096×14336 takes 61 µs with it, against 51 where a launch in between keeps them apart. Presumably the order

@@ -39,12 +39,15 @@ struct Launch {
   // The kernel may start while its predecessor on the stream still runs: it calls ptx::grid_wait() before it touches
   // anything that the predecessor could write or read. Only for compute capability 9.0 and newer.
   bool overlap = false;
+  // As little L1 and as much shared memory as there is, though the kernel takes none. NOTE: an SM must be empty before the
+  // split changes, so a kernel that has another one keeps blocks of the next, which may start early, from its SMs.
+  bool most_shared = false;
 };
 
 template <auto kernel, typename... Args>
 Status launch(const Launch& shape, Stream stream, const Args&... args) {
   if (const Status status = allow_shared_memory<kernel>(shape.shared_bytes); !status.ok()) return status;
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config{};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -60,6 +63,11 @@ Status launch(const Launch& shape, Stream stream, const Args&... args) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.most_shared) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+    attribute.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;
   }
   return status_of(cudaLaunchKernelEx(&config, kernel, args...));
 }

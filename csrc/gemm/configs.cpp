@@ -87,15 +87,32 @@ constexpr int kAnyNewer = 999;
              Scheme::kW8A8Linear,                                                       \
              1,                                                                         \
              K_TILES * kSm90BlockK},
-constexpr GemmConfig kConfigs[] = {HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
-                                       HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW)
-                                           HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)
-                                               HWKERN_LINEAR_SM90_CONFIGS(HWKERN_LINEAR_SM90_ROW)};
+#define HWKERN_LINEAR_BESIDE_ROW(ID, BN, STAGES)        \
+  GemmConfig{ID,                                        \
+             "linear_128x" #BN "x128_s" #STAGES "_two", \
+             90,                                        \
+             90,                                        \
+             kSm90BlockM,                               \
+             BN,                                        \
+             kSm90BlockK,                               \
+             8,                                         \
+             1,                                         \
+             1,                                         \
+             STAGES,                                    \
+             1,                                         \
+             linear_beside_shared_bytes(BN, STAGES),    \
+             1,                                         \
+             Scheme::kW8A8Linear},
+constexpr GemmConfig kConfigs[] = {
+    HWKERN_SM80_CONFIGS(HWKERN_SM80_ROW) HWKERN_SM90_CONFIGS(HWKERN_SM90_ROW)
+        HWKERN_SM90_SPLIT_CONFIGS(HWKERN_SM90_SPLIT_ROW) HWKERN_W8A16_CONFIGS(HWKERN_W8A16_ROW)
+            HWKERN_LINEAR_SM90_CONFIGS(HWKERN_LINEAR_SM90_ROW) HWKERN_LINEAR_BESIDE_CONFIGS(HWKERN_LINEAR_BESIDE_ROW)};
 #undef HWKERN_SM80_ROW
 #undef HWKERN_SM90_ROW
 #undef HWKERN_SM90_SPLIT_ROW
 #undef HWKERN_W8A16_ROW
 #undef HWKERN_LINEAR_SM90_ROW
+#undef HWKERN_LINEAR_BESIDE_ROW
 
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 

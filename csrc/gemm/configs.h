@@ -71,8 +71,12 @@
 #define HWKERN_LINEAR_SM90_CONFIGS(X) \
   X(400, 64, 64, 6, 6, 1, 4, 2)       \
   X(401, 128, 128, 6, 6, 2, 2, 1)     \
-  X(403, 64, 128, 6, 6, 2, 2, 1)      \
-  X(404, 64, 64, 6, 6, 1, 4, 1)
+  X(403, 64, 128, 6, 6, 2, 2, 1)
+
+// X(id, BLOCK_N, STAGES): tiles of 128 rows, in a kernel that starts beside quantize's (linear_beside_sm90.cu).
+#define HWKERN_LINEAR_BESIDE_CONFIGS(X) \
+  X(410, 128, 5)                        \
+  X(411, 192, 4)
 
 namespace hwkern {
 
@@ -153,6 +157,13 @@ constexpr int linear_sm90_shared_bytes(int block_m, int block_n, int stages, int
          2 * sm90_term_bytes(block_n) + 4 * block_m + 16 * stages + 64;
 }
 
+// The ring, two consumers' boxes of D, the terms of two tiles' columns and rows, two barriers a stage and four more.
+constexpr int linear_beside_shared_bytes(int block_n, int stages) {
+  return stages * (kSm90BlockM + block_n) * kSm90BlockK + kSm90Consumers * (block_n / 64) * kSm90BoxBytes +
+         2 * (kColumnTermBytes * block_n + 4 * kSm90BlockM) + 16 * stages + 32;
+}
+constexpr int kFirstLinearBesideId = 410;
+
 // How many blocks share the rows of one: a multiple of the cluster's, so that the busiest SM has the least to do.
 int linear_sm90_groups(const GemmConfig& config, int64_t m, int64_t n, int sm_count);
 
@@ -164,5 +175,7 @@ Status launch_gemm_sm90(const Gemm& problem, int config_id, int sm_count, Stream
 Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream);
 // linear.cpp has validated the problem, and that K is not too large for the row.
 Status launch_linear_sm90(const Linear& problem, const GemmConfig& config, int sm_count, Stream stream);
+// The GEMM after quantize. It may read B, scale_n and bias before the kernel that precedes it has ended.
+Status launch_linear_beside_sm90(const Gemm& product, int config_id, int sm_count, Stream stream);
 
 }  // namespace hwkern

@@ -158,19 +158,18 @@ int linear_sm90_groups(const GemmConfig& c, int64_t m, int64_t n, int sm_count) 
 // a difference is within what the model is wrong by. Measured with bfloat16 in and out, one launch / two, µs:
 //   400   64 × 64     128×3072×768 4.8 / 5.2, 256×1536×384 4.0 / 4.5, 512×384×384 3.9 / 4.2; but with fewer than 24 blocks,
 //                     64×768×768, 4.3 / 3.8, and with more than one an SM, 256×3072×768, 6.1 / 5.6
-//   404   the same, compiled for one block an SM: 512×768×768 4.7 / 4.9, with 400 4.9
+//                     and at 512×768×768, 5.0 / 4.8
 //   401   128 × 128   4096×3072×768 24.6 / 25.5; but with 384 columns a block, 2048×3072×768,
 //                     15.9 / 14.0, with 576, 4096×2304×768, 21.7 / 20.0, and with 96 blocks, 3000×3072×768, 23.8 / 21.5
-//   403   64 × 128    384 columns a block, 4096×768×768 10.8 / 11.3 and 1024×3072×768 10.0 / 10.4, with one consumer, where
-//                     two take 3 % less; but with 256 columns, 2048×768×768, 8.3 / 7.0, and with 768, 2048×3072×768,
-//                     15.9 / 14.0
+//   403   64 × 128    384 columns a block, 4096×768×768 11.2 / 11.4; but with 256 columns, 2048×768×768, 8.4 / 7.1, with 768,
+//                     2048×3072×768, 16.0 / 14.9, and where rows are few, 1024×3072×768, 10.5 / 9.7
 static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& device) {
   const GemmConfig &small = *gemm_config(400), &square = *gemm_config(401), &low = *gemm_config(403);
   if (m < small.block_m || m > 8192 || n < 1 || k < 1 || k > small.max_k || !gemm_runs_on(square, device)) return -1;
   if (m <= 512) {
     const int64_t blocks = ceil_div(m, small.block_m) * ceil_div(n, small.block_n);
     if (blocks < 24 || 4 * blocks > 3 * device.sm_count) return -1;
-    return m > 256 && k > 640 ? 404 : small.id;
+    return m > 256 && k > 640 ? -1 : small.id;
   }
   // Columns that a block multiplies, where one wave of blocks fills the GPU; else 0.
   auto columns = [&](const GemmConfig& c) -> int64_t {
@@ -180,17 +179,22 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
   };
   if (k <= 640) return -1;  // not measured since the GEMM of two launches got faster
   if (const int64_t in_square = columns(square); in_square > 640 && in_square <= 1024) return square.id;
-  return columns(low) == 384 ? low.id : -1;
+  return m > 1024 && columns(low) == 384 ? low.id : -1;
 }
 
 // The GEMM after quantize: gemm_choose's, but where tiles of 128 tokens are one wave of blocks for most of the SMs, they
 // were faster in a layer, and where few columns leave tiles of two widths little to gain, consumers that share a tile were.
 // Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6, 223 / 228 2048×768×3072
-// 16.8 / 17.6, 106 / 107 4096×768×3072 28.9 / 30.2.
+// 16.8 / 17.6, 106 / 107 4096×768×3072 28.9 / 30.2. The GEMMs that start beside quantize:
+//   410   128 × 128   1024×3072×768 9.7 / 10.5 (108), 2048×768×3072 16.4 / 17.0 (223); but 1024×2304×768 9.4 / 9.0 (225),
+//                     2048×768×768 7.9 / 7.1 (219), 4096×768×768 11.8 / 11.4 (106), 2048×3072×768 15.6 / 14.9 (108)
+//   411   128 × 192   one wave of blocks and a long K, 4096×768×3072 26.8 / 27.5 (106); but 4096×2304×768 21.4 / 20.6 (108),
+//                     4096×3072×768 27.1 / 25.2 (401)
 static int choose_after_quantize(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int id = gemm_choose(m, n, k, device, /*b_is_constant=*/true);
   if (m < 512 || n > 3072 || k <= 640 || k > 3072) return id;
-  if (id == 107 && n <= 768) return 106;
+  if (id == 107 && n <= 768) return k > 2048 && ceil_div(m, 128) * ceil_div(n, 192) <= device.sm_count ? 411 : 106;
+  if ((id == 106 && m <= 1024) || (id == 223 && m >= 2048 && k > 2048)) return 410;
   const GemmConfig* other = gemm_config(id == 209 ? 222 : id == 104 || id == 225 || id == 228 ? 223 : -1);
   if (!other || !gemm_runs_on(*other, device)) return id;
   const int64_t blocks = ceil_div(m, other->block_m) * ceil_div(n, other->block_n);

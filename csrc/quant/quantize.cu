@@ -13,7 +13,7 @@ namespace hwkern {
 namespace {
 
 // blockDim = (threads of a row, rows of a block); blockDim.y > 1 only with blockDim.x == 32. WHOLE: rows are whole (see
-// RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything goes.
+// RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything goes. `once`: x leaves L2 first (whole rows alone).
 //
 // `release_early` is for the GEMM of a linear with constant weights, the only kernel that then follows. It may start, and
 // stream weights, while kernel P before this one still runs. That is safe, because
@@ -24,7 +24,7 @@ namespace {
 //     release early, one could read weights beside the kernel that writes them, any number of launches before.
 template <typename T, int VECTORS, bool WHOLE>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
-    quantize_per_token_kernel(const Quantize p, const bool rows_aligned, const bool release_early) {
+    quantize_per_token_kernel(const Quantize p, const bool rows_aligned, const bool release_early, const bool once) {
   using Row = RowVector<T>;
   if (release_early) ptx::grid_release();
   ptx::grid_wait();
@@ -38,8 +38,13 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 
   Row kept[VECTORS];
   Largest<T> largest;
+  if (WHOLE && once) {
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v) kept[v].template load<WHOLE>(x, first + v * stride, p.k, aligned);
+    for (int v = 0; v < VECTORS; ++v) kept[v].load_once(x, first + v * stride, p.k);
+  } else {
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) kept[v].template load<WHOLE>(x, first + v * stride, p.k, aligned);
+  }
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) largest.add(kept[v]);
   if constexpr (!WHOLE) {
@@ -136,6 +141,17 @@ __global__ void __launch_bounds__(256) dequantize_kernel(const Dequantize p, Sca
   }
 }
 
+// So many bytes of x are marked to leave L2 first; presumably they drive the int8 rows out otherwise. A layer of
+// 4096×768×3072 took 26.8 µs, not 28.9, and 1024×4096×14336 91.1, not 93.5; but 2048×4096×4096 (17 MB) 58.4, not 56.4, and
+// 64×4096×14336 25.4, not 24.5. More than 29 MB were not measured in a layer.
+constexpr int64_t kOnceBytes = 24 << 20, kMostOnceBytes = 32 << 20;
+
+// Rows and bytes of x for which the GEMM's first blocks should come beside this kernel's (see Launch::most_shared). Layers:
+// 1024×768×768 5.2 µs, not 6.1, 64×4096×4096 8.6, not 9.7; but 16×4096×4096 7.8, not 7.5. Of many bytes L1 holds what is
+// under way: 4096 × 3072 alone 12.9 µs, not 12.5.
+constexpr int kManyRows = 32;
+constexpr int64_t kFewBytes = 8 << 20;
+
 }  // namespace
 
 Status launch_quantize_per_token(const Quantize& p, bool release_early, Stream stream) {
@@ -147,10 +163,14 @@ Status launch_quantize_per_token(const Quantize& p, bool release_early, Stream s
     // A layer of 256 and 512 × 4096 × 4096 takes 0.7 µs less with one vector a thread than with four.
     const RowShape shape(aligned && p.k % RowVector<T>::COUNT == 0, p.m, ceil_div(p.ldq, RowVector<T>::COUNT),
                          device.sm_count, /*few_rows=*/4 * device.sm_count);
-    const Launch at{shape.grid, shape.block, /*shared_bytes=*/0, /*cluster=*/1, /*overlap=*/device.compute >= 90};
-    if (!shape.whole) return launch<quantize_per_token_kernel<T, 1, false>>(at, stream, p, aligned, release_early);
-    return shape.vectors == 1 ? launch<quantize_per_token_kernel<T, 1, true>>(at, stream, p, true, release_early)
-                              : launch<quantize_per_token_kernel<T, 4, true>>(at, stream, p, true, release_early);
+    const int64_t bytes = p.m * p.k * static_cast<int64_t>(sizeof(T));
+    const bool overlap = device.compute >= 90, once = bytes >= kOnceBytes && bytes < kMostOnceBytes;
+    const Launch at{shape.grid,    shape.block, /*shared_bytes=*/0,
+                    /*cluster=*/1, overlap,     /*most_shared=*/overlap && p.m > kManyRows && bytes <= kFewBytes};
+    if (!shape.whole)
+      return launch<quantize_per_token_kernel<T, 1, false>>(at, stream, p, aligned, release_early, once);
+    return shape.vectors == 1 ? launch<quantize_per_token_kernel<T, 1, true>>(at, stream, p, true, release_early, once)
+                              : launch<quantize_per_token_kernel<T, 4, true>>(at, stream, p, true, release_early, once);
   });
 }
 

@@ -11,6 +11,7 @@
 #include "hwkern.h"
 #include "ptx/convert.cuh"
 #include "ptx/opaque.cuh"
+#include "ptx/prefetch.cuh"
 
 namespace hwkern {
 
@@ -115,6 +116,14 @@ struct RowVector {
         raw.v[e / Word<T>::COUNT] |= element << (e % Word<T>::COUNT * 16);
       }
     }
+  }
+
+  // load<true> of what is read once and should leave L2 before anything else does.
+  __device__ __forceinline__ void load_once(const T* row, uint32_t first, uint32_t k) {
+    raw = {};
+    if (first >= k) return;
+    const uint4 v = ptx::load_once(row + first);
+    raw = {v.x, v.y, v.z, v.w};
   }
 
   template <bool WHOLE = false>
