@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwkern import _batches
+from hwkern import _batches, _timing
 from hwkern.bench import accuracy, energy, engines, models, paths, record, settings, subjects, traffic
 from hwkern.bench import statistics as noise
 from hwkern.bench.limits import Budget, at_most
@@ -358,22 +358,25 @@ class Comparison:
         self, model: Model, workload: settings.Workload, ready: list[Timed], stream: traffic.Traffic | None,
         budget: Budget,
     ) -> None:  # fmt: skip
-        """Blocks in turn, forwards and backwards, while there is time, and then the energy of each. What breaks here
-        leaves ``ready``."""
+        """Blocks in turn, in changing order, while there is time, and then the energy of each. What breaks here leaves
+        ``ready``."""
         options = self.options
-        for turn in range(options.blocks):
+        blocks = options.blocks if stream is None else settings.TRAFFIC_BLOCKS
+        for turn in range(blocks):
             if turn and stream is None:  # a run that is ended from outside leaves what it had
                 self.document["rows"] = self.rows + self._finished(model, workload, ready, stream)
                 self._save()
                 self.document["rows"] = self.rows
-            for position, timed in enumerate(ready[:: 1 if turn % 2 == 0 else -1]):
+            for position, timed in enumerate(_timing.balanced(ready, turn)):
                 if budget.spent:
                     return
-                blocks_left = (options.blocks - turn) * len(ready) - position
-                seconds = min(options.seconds / options.blocks, budget.left / blocks_left)
+                blocks_left = (blocks - turn) * len(ready) - position
+                seconds = min(options.seconds / blocks, budget.left / blocks_left)
                 assert timed.entry.subject is not None
                 try:
                     with at_most(budget.left + GRACE):
+                        if isinstance(workload, settings.Fixed):
+                            timed.entry.subject.block(0.0)  # the caches are still those of the path before
                         timed.blocks.append(timed.entry.subject.block(seconds))
                 except TimeoutError:
                     continue
