@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from hwkern.bench import (
     subjects,
     tables,
     traffic,
+    verdicts,
 )
 from hwkern.bench.models import AbsentError
 
@@ -542,6 +544,40 @@ def test_the_headline_takes_the_fastest_of_each_kind(measured):
     heads, cells = page.headline_cells(rows)
     assert all(len(line) == len(heads) for line in cells)
     assert [line[0] for line in cells][:2] == ["FP32", "FP16 / BF16"]
+
+
+def said(**paths):
+    """The verdicts on rows of (blocks, p50, weights) by path."""
+    return verdicts.verdicts([
+        {"path": name.replace("_", "-"), "blocks": blocks, "tokens_per_s": statistics.median(blocks),
+         "latency_ms": {"p50": p50}, "weight_bytes": weights}
+        for name, (blocks, p50, weights) in paths.items()
+    ])  # fmt: skip
+
+
+def test_a_verdict_is_on_the_path_that_is_ahead_in_everything():
+    steady, quick, stock = [20.0] * 11, [21.0] * 11, [10.0] * 11
+    found = said(fp16=(stock, 8.0, 200), bitsandbytes=([5.0] * 11, 9.0, 110), hwkern_patch=(steady, 4.0, 100),
+                 hwkern_plan=(quick, 3.9, 120))  # fmt: skip
+    assert found == [
+        "torch: hwkern.patch is ahead of every stock path in throughput, p50 and weights: throughput 2.00× ± 2 % that "
+        "of torch FP16; p50 0.50× that of torch FP16; weights 0.909× that of bitsandbytes LLM.int8."
+    ]
+
+
+def test_a_lead_within_the_noise_is_none():
+    # Block against block: the third to the ninth of the ratios are 1.0 and 1.2, around a median of 1.1.
+    ours = [8.0, 8.0, 10.0, 10.0, 11.0, 11.0, 11.0, 12.0, 12.0, 14.0, 14.0]
+    found = said(trt_int8=([10.0] * 11, 8.0, 100), trt_hwkern=(ours, 8.0, 90))
+    assert found == [
+        "TensorRT: TensorRT + hwkern is ahead of every stock path in weights, within the noise in throughput, not "
+        "ahead in p50: throughput 1.10× ± 18 % that of TensorRT INT8 (Q/DQ); p50 1.00× that of TensorRT INT8 (Q/DQ); "
+        "weights 0.900× that of TensorRT INT8 (Q/DQ)."
+    ]
+
+
+def test_without_a_stock_path_of_its_framework_there_is_no_verdict():
+    assert said(hwkern_plan=([2.0, 2.0], 1.0, 1), trt_fp16=([1.0, 1.0], 1.0, 2)) == []
 
 
 def test_numbers_keep_three_digits():

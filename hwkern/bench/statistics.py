@@ -4,8 +4,8 @@ A row is measured in blocks that alternate with the blocks of the other rows. It
 by: the whole width of the interval that holds the median at ``CONFIDENCE``, by the order of the blocks alone, and never
 less than ``FLOOR``. Of eleven blocks that is the third to the ninth, so that two stalls of the host do not widen it; of
 eight or fewer it is their range. Why the whole width: for normal blocks with deviation σ it is 1.46 σ on average for
-eleven and 2.3 σ for five, while the medians of two runs differ by 0.53 σ and 0.76 σ; the rest is room for what blocks of
-one process share and two processes do not (clocks, addresses, heat).
+eleven and 2.3 σ for five, while the medians of two runs differ by 0.53 σ and 0.76 σ; the rest is room for what the
+blocks of one process share and two processes do not (clocks, addresses, heat).
 """
 
 from __future__ import annotations
