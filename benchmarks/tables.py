@@ -203,14 +203,17 @@ def demo(document: dict[str, Any]) -> str:
 
 def comparison(document: dict[str, Any]) -> str:
     """`hwkern bench`: a table for each model and workload with its plots beside it, then what was not measured."""
-    from hwkern.bench import page, tables
+    from hwkern.bench import page, tables, verdicts
 
     parts = []
-    for model, workload, rows in tables.groups(document):
-        heads, cells = tables.columns(rows)
-        parts += [f"### {tables.title(document, model)}, {workload}", markdown(heads, cells), *page.verdicts(rows)]
-        names = list(page.plots({**document, "rows": rows}))
-        parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
+    for model, workloads in tables.by_model(document).items():
+        for workload, rows in workloads:
+            heads, cells = tables.columns(rows)
+            said = verdicts.verdicts(rows)
+            parts += [f"### {tables.title(document, model)}, {workload}", markdown(heads, cells), *said]
+            names = list(page.plots({**document, "rows": rows}))
+            parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
+        parts += verdicts.padding(workloads)
     if missing := tables.left_out(document):
         parts.append("### Not measured")
         parts.append("\n".join(f"- {status}: {reason}: {'; '.join(places)}" for status, reason, places in missing))
@@ -219,7 +222,7 @@ def comparison(document: dict[str, Any]) -> str:
 
 def headline(document: dict[str, Any], model: str, workload: str) -> str:
     """The fastest path of each kind for one model and workload of `hwkern bench`."""
-    from hwkern.bench import page, tables
+    from hwkern.bench import page, tables, verdicts
 
     for found in tables.groups(document):
         if found[:2] == (model, workload):
@@ -227,7 +230,7 @@ def headline(document: dict[str, Any], model: str, workload: str) -> str:
                 [
                     f"{tables.title(document, model)}, {workload}:",
                     markdown(*page.headline_cells(found[2])),
-                    *page.verdicts(found[2]),
+                    *verdicts.verdicts(found[2]),
                 ]
             )
     return f"*Not measured: {model}, {workload}.*"

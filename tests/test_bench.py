@@ -580,6 +580,22 @@ def test_without_a_stock_path_of_its_framework_there_is_no_verdict():
     assert said(hwkern_plan=([2.0, 2.0], 1.0, 1), trt_fp16=([1.0, 1.0], 1.0, 2)) == []
 
 
+def test_the_worth_of_padding_lengths_is_said_for_the_path_that_serves_most():
+    def traffic(rates, waste):
+        return [{"path": path, "requests_per_s": rate, "padding_waste": waste} for path, rate in rates.items()]
+
+    both = [
+        ("4x32", [{"path": "fp16"}]),
+        ("traffic:4", traffic({"hwkern-plan+graph": 300.0, "fp16": 200.0, "bf16": 400.0}, 0.37)),
+        ("traffic:1", traffic({"hwkern-plan+graph": 100.0, "fp16": 90.0}, 3.36)),
+    ]
+    assert verdicts.padding(both) == [
+        "hwkern.plan, CUDA graph serves 3.00× the requests with traffic:4 (padding +37 %) that it serves with "
+        "traffic:1 (padding +336 %)."
+    ]
+    assert verdicts.padding(both[:2]) == []
+
+
 def test_numbers_keep_three_digits():
     assert [tables.number(v) for v in (None, 0.01234, 1.5, 99.96, 123.4, 12345.6)] == [
         "–", "0.0123", "1.5", "100", "123", "12 346",

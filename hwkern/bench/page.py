@@ -11,7 +11,7 @@ from hwkern._svg import Axis, Bar, Point, Range
 from hwkern.bench import tables
 from hwkern.bench.paths import path as path_of
 from hwkern.bench.tables import Row, number, value
-from hwkern.bench.verdicts import verdicts
+from hwkern.bench.verdicts import padding, verdicts
 
 KINDS = {"stock": "was", "hwkern": "now", "tensorrt": "other"}
 KEY = (
@@ -212,13 +212,11 @@ def html(document: Mapping[str, Any]) -> str:
         f"{blocks} blocks, in turn with the others. Whiskers and ± are what a second run may differ by. "
         "Random weights but where the model is said to be trained.</p>"
     )
-    by_model: dict[str, list[tuple[str, list[Row]]]] = {}
-    for model, workload, rows in tables.groups(document):
-        by_model.setdefault(model, []).append((workload, rows))
-    for model, workloads in by_model.items():
+    for model, workloads in tables.by_model(document).items():
         parts.append(f"<h2>{escape(tables.title(document, model))}</h2>")
         for workload, rows in workloads:
             parts += _workload(model, workload, rows)
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in padding(workloads)]
         rows = workloads[0][1]
         what = "Peak device memory, and of it the weights" if value(rows[0], "memory.peak") else "Weights and buffers"
         parts.append(figure(f"{what} ({workloads[0][0]})", memory(rows, f"{model}: memory")))

@@ -57,6 +57,14 @@ def groups(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Row]]]:
         yield model, workload, sorted(rows, key=lambda row: -row["tokens_per_s"])
 
 
+def by_model(document: Mapping[str, Any]) -> dict[str, list[tuple[str, list[Row]]]]:
+    """Model → its workloads with their rows, as :func:`groups` has them."""
+    found: dict[str, list[tuple[str, list[Row]]]] = {}
+    for model, workload, rows in groups(document):
+        found.setdefault(model, []).append((workload, rows))
+    return found
+
+
 def number(found: float | None, scale: float = 1, digits: int = 3) -> str:
     """Three significant digits, thousands in full; "–" for None."""
     if found is None:
