@@ -14,7 +14,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 
@@ -22,7 +21,6 @@ from hwkern import _native
 from hwkern._checks import DTYPES
 
 Call = Callable[[], object]
-Peer = TypeVar("Peer")
 
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
 GRAPH_SECONDS = 0.02  # but no more than fit in this: power and clock have settled by then
@@ -107,18 +105,6 @@ def cuda_samples(
             if turn < replays[name]:
                 samples[name].append(replay_seconds(graph) * 1e6 / calls)
     return samples
-
-
-def balanced(peers: Sequence[Peer], turn: int) -> list[Peer]:
-    """The order of the peers in this turn, counted from 0: each follows each other one equally often, over as many
-    turns as there are peers (twice as many where their number is odd)."""
-    count = len(peers)
-    # First, last, second, last but one, …: for an even count the steps from one to the next are all different (modulo
-    # the count), so that its rotations hold each pair once; for an odd one they and their reverses hold each twice.
-    zigzag = [i // 2 if i % 2 == 0 else count - 1 - i // 2 for i in range(count)]
-    rotation, backwards = (turn, False) if count % 2 == 0 else (turn // 2, turn % 2 == 1)
-    order = [peers[(place + rotation) % count] for place in zigzag]
-    return order[::-1] if backwards else order
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import copy
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -52,17 +50,6 @@ def test_rotating_buffers_stay_within_the_memory_limit(load):
     timing = load("timing")
     assert timing.rotations(10**9, 10**10, limit=5 * 10**9) == 5
     assert timing.rotations(10**10, 50 << 20, limit=5 * 10**9) == 1
-
-
-@pytest.mark.parametrize("count", range(1, 20))
-def test_each_peer_follows_each_other_one_equally_often(count):
-    from hwkern._timing import balanced
-
-    turns = range(count if count % 2 == 0 else 2 * count)
-    orders = [balanced(range(count), turn) for turn in turns]
-    assert all(sorted(order) == list(range(count)) for order in orders)
-    pairs = collections.Counter(pair for order in orders for pair in itertools.pairwise(order))
-    assert pairs == dict.fromkeys(itertools.permutations(range(count), 2), len(turns) // count)
 
 
 def test_cpu_timing_is_the_median_in_microseconds_and_restores_the_threads(load):
