@@ -4,6 +4,10 @@ Every shape is first checked: the raw int32 sum equals the reference's, for ever
 result has the same bits as ours. Ours is timed as a layer calls it: its weights are declared constant. Peers are
 described in peers/products.py; one that cannot run is listed with the reason. CUTLASS is compiled on first use where
 `pip install nvidia-cutlass` was run (peers/cutlass.py).
+
+All peers multiply the same random matrices, quantized by the largest of each row: Gaussian ones, as a linear layer's
+are, or with ``--data uniform`` uniform ones, whose bytes take all values equally often. What power a product takes
+depends on its data, and at many rows its time on the power: beside large Gaussian rows stand uniform ones.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ BERT_SHAPES = [(768, 768), (3072, 768), (768, 3072), (2304, 768)]
 BERT_TOKENS = [512, 1024, 2048, 4096]
 LAYERS = [(m, n, k) for n, k in SHAPES for m in TOKENS] + [(m, n, k) for n, k in BERT_SHAPES for m in BERT_TOKENS]
 QUICK = [(m, 4096, 4096) for m in (1, 16, 64, 256, 1024, 4096)]
+POWER_LIMITED = 2**34  # M · N · K from which on the uniform times stand beside the Gaussian ones
 
 
 def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
@@ -46,24 +51,37 @@ def check(a: torch.Tensor, b: torch.Tensor, config: int) -> None:
 
 def check_cutlass(problem: products.Problem, candidates: dict[str, list[peers.Call]]) -> None:
     """Leave with a sentence unless CUTLASS computes what we compute: else its time would be no comparison."""
-    want = ops.int8_matmul(*problem.bytes[0], *problem.scales, None, torch.bfloat16)
+    want = ops.int8_matmul(*problem.int8[0], None, torch.bfloat16)
     for name, calls in candidates.items():
         if not torch.equal(calls[0](), want):
             sys.exit(f"Wrong result: CUTLASS {name} differs from hwkern at {problem.m}×{problem.n}×{problem.k}.")
 
 
-def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu) -> dict[str, Any]:
+def ours(problem: products.Problem, config: int) -> list[peers.Call]:
+    """Our product as a layer calls it."""
+    return [functools.partial(layer_product, *operands, torch.bfloat16, config) for operands in problem.int8]
+
+
+def beside(row: dict[str, Any], gpu: hardware.Gpu, data: str) -> dict[str, Any]:
+    """The same row's chosen config, FP8 and best configuration of CUTLASS on other ``data``."""
+    problem = products.Problem(row["m"], row["n"], row["k"], gpu, data)
+    calls = {"hwkern": ours(problem, row["config"])}
+    if "fp8" in row["peers_us"]:
+        calls["fp8"] = products.fp8(problem)
+    if "cutlass" in row["peers_us"]:
+        calls["cutlass"] = products.cutlass_named(row["cutlass_config"], problem)
+    us = {name: round(value, 3) for name, value in timing.cuda_us(calls).items()}
+    return {"data": data, "us": us.pop("hwkern"), "peers_us": us}
+
+
+def measure(
+    m: int, n: int, k: int, configs: list[int], names: Sequence[str], gpu: hardware.Gpu, data: str
+) -> dict[str, Any]:
     """One row: µs of the chosen config (or of every one in ``configs``) and of the peers called ``names``."""
-    problem = products.Problem(m, n, k, gpu)
+    problem = products.Problem(m, n, k, gpu, data)
     for config in configs:
-        check(*problem.bytes[0], config)
-
-    def ours(config: int) -> list[peers.Call]:
-        return [
-            functools.partial(layer_product, a, b, *problem.scales, torch.bfloat16, config) for a, b in problem.bytes
-        ]
-
-    calls = {f"config {config}": ours(config) for config in configs}
+        check(*problem.int8[0][:2], config)
+    calls = {f"config {config}": ours(problem, config) for config in configs}
     makers = {name: maker for name, maker in products.MAKERS.items() if name in names}
     found, absent = peers.collect(makers, problem)
     calls |= found
@@ -77,9 +95,9 @@ def measure(m: int, n: int, k: int, configs: list[int], names: Sequence[str], gp
             check_cutlass(problem, best)
             calls |= best
             # With launches that overlap, which nobody ships for these kernels: recorded beside, not instead.
-            calls["cutlass_overlap"] = products.overlapped(next(iter(best)), problem)
+            calls["cutlass_overlap"] = products.cutlass_named(next(iter(best)), problem, overlap=True)
     us = timing.cuda_us(calls)
-    row: dict[str, Any] = {"m": m, "n": n, "k": k}
+    row: dict[str, Any] = {"m": m, "n": n, "k": k, "data": data}
     if best:
         row["cutlass_config"] = min(best, key=us.__getitem__)
         us["cutlass"] = min(us.pop(name) for name in best)
@@ -137,6 +155,9 @@ def main() -> None:
     parser.add_argument("--shapes", type=timing.shapes, metavar="NxK,NxK", help="layers (default Llama-3-8B's)")
     parser.add_argument("--configs", metavar="all|ID,ID", help="time these configs instead of the chosen one")
     parser.add_argument("--peers", default=",".join(products.NAMES), help="of these (default all); '' for hwkern only")
+    parser.add_argument(
+        "--data", choices=products.DATA, default="gaussian", help="what is multiplied (default gaussian)"
+    )
     parser.add_argument("--library", help="CUTLASS's kernels, built elsewhere by peers/cutlass.py")
     parser.add_argument("--tune-json", metavar="PATH", type=Path, help="write measured and predicted µs per config")
     arguments = parser.parse_args()
@@ -162,7 +183,9 @@ def main() -> None:
 
     rows = []
     for m, n, k in problems:
-        rows.append(measure(m, n, k, configs, names, gpu))
+        rows.append(measure(m, n, k, configs, names, gpu, arguments.data))
+        if arguments.data == "gaussian" and m * n * k >= POWER_LIMITED:
+            rows[-1]["beside"] = beside(rows[-1], gpu, "uniform")
         print(" ".join(text(rows[-1])), file=sys.stderr, flush=True)  # a long run shows where it is
         torch.cuda.empty_cache()
     print_table(
@@ -170,6 +193,15 @@ def main() -> None:
         ["M×N×K", "config", "µs", "TOPS", "speed of light", *(f"vs {name}" for name in products.NAMES)],
         [text(row) for row in rows],
     )
+    if found := [row | row["beside"] for row in rows if "beside" in row]:
+        print_table(
+            f"The same on {found[0]['data']} data",
+            ["M×N×K", "config", "µs", "vs fp8", "vs cutlass"],
+            [
+                [*text(row)[:3], *(timing.ratio(row["us"], row["peers_us"].get(peer)) for peer in ("fp8", "cutlass"))]
+                for row in found
+            ],
+        )
     timing.print_absent(rows)
     if configs != [ops.CHOOSE]:
         print_table(

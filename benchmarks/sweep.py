@@ -1,16 +1,16 @@
 """Cliffs: the time of every M from 1 to 512, and where one token more costs more than its share.
 
 t(M + 1) / t(M) should stay near 1: a batch that grows by one token must not fall off an edge of the tiles or of the
-choice between kernels. Each M is timed briefly; wherever the ratio is above 1.05 both sides are timed again at length,
-in turn, and those times count: apart, the clock is another for each (28672×4096 at M = 390 and 391, one config: 79.6
-and 92.5 µs on an H100).
+choice between kernels. Each M is timed briefly; wherever the ratio is above 1.05, or another config is chosen, both
+sides are timed again at length, in turn, and those times count: apart, the clock is another for each (28672×4096 at M =
+390 and 391, one config: 79.6 and 92.5 µs on an H100).
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gemm
@@ -27,8 +27,12 @@ SUSPECT = 1.05
 Steps = dict[int, float]  # M → t(M + 1) / t(M), of both sides timed in turn
 
 
-def times(n: int, k: int, most: int, operator: str, gpu: hardware.Gpu) -> tuple[list[float], Steps]:
-    """µs at M = 1 … ``most``, and the steps read in turn: the product with scales, or the whole layer; bfloat16 out."""
+def times(n: int, k: int, configs: Sequence[int], operator: str, gpu: hardware.Gpu) -> tuple[list[float], Steps]:
+    """µs at M = 1 … as many as ``configs``, which are chosen there, and the steps read in turn.
+
+    Of the product with scales, or of the whole layer; bfloat16 out.
+    """
+    most = len(configs)
     sets = timing.rotations(n * k, gpu.l2_bytes)
     weights = [timing.random_int8(n, ops.padded(k), device="cuda") for _ in range(sets)]
     scale_n, scale_m = (torch.rand(size, device="cuda") + 0.5 for size in (n, most))
@@ -47,17 +51,20 @@ def times(n: int, k: int, most: int, operator: str, gpu: hardware.Gpu) -> tuple[
         found = timing.cuda_us({"one": calls(m), "more": calls(m + 1)}, AGAIN_SECONDS)
         return found["one"], found["more"]
 
-    return recheck([timing.cuda_us({"": calls(m)}, SECONDS, graph_calls=10)[""] for m in range(1, most + 1)], pair)
+    apart = [timing.cuda_us({"": calls(m)}, SECONDS, graph_calls=10)[""] for m in range(1, most + 1)]
+    return recheck(apart, configs, pair)
 
 
-def recheck(us: list[float], again: Callable[[int], tuple[float, float]]) -> tuple[list[float], Steps]:
+def recheck(
+    us: list[float], configs: Sequence[int], again: Callable[[int], tuple[float, float]]
+) -> tuple[list[float], Steps]:
     """``us`` (of M = 1, 2, …) with both sides of every suspicious step timed again in turn, and those steps.
 
     A side of two suspicious steps keeps the time of the latter; each step is the ratio of its own pair.
     """
     found, steps = list(us), Steps()
     for m in range(1, len(us)):
-        if us[m] / us[m - 1] > SUSPECT:
+        if us[m] / us[m - 1] > SUSPECT or configs[m] != configs[m - 1]:
             found[m - 1], found[m] = again(m)
             steps[m] = found[m] / found[m - 1]
     return found, steps
@@ -82,9 +89,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     layers = arguments.shapes or ([(4096, 4096)] if arguments.quick else gemm.SHAPES)
     for n, k in layers:
-        us, steps = times(n, k, arguments.most, arguments.operator, gpu)
         device = (gpu.sm_count, gpu.compute, gpu.shared_bytes)
         chosen = [native.gemm_choose(m, n, k, *device) for m in range(1, arguments.most + 1)]
+        us, steps = times(n, k, chosen, arguments.operator, gpu)
         rows.append(
             {
                 "n": n, "k": k, "operator": arguments.operator, "us": [round(value, 3) for value in us],

@@ -81,7 +81,27 @@ def gemm(document: dict[str, Any]) -> str:
         for row in document["rows"]
     ]
     titles = [f"vs {PEER_TITLES.get(name, name)}" for name in names]
-    return markdown(["M×N×K", "µs", "TOPS", "of the speed of light", *titles], rows) + absent(document["rows"])
+    table = markdown(["M×N×K", "µs", "TOPS", "of the speed of light", *titles], rows)
+    return table + beside(document["rows"], names) + absent(document["rows"])
+
+
+def beside(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """A second table: GEMM on other data than the first one's, where it was measured."""
+    found = [row | row["beside"] for row in rows if "beside" in row]
+    if not found:
+        return ""
+    names = peers(found, tuple(names))
+    lines = [
+        [
+            shape(row),
+            f"{row['us']:.1f}",
+            f"{2e-6 * row['m'] * row['n'] * row['k'] / row['us']:.0f}",
+            *(ratio(row, peer) for peer in names),
+        ]
+        for row in found
+    ]
+    columns = ["M×N×K", "µs", "TOPS", *(f"vs {PEER_TITLES.get(name, name)}" for name in names)]
+    return f"\n\nOn {found[0]['data']} data:\n\n{markdown(columns, lines)}"
 
 
 def quantize(document: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 A measured call is captured many times in one CUDA graph, each time on another set of buffers, so that the set is larger
 than three times the L2 cache and every call starts with its operands in device memory. Events around a replay give the
-time per call; peers are replayed in turn, in changing order, so that clock, temperature and power are the same for all.
+time per call; peers are replayed in turn, each behind every other equally often (:func:`orders`), so that clock,
+temperature and power are the same for all.
 The benchmarks and the tuner measure with this and nothing else.
 """
 
@@ -10,21 +11,22 @@ from __future__ import annotations
 
 import functools
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from hwkern import _native
+from hwkern import _native, ops
 from hwkern._checks import DTYPES
 
 Call = Callable[[], object]
 
 GRAPH_CALLS = 20  # at least this many calls in a graph: the replay's own start and end are spread over them
-GRAPH_SECONDS = 0.02  # but no more than fit in this: power and clock have settled by then
-REPLAY_SECONDS = 0.15  # time spent on each peer
+GRAPH_SECONDS = 0.01  # but no more than fit in this
+REPLAY_SECONDS = 0.15  # time spent on each peer, on average
+LEAST_TURNS, MOST_TURNS = 5, 200
+BALANCED_PEERS = 8  # up to so many get whole rounds of orders(); more are candidates of a search, with few turns each
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
 
 
@@ -80,30 +82,44 @@ def cuda_us(
     return {name: statistics.median(values) for name, values in cuda_samples(peers, seconds, graph_calls).items()}
 
 
+def orders(count: int) -> list[list[int]]:
+    """2 · ``count`` orders of as many peers: in all of them together each stands right behind every other twice.
+
+    Williams' design: in 0, 1, -1, 2, -2, … modulo an even count every difference occurs once, so that the shifts of it
+    have every pair once; for an odd count the same orders backwards make it even.
+    """
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
+    shifts = [[(place + shift) % count for place in zigzag] for shift in range(count)]
+    return shifts + [order[::-1] for order in shifts]
+
+
 def cuda_samples(
     peers: Mapping[str, Sequence[Call]], seconds: float | None = None, graph_calls: int = GRAPH_CALLS
 ) -> dict[str, list[float]]:
     """µs per call of each peer, one for each replay; a peer is a list of calls, one per buffer set.
 
-    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, in changing order,
-    ``seconds`` (by default ``REPLAY_SECONDS``) or five times each, whichever is longer.
+    All peers are captured first, each ``graph_calls`` times or more, and then replayed in turn, as often as fit in
+    ``seconds`` for each of them (by default ``REPLAY_SECONDS``), at least ``LEAST_TURNS`` times. Up to
+    ``BALANCED_PEERS`` peers take turns until each was replayed right behind every other equally often: what ran before
+    has used up some of the power budget, or left some. On an H100 one kernel took 1495 µs (8192×28672×4096) in a fixed
+    order and 1369 in its reverse.
     """
+    if not peers:
+        return {}
     seconds = REPLAY_SECONDS if seconds is None else seconds
-    graphs = {name: capture(calls, graph_calls) for name, calls in peers.items()}
-    replays = {}
-    for name, (graph, _) in graphs.items():
+    names, graphs = list(peers), [capture(calls, graph_calls) for calls in peers.values()]
+    for graph, _ in graphs:
         graph.replay()
-        replays[name] = max(5, min(200, math.ceil(seconds / max(1e-6, replay_seconds(graph)))))
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
-    # Each turn in another order, the same in every run. What ran before a replay has used up some of the power budget,
-    # or left some: on an H100 one kernel took 1495 µs (8192×28672×4096) in a fixed order and 1369 in its reverse.
-    order, shuffle = list(graphs), random.Random(0).shuffle
-    for turn in range(max(replays.values(), default=0)):
-        shuffle(order)
-        for name in order:
-            graph, calls = graphs[name]
-            if turn < replays[name]:
-                samples[name].append(replay_seconds(graph) * 1e6 / calls)
+    mean_seconds = statistics.mean(replay_seconds(graph) for graph, _ in graphs)
+    turns = max(LEAST_TURNS, min(MOST_TURNS, math.ceil(seconds / max(1e-6, mean_seconds))))
+    rounds = orders(len(names))
+    if len(names) <= BALANCED_PEERS:
+        turns = math.ceil(turns / len(rounds)) * len(rounds)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(turns):
+        for peer in rounds[turn % len(rounds)]:
+            graph, calls = graphs[peer]
+            samples[names[peer]].append(replay_seconds(graph) * 1e6 / calls)
     return samples
 
 
@@ -117,9 +133,13 @@ def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def random_int8(*shape: int, device: str | torch.device) -> torch.Tensor:
-    """Uniform over the symmetric int8 range: the switching activity, and so the power, of real data."""
-    return torch.randint(-127, 128, shape, dtype=torch.int8, device=device)
+def random_int8(rows: int, columns: int, *, device: str | torch.device) -> torch.Tensor:
+    """What a linear layer multiplies: rows of standard normal numbers, quantized by the largest of each row.
+
+    The largest of 4096 is at 3.7 standard deviations, so one is some 34 steps of the 127. A product's power, and at
+    many rows its time, depends on its data: docs/kernels.md has uniform bytes beside these.
+    """
+    return ops.quantize(torch.randn(rows, columns, dtype=torch.bfloat16, device=device))[0]
 
 
 def layer_product(

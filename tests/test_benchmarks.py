@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from hwkern import _timing
+from hwkern.bench import products
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -97,6 +102,100 @@ def test_shapes_and_integers_parse(load):
     timing = load("timing")
     assert timing.shapes("6144x4096,8x16") == [(6144, 4096), (8, 16)]
     assert timing.integers("1,16") == [1, 16]
+
+
+# ---- the turns of the peers ------------------------------------------------------------------------------------------
+
+
+def followers(orders):
+    """How often each ordered pair of different peers stands side by side within an order."""
+    return Counter(pair for order in orders for pair in itertools.pairwise(order))
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_each_peer_stands_right_behind_every_other_equally_often(count):
+    orders = _timing.orders(count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert followers(orders) == dict.fromkeys(itertools.permutations(range(count), 2), 2)
+
+
+@pytest.mark.parametrize(("peers", "seconds"), [(1, 0.0), (2, 0.02), (7, 0.0), (7, 0.5), (8, 1e-9), (11, 0.0)])
+def test_peers_are_replayed_in_balanced_turns(monkeypatch, peers, seconds):
+    """A replay of peer p takes p + 1 ms for ten calls. The two replays of each ahead of the turns are not sampled."""
+    log = []
+
+    class Graph:
+        def __init__(self, peer):
+            self.peer = peer
+
+        def replay(self):
+            pass
+
+    def replay_seconds(graph):
+        log.append(graph.peer)
+        return (graph.peer + 1) / 1e3
+
+    monkeypatch.setattr(_timing, "capture", lambda calls, least: (Graph(calls[0]), 10))
+    monkeypatch.setattr(_timing, "replay_seconds", replay_seconds)
+    samples = _timing.cuda_samples({f"peer {i}": [i] for i in range(peers)}, seconds)
+    turns = len(samples["peer 0"])
+    assert samples == {f"peer {i}": [pytest.approx((i + 1) * 100.0)] * turns for i in range(peers)}
+    orders = [log[peers:][i * peers : (i + 1) * peers] for i in range(turns)]
+    assert all(sorted(order) == list(range(peers)) for order in orders)
+    assert turns * (peers + 1) / 2e3 >= seconds
+    if peers <= _timing.BALANCED_PEERS:
+        assert turns >= 2 * peers
+        assert len(set(followers(orders).values())) <= 1
+    else:
+        assert turns == _timing.LEAST_TURNS
+        assert max(followers(orders).values()) == 1
+
+
+def test_no_peers_take_no_turns():
+    assert _timing.cuda_samples({}) == {}
+
+
+# ---- the data of the peers -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["gaussian", "uniform"])
+def problem(request, monkeypatch):
+    torch.manual_seed(0)
+    gpu = SimpleNamespace(compute=90, l2_bytes=200_000)
+    monkeypatch.setattr(products.Problem, "device", "cpu")
+    return products.Problem(48, 32, 4096, gpu, request.param)
+
+
+def test_every_peer_multiplies_the_same_matrices(problem):
+    """Half a step of int8; half a unit in the last of e4m3's four bits, or of its smallest steps, 2⁻⁹."""
+    assert len(problem.floats) == len(problem.int8) == len(products.fp8(problem)) > 1
+    for floats, (a, b, scale_a, scale_b), scaled_mm, mm in zip(
+        problem.floats, problem.int8, products.fp8(problem), products.floating(torch.bfloat16, problem), strict=False
+    ):
+        for x, q, scale in zip(floats, (a, b), (scale_a, scale_b), strict=True):
+            assert q.abs().amax(1).tolist() == [127] * len(x)
+            assert ((q * scale[:, None] - x).abs() <= 0.501 * scale[:, None]).all()
+        scales = scaled_mm.keywords["scale_a"], scaled_mm.keywords["scale_b"].t()
+        for x, q, scale in zip(floats, (scaled_mm.args[0], scaled_mm.args[1].t()), scales, strict=True):
+            exact = x / scale
+            assert q.float().abs().amax(1).tolist() == [448] * len(x)
+            assert ((q.float() - exact).abs() <= (exact.abs() * 2**-4).clamp_min(2**-10) * 1.001).all()
+        assert torch.equal(mm.args[0], floats[0])
+        assert torch.equal(mm.args[1], floats[1].t())
+    assert not torch.equal(problem.int8[0][0], problem.int8[1][0])
+
+
+def test_the_data_are_what_their_name_says(problem):
+    """The largest of 4096 normals is at 3.7 σ on average, so σ = 127 / 3.7 = 34; uniform over ±127 it is 127 / √3."""
+    wanted = {products.DATA["gaussian"]: 34.5, products.DATA["uniform"]: 73.3}[problem.fill]
+    assert problem.int8[0][0].float().std().item() == pytest.approx(wanted, rel=0.03)
+
+
+def test_random_int8_is_what_a_linear_layer_multiplies():
+    torch.manual_seed(0)
+    rows = _timing.random_int8(64, 4096, device="cpu")
+    assert rows.abs().amax(1).tolist() == [127] * 64
+    assert rows.float().std().item() == pytest.approx(34.5, rel=0.03)
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------
@@ -332,10 +431,15 @@ def test_both_sides_of_a_suspicious_step_are_timed_again_in_turn(load):
         asked.append(m)
         return 10.0 * m, 11.0 * m
 
-    us, steps = load("sweep").recheck([10.0, 10.1, 12.0, 13.0, 11.9], again)
+    us, steps = load("sweep").recheck([10.0, 10.1, 12.0, 13.0, 11.9], [7] * 5, again)
     assert asked == [2, 3]
     assert us == [10.0, 20.0, 30.0, 33.0, 11.9]
     assert steps == {2: pytest.approx(1.1), 3: pytest.approx(1.1)}
+
+
+def test_a_step_between_two_configs_is_timed_in_turn_however_small_it_looked(load):
+    us, steps = load("sweep").recheck([10.0, 10.0, 10.0], [7, 7, 8], lambda m: (8.0, 12.0))
+    assert (us, steps) == ([10.0, 8.0, 12.0], {2: 1.5})
 
 
 # ---- targets ---------------------------------------------------------------------------------------------------------
@@ -529,6 +633,20 @@ def test_every_kind_of_result_becomes_a_table(site, name):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert start("tables", "--root", root, "--check").returncode == 0
+
+
+def test_gemm_on_other_data_is_a_table_below(site):
+    """2 · 1024 · 4096² operations in 20 µs: 1718 TOPS."""
+    root, put = site
+    row = {**GEMM_ROW, "m": 1024, "peers_us": {"bf16": 50.0, "fp8": 28.0}}
+    row["beside"] = {"data": "uniform", "us": 20.0, "peers_us": {"fp8": 30.0}}
+    put("gemm", {"rows": [GEMM_ROW, row]})
+    (root / "README.md").write_text(PAGE.format("gemm"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    above, below = (root / "README.md").read_text(encoding="utf-8").split("On uniform data:\n")
+    assert "| 1024×4096×4096 | 10.0 | 54 | 50 % (memory) | 5.00× | 2.80× |" in above
+    assert "| 1024×4096×4096 | 20.0 | 1718 | 1.50× |" in below
+    assert "16×4096×4096" not in below.replace("1024×4096×4096", "")
 
 
 def test_the_table_of_a_model_in_tensorrt(site):

@@ -12,8 +12,10 @@ import timing
 import torch
 from torch import Tensor
 
+from hwkern.bench.products import DATA as DATA
 from hwkern.bench.products import MAKERS as MAKERS
 from hwkern.bench.products import Problem as Problem
+from hwkern.bench.products import fp8 as fp8
 from peers import AbsentError, Call, cutlass
 
 NAMES = ("bf16", "int_mm", "fp8", "cutlass")
@@ -22,9 +24,8 @@ NAMES = ("bf16", "int_mm", "fp8", "cutlass")
 def cutlass_calls(index: int, swizzle: int, overlap: bool, problem: Problem) -> list[Call]:
     """One configuration of CUTLASS."""
     kernel = cutlass.Kernel(index)
-    scale_m, scale_n = problem.scales
 
-    def call(a: Tensor, b: Tensor) -> Tensor:
+    def call(a: Tensor, b: Tensor, scale_m: Tensor, scale_n: Tensor) -> Tensor:
         d = torch.empty(problem.m, problem.n, dtype=torch.bfloat16, device="cuda")
         kernel(
             a.data_ptr(), b.data_ptr(), scale_m.data_ptr(), scale_n.data_ptr(), d.data_ptr(),
@@ -32,7 +33,7 @@ def cutlass_calls(index: int, swizzle: int, overlap: bool, problem: Problem) -> 
         )  # fmt: skip
         return d
 
-    return [functools.partial(call, a, b) for a, b in problem.bytes]
+    return [functools.partial(call, *operands) for operands in problem.int8]
 
 
 def cutlass_candidates(problem: Problem) -> dict[str, list[Call]]:
@@ -60,11 +61,11 @@ def cutlass_candidates(problem: Problem) -> dict[str, list[Call]]:
     return found
 
 
-def overlapped(name: str, problem: Problem) -> list[Call]:
-    """The candidate called ``name`` with launches that overlap (programmatic dependent launch)."""
+def cutlass_named(name: str, problem: Problem, overlap: bool = False) -> list[Call]:
+    """The candidate called ``name``; ``overlap``: with launches that overlap (programmatic dependent launch)."""
     config, swizzle = name.split(" swizzle ")
     index = next(i for i, known in enumerate(cutlass.CONFIGS) if str(known) == config)
-    return cutlass_calls(index, int(swizzle), True, problem)
+    return cutlass_calls(index, int(swizzle), overlap, problem)
 
 
 def best_of(candidates: dict[str, list[Call]], keep: int = 2) -> dict[str, list[Call]]:

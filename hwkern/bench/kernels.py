@@ -188,7 +188,7 @@ def product(m: int, n: int, k: int, device: str) -> Work:
     )  # fmt: skip
     if cuda:
         problem = products.Problem(m, n, k, hardware.gpu(torch.cuda.current_device()))
-        pairs, (scale_m, scale_n) = problem.bytes, problem.scales
+        pairs = [(a, b) for a, b, _, _ in problem.int8]
         for name, maker in products.MAKERS.items():
             try:
                 work.peers[name] = maker(problem)
@@ -196,7 +196,7 @@ def product(m: int, n: int, k: int, device: str) -> Work:
             except AbsentError as reason:
                 work.absent[name] = str(reason)
         work.ours = [
-            functools.partial(_timing.layer_product, a, b, scale_m, scale_n, dtype, ops.CHOOSE) for a, b in pairs
+            functools.partial(_timing.layer_product, *operands, dtype, ops.CHOOSE) for operands in problem.int8
         ]
     else:
         a, b = (_timing.random_int8(size, k, device=device) for size in (m, n))
