@@ -367,8 +367,8 @@ class Comparison:
                 self.document["rows"] = self.rows + self._finished(model, workload, ready, stream)
                 self._save()
                 self.document["rows"] = self.rows
-            orders = _timing.orders(len(ready))
-            for position, timed in enumerate([ready[i] for i in orders[turn % len(orders)]] if ready else []):
+            orders = _timing.orders(len(ready)) or [[]]  # nothing is ready
+            for position, timed in enumerate([ready[i] for i in orders[turn % len(orders)]]):
                 if budget.spent:
                     return
                 blocks_left = (blocks - turn) * len(ready) - position
