@@ -363,6 +363,16 @@ def test_the_budget_ends_the_run_and_lists_what_was_left(with_base):
     assert all("budget" in r["reason"] for r in rows.values() if r["status"] == "not run")
 
 
+def test_a_model_gets_time_by_its_rows_and_the_first_more(monkeypatch):
+    shares = []
+    monkeypatch.setattr(comparison.Comparison, "_start", lambda self: None)
+    monkeypatch.setattr(comparison.Comparison, "_model", lambda self, name, budget: shares.append(budget.left))
+    run(run="fp32,bf16@tiny-bert,hwkern-plan@1x16", model="tiny-bert,tiny-llama,tiny-vit", workloads="1x16,2x16",
+        kept_to={"2x16": ("tiny-bert", "tiny-llama")}, budget=100.0)  # fmt: skip
+    # Rows: 3 + 2, 2 + 1 and 2. Nobody used any of the 100 seconds: 1.5 · 5 of 10, 1.5 · 3 of 5, and all there is.
+    assert shares == pytest.approx([75.0, 90.0, 100.0], abs=1.0)
+
+
 @needs_transformers
 def test_a_spent_budget_still_lists_every_model():
     document = run(model="tiny-bert,tiny-llama", budget=1.0, started=time.monotonic() - 5)

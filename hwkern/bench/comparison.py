@@ -33,7 +33,7 @@ from hwkern.bench.paths import Path
 TIMING_PART = 0.4
 #: Of the time before timing, the part for making a model's versions; the rest warms up, compiles and captures.
 MAKE_PART = 0.6
-#: Share of a model's time that a workload may take, times the workloads that are left.
+#: How much more than its part by count a model may take of the run's time, and a workload of its model's.
 FIRST = 1.5
 #: Seconds over the budget after which a call that does not come back is given up.
 GRACE = 1.0
@@ -105,8 +105,10 @@ class Comparison:
         names = self.options.models or models.DEFAULT_MODELS
         try:
             self._start()
+            rows = [self._wanted_rows(name) for name in names]
             for index, name in enumerate(names):
-                self._model(name, self.budget.share(1 / (len(names) - index)))
+                # More for the first, which matter most; what one does not use is the next one's.
+                self._model(name, self.budget.share(min(1.0, FIRST * rows[index] / sum(rows[index:]))))
                 self._save()
         finally:
             if self.engines is not None:
@@ -115,6 +117,12 @@ class Comparison:
         self.document["environment"]["clocks_after"] = self.meter.clocks()
         self._save()
         return self.document
+
+    def _wanted_rows(self, model: str) -> int:
+        """How many rows a model is to have; without workloads, which come with its kind, how many paths it has."""
+        options = self.options
+        names = [w.name for w in options.workloads if model in options.kept_to.get(w.name, (model,))]
+        return sum(path.wanted(model, name) for name in names for path in self.paths) or len(self.paths)
 
     def _engines(self) -> engines.Engines:
         if self.engines is None:
@@ -195,7 +203,6 @@ class Comparison:
         making = self._before_timing(budget, len(self.paths) * len(wanted)).share(MAKE_PART)
         entries = self._entries(model, exact, judge, wanted, making)
         for index, workload in enumerate(wanted):
-            # More for the first, which matter most; what one does not use is the next one's.
             part = min(1.0, FIRST / (len(wanted) - index))
             self._workload(model, workload, wanted, exact, entries, budget.share(part))
             self._save()
