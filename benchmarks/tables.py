@@ -231,14 +231,17 @@ def demo(document: dict[str, Any]) -> str:
 
 def comparison(document: dict[str, Any]) -> str:
     """`hwkern bench`: a table for each model and workload with its plots beside it, then what was not measured."""
-    from hwkern.bench import page, tables
+    from hwkern.bench import page, tables, verdicts
 
     parts = []
-    for model, workload, rows in tables.groups(document):
-        heads, cells = tables.columns(rows)
-        parts += [f"### {tables.title(document, model)}, {workload}", markdown(heads, cells), *page.verdicts(rows)]
-        names = list(page.plots({**document, "rows": rows}))
-        parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
+    for model, workloads in tables.by_model(document).items():
+        for workload, rows in workloads:
+            heads, cells = tables.columns(rows)
+            said = verdicts.verdicts(rows)
+            parts += [f"### {tables.title(document, model)}, {workload}", markdown(heads, cells), *said]
+            names = list(page.plots({**document, "rows": rows}))
+            parts.append("\n".join(f"![{n.rpartition('.')[0]}](plots/{document['name']}-{n})" for n in names))
+        parts += verdicts.padding(workloads)
     if missing := tables.left_out(document):
         parts.append("### Not measured")
         parts.append("\n".join(f"- {status}: {reason}: {'; '.join(places)}" for status, reason, places in missing))
@@ -247,7 +250,7 @@ def comparison(document: dict[str, Any]) -> str:
 
 def headline(document: dict[str, Any], model: str, workload: str) -> str:
     """The fastest path of each kind for one model and workload of `hwkern bench`."""
-    from hwkern.bench import page, tables
+    from hwkern.bench import page, tables, verdicts
 
     for found in tables.groups(document):
         if found[:2] == (model, workload):
@@ -255,7 +258,7 @@ def headline(document: dict[str, Any], model: str, workload: str) -> str:
                 [
                     f"{tables.title(document, model)}, {workload}:",
                     markdown(*page.headline_cells(found[2])),
-                    *page.verdicts(found[2]),
+                    *verdicts.verdicts(found[2]),
                 ]
             )
     return f"*Not measured: {model}, {workload}.*"
@@ -280,7 +283,17 @@ def again(results: Path, name: str) -> str:
             cells.append([", ".join(key), *map(_ratio_and_noise, pair)])
     beyond = "".join(f" Beyond it: {d.name}, {d.note}." for d in moved)
     said = f"{count - len(moved)} of {count} ratios agree within the noise that both runs state.{beyond}"
+    plans = [{row["model"]: row["plan"] for row in document["rows"] if row.get("plan")} for document in (first, second)]
+    for model in (model for model in plans[0] if model in plans[1]):
+        if plans[0][model] == plans[1][model]:
+            said += f" Both runs made the same plan of {model}."
+        else:
+            said += f" Their plans of {model} differ: {_schemes(plans[0][model])}, then {_schemes(plans[1][model])}."
     return "\n\n".join([said, markdown(["", "first run", "second run"], cells), caption(second)])
+
+
+def _schemes(plan: dict[str, int]) -> str:
+    return ", ".join(f"{count} × {name}" for name, count in plan.items())
 
 
 def _ratio_and_noise(found: dict[str, Any]) -> str:
@@ -310,7 +323,11 @@ def moves(results: Path, first: str, second: str) -> str:
         )
     base = documents[0]["settings"]["baseline"]
     heads = ["", *(f"{t} tokens/s" for t in titles), f"{titles[1]} / {titles[0]}", *(f"{t} to {base}" for t in titles)]
-    return "\n\n".join([markdown(heads, cells), _plans(a, b, titles)])
+    parts = [markdown(heads, cells), _plans(a, b, titles)]
+    commits = [str(document["environment"].get("commit"))[:12] for document in documents]
+    if commits[0] != commits[1]:
+        parts.insert(0, f"The columns are of commits {' and '.join(commits)}: a few percent may be the commits'.")
+    return "\n\n".join(parts)
 
 
 #: Two times of one layer that differ by less are the same.
@@ -463,7 +480,7 @@ def llama(document: dict[str, Any]) -> str:
         memory.append("–" if size is None else f"{size['bytes'] / 1e9:.2f} GB, {size['of_bf16']:.2f}×")
     parts = [markdown(["", *variants], [*cells, memory])]
     if plan := document.get("plan"):
-        schemes = ", ".join(f"{count} × {name}" for name, count in plan["schemes"].items())
+        schemes = _schemes(plan["schemes"])
         parts.append(
             f"The plan took {plan['first_seconds']:.1f} s, a second one, from the cache, "
             f"{plan['cached_seconds']:.1f} s: {schemes}."
@@ -515,7 +532,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def caption(document: dict[str, Any]) -> str:
+def caption(document: dict[str, Any], command: bool = True) -> str:
     """One line under the table: where and when, and with which command."""
     where = document["environment"]
     device = where.get("gpu") or where.get("device_name") or where.get("cpu")
@@ -529,7 +546,7 @@ def caption(document: dict[str, Any]) -> str:
     parts += [f"torch {where['torch']}" if "torch" in where else where["tensorrt"], where["date"]]
     if where.get("commit"):
         parts.append(f"commit {where['commit'][:12]}")
-    return f"Measured on {', '.join(parts)}: `{where['command']}`"
+    return f"Measured on {', '.join(parts)}" + (f": `{where['command']}`" if command else ".")
 
 
 def render(name: str, results: Path, layer: tuple[int, int] | None = None, part: tuple[str, str] | None = None) -> str:
@@ -551,7 +568,8 @@ def render(name: str, results: Path, layer: tuple[int, int] | None = None, part:
                  f"known are schema 1 and {', '.join(RENDER)}.")  # fmt: skip
     document["name"] = name
     if part is not None:
-        return f"{headline(document, *part)}\n\n{caption(document)}"
+        # Its command, of hundreds of characters, stands below the file's whole table.
+        return f"{headline(document, *part)}\n\n{caption(document, command=False)}"
     if layer is not None:
         document["rows"] = [
             row for row in document["rows"] if (row.get("n", layer[0]), row.get("k", layer[1])) == layer

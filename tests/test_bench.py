@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import statistics
 import struct
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from hwkern.bench import (
     subjects,
     tables,
     traffic,
+    verdicts,
 )
 from hwkern.bench.models import AbsentError
 
@@ -113,7 +115,7 @@ def test_rows_hold_what_the_schema_says(measured):
             assert row["reason"]
             continue
         assert row["tokens_per_s"] > 0
-        assert len(row["blocks"]) == settings.BLOCKS
+        assert len(row["blocks"]) == (settings.TRAFFIC_BLOCKS if "bound_ms" in row else settings.BLOCKS)
         assert min(row["blocks"]) <= row["tokens_per_s"] <= 1.01 * max(row["blocks"]) or "bound_ms" in row
         assert row["noise"] >= 0.02
         assert row["spread"] >= 0
@@ -361,6 +363,16 @@ def test_the_budget_ends_the_run_and_lists_what_was_left(with_base):
     assert all("budget" in r["reason"] for r in rows.values() if r["status"] == "not run")
 
 
+def test_a_model_gets_time_by_its_rows_and_the_first_more(monkeypatch):
+    shares = []
+    monkeypatch.setattr(comparison.Comparison, "_start", lambda self: None)
+    monkeypatch.setattr(comparison.Comparison, "_model", lambda self, name, budget: shares.append(budget.left))
+    run(run="fp32,bf16@tiny-bert,hwkern-plan@1x16", model="tiny-bert,tiny-llama,tiny-vit", workloads="1x16,2x16",
+        kept_to={"2x16": ("tiny-bert", "tiny-llama")}, budget=100.0)  # fmt: skip
+    # Rows: 3 + 2, 2 + 1 and 2. Nobody used any of the 100 seconds: 1.5 · 5 of 10, 1.5 · 3 of 5, and all there is.
+    assert shares == pytest.approx([75.0, 90.0, 100.0], abs=1.0)
+
+
 @needs_transformers
 def test_a_spent_budget_still_lists_every_model():
     document = run(model="tiny-bert,tiny-llama", budget=1.0, started=time.monotonic() - 5)
@@ -542,6 +554,56 @@ def test_the_headline_takes_the_fastest_of_each_kind(measured):
     heads, cells = page.headline_cells(rows)
     assert all(len(line) == len(heads) for line in cells)
     assert [line[0] for line in cells][:2] == ["FP32", "FP16 / BF16"]
+
+
+def said(**paths):
+    """The verdicts on rows of (blocks, p50, weights) by path."""
+    return verdicts.verdicts([
+        {"path": name.replace("_", "-"), "blocks": blocks, "tokens_per_s": statistics.median(blocks),
+         "latency_ms": {"p50": p50}, "weight_bytes": weights}
+        for name, (blocks, p50, weights) in paths.items()
+    ])  # fmt: skip
+
+
+def test_a_verdict_is_on_the_path_that_is_ahead_in_everything():
+    steady, quick, stock = [20.0] * 11, [21.0] * 11, [10.0] * 11
+    found = said(fp16=(stock, 8.0, 200), bitsandbytes=([5.0] * 11, 9.0, 110), hwkern_patch=(steady, 4.0, 100),
+                 hwkern_plan=(quick, 3.9, 120))  # fmt: skip
+    assert found == [
+        "torch: hwkern.patch is ahead of every stock path in throughput, p50 and weights: throughput 2.00× ± 2 % that "
+        "of torch FP16; p50 0.50× that of torch FP16; weights 0.909× that of bitsandbytes LLM.int8."
+    ]
+
+
+def test_a_lead_within_the_noise_is_none():
+    # Block against block: the third to the ninth of the ratios are 1.0 and 1.2, around a median of 1.1.
+    ours = [8.0, 8.0, 10.0, 10.0, 11.0, 11.0, 11.0, 12.0, 12.0, 14.0, 14.0]
+    found = said(trt_int8=([10.0] * 11, 8.0, 100), trt_hwkern=(ours, 8.0, 90))
+    assert found == [
+        "TensorRT: TensorRT + hwkern is ahead of every stock path in weights, within the noise in throughput, not "
+        "ahead in p50: throughput 1.10× ± 18 % that of TensorRT INT8 (Q/DQ); p50 1.00× that of TensorRT INT8 (Q/DQ); "
+        "weights 0.900× that of TensorRT INT8 (Q/DQ)."
+    ]
+
+
+def test_without_a_stock_path_of_its_framework_there_is_no_verdict():
+    assert said(hwkern_plan=([2.0, 2.0], 1.0, 1), trt_fp16=([1.0, 1.0], 1.0, 2)) == []
+
+
+def test_the_worth_of_padding_lengths_is_said_for_the_path_that_serves_most():
+    def traffic(rates, waste):
+        return [{"path": path, "requests_per_s": rate, "padding_waste": waste} for path, rate in rates.items()]
+
+    both = [
+        ("4x32", [{"path": "fp16"}]),
+        ("traffic:4", traffic({"hwkern-plan+graph": 300.0, "fp16": 200.0, "bf16": 400.0}, 0.37)),
+        ("traffic:1", traffic({"hwkern-plan+graph": 100.0, "fp16": 90.0}, 3.36)),
+    ]
+    assert verdicts.padding(both) == [
+        "hwkern.plan, CUDA graph serves 3.00× the requests with traffic:4 (padding +37 %) that it serves with "
+        "traffic:1 (padding +336 %)."
+    ]
+    assert verdicts.padding(both[:2]) == []
 
 
 def test_numbers_keep_three_digits():

@@ -813,7 +813,9 @@ def test_the_docs_show_the_comparison_and_the_readme_its_headline(load, tmp_path
     assert "### m, 8x16" in whole
     assert "plots/bench-h100-m-8x16-throughput.svg" in whole
     assert "absent: no TensorRT: trt-fp16 (m 8x16)" in whole
-    assert "commit abcdef012345" in whole
+    for part in (headline, whole):
+        assert "commit abcdef012345" in part
+        assert (f": `{ENVIRONMENT['command']}`" in part) == (part is whole)
     assert tables.rewrite(found, tmp_path) == found
     assert "Not measured" in tables.render("bench-h100", tmp_path, None, ("m", "1x1"))
 
@@ -823,8 +825,9 @@ def test_the_docs_say_how_hwkern_stands_against_the_best_stock_path(load, tmp_pa
     whole = load("tables").render("bench-h100", tmp_path)
     # 2000 against FP16's 1500; every p50 is 1 ms; bitsandbytes has the smallest weights.
     assert (
-        "torch: hwkern.plan, CUDA graph against the best stock path of each: throughput 1.33× that of torch FP16; "
-        "p50 1.00× that of torch FP16; weights 1.000× those of bitsandbytes LLM.int8." in whole
+        "torch: hwkern.plan, CUDA graph is ahead of every stock path in throughput, not ahead in p50 and weights: "
+        "throughput 1.33× that of torch FP16; p50 1.00× that of torch FP16; weights 1.000× that of bitsandbytes "
+        "LLM.int8." in whole
     )
 
 
@@ -835,7 +838,9 @@ def test_two_runs_of_one_command_stand_side_by_side(load, tmp_path):
     for row, value in zip(other["rows"], (0.81, 1, 0.6, 1.1, 1.34), strict=False):
         row["ratio"]["value"] = value  # of the first run: 0.8, 1, 0.6, 1.2, 1.333
     other["rows"][0]["ratio"]["noise"] = None
-    for name, document in (("h200", BENCH), ("h200-again", other)):
+    first = copy.deepcopy(BENCH)
+    first["rows"][4]["plan"], other["rows"][4]["plan"] = {"keep": 2, "w8a8": 5}, {"w8a8": 7}
+    for name, document in (("h200", first), ("h200-again", other)):
         (tmp_path / f"bench-{name}.json").write_text(json.dumps(document), encoding="utf-8")
     found = tables.render("again-h200", tmp_path)
     # FP32's noise is not known in the second run, hwkern.patch moved by 9 %: beyond 3 and 3 %.
@@ -843,6 +848,9 @@ def test_two_runs_of_one_command_stand_side_by_side(load, tmp_path):
     assert "m 8x16 hwkern-patch, 1.200× to 1.100×" in found
     assert "| m, 8x16, hwkern-plan+graph | 1.333× ± 3 % | 1.340× ± 3 % |" in found
     assert "| m, 8x16, fp32 | 0.800× ± 3 % | 0.810× |" in found
+    assert "Their plans of m differ: 2 × keep, 5 × w8a8, then 7 × w8a8." in found
+    (tmp_path / "bench-h200.json").write_text(json.dumps(other), encoding="utf-8")
+    assert "Both runs made the same plan of m." in tables.render("again-h200", tmp_path)
 
 
 def test_two_gpus_stand_side_by_side_with_their_plans(load, tmp_path):
@@ -873,6 +881,10 @@ def test_two_gpus_stand_side_by_side_with_their_plans(load, tmp_path):
     assert "o_proj 64×32 at 1 tokens (w8a16, w8a8)" in found
     assert "at 128 tokens (" not in found
     assert "1.50× on the H100 (o_proj 64×32, 1 tokens), 1.50× on the H200 (k_proj 64×32, 1 tokens)" in found
+    assert "commits" not in found
+    second["environment"] = {**ENVIRONMENT, "commit": "9876543210fedcba"}
+    (tmp_path / "bench-h200.json").write_text(json.dumps(second), encoding="utf-8")
+    assert "of commits abcdef012345 and 9876543210fe:" in tables.render("moves-h100-h200", tmp_path)
     (tmp_path / "bench-h200.json").unlink()
     assert "no benchmarks/results/bench-h200.json" in tables.render("moves-h100-h200", tmp_path)
 

@@ -10,6 +10,7 @@ traffic      a stream of requests, dynamic batching, the highest rate under a bo
 compare      the order of things under a time budget: prepare, check, time in turn, keep
 statistics   percentiles, noise, what counts as slower (no torch)
 record       the JSON document: where it ran, rows, schema (no torch)
-tables, page text, CSV, SVG and HTML from the JSON (no torch)
+tables, page text, CSV, SVG and HTML from the JSON
+verdicts     where hwkern is ahead of the stock paths in it, in words
 ===========  ==========================================================================================================
 """

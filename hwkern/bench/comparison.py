@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hwkern import _batches
+from hwkern import _batches, _timing
 from hwkern.bench import accuracy, energy, engines, models, paths, record, settings, subjects, traffic
 from hwkern.bench import statistics as noise
 from hwkern.bench.limits import Budget, at_most
@@ -33,7 +33,7 @@ from hwkern.bench.paths import Path
 TIMING_PART = 0.4
 #: Of the time before timing, the part for making a model's versions; the rest warms up, compiles and captures.
 MAKE_PART = 0.6
-#: Share of a model's time that a workload may take, times the workloads that are left.
+#: How much more than its part by count a model may take of the run's time, and a workload of its model's.
 FIRST = 1.5
 #: Seconds over the budget after which a call that does not come back is given up.
 GRACE = 1.0
@@ -105,8 +105,10 @@ class Comparison:
         names = self.options.models or models.DEFAULT_MODELS
         try:
             self._start()
+            rows = [self._wanted_rows(name) for name in names]
             for index, name in enumerate(names):
-                self._model(name, self.budget.share(1 / (len(names) - index)))
+                # More for the first, which matter most; what one does not use is the next one's.
+                self._model(name, self.budget.share(min(1.0, FIRST * rows[index] / sum(rows[index:]))))
                 self._save()
         finally:
             if self.engines is not None:
@@ -115,6 +117,12 @@ class Comparison:
         self.document["environment"]["clocks_after"] = self.meter.clocks()
         self._save()
         return self.document
+
+    def _wanted_rows(self, model: str) -> int:
+        """How many rows a model is to have; without workloads, which come with its kind, how many paths it has."""
+        options = self.options
+        names = [w.name for w in options.workloads if model in options.kept_to.get(w.name, (model,))]
+        return sum(path.wanted(model, name) for name in names for path in self.paths) or len(self.paths)
 
     def _engines(self) -> engines.Engines:
         if self.engines is None:
@@ -140,6 +148,8 @@ class Comparison:
             if self.options.cuda:
                 a = torch.ones(256, 256, device=self.options.device)
                 torch.mm(a, a).cpu()
+                # cuBLAS keeps 32 MiB for every stream that a product ran on: not of the first path that has a graph.
+                subjects.captured(lambda: torch.mm(a, a))
         # Collecting garbage now and then takes a fifth of a second with all that is imported.
         gc.collect()
         gc.freeze()
@@ -195,7 +205,6 @@ class Comparison:
         making = self._before_timing(budget, len(self.paths) * len(wanted)).share(MAKE_PART)
         entries = self._entries(model, exact, judge, wanted, making)
         for index, workload in enumerate(wanted):
-            # More for the first, which matter most; what one does not use is the next one's.
             part = min(1.0, FIRST / (len(wanted) - index))
             self._workload(model, workload, wanted, exact, entries, budget.share(part))
             self._save()
@@ -358,22 +367,26 @@ class Comparison:
         self, model: Model, workload: settings.Workload, ready: list[Timed], stream: traffic.Traffic | None,
         budget: Budget,
     ) -> None:  # fmt: skip
-        """Blocks in turn, forwards and backwards, while there is time, and then the energy of each. What breaks here
-        leaves ``ready``."""
+        """Blocks in turn, in changing order, while there is time, and then the energy of each. What breaks here leaves
+        ``ready``."""
         options = self.options
-        for turn in range(options.blocks):
+        blocks = options.blocks if stream is None else settings.TRAFFIC_BLOCKS
+        for turn in range(blocks):
             if turn and stream is None:  # a run that is ended from outside leaves what it had
                 self.document["rows"] = self.rows + self._finished(model, workload, ready, stream)
                 self._save()
                 self.document["rows"] = self.rows
-            for position, timed in enumerate(ready[:: 1 if turn % 2 == 0 else -1]):
+            orders = _timing.orders(len(ready)) or [[]]  # nothing is ready
+            for position, timed in enumerate([ready[i] for i in orders[turn % len(orders)]]):
                 if budget.spent:
                     return
-                blocks_left = (options.blocks - turn) * len(ready) - position
-                seconds = min(options.seconds / options.blocks, budget.left / blocks_left)
+                blocks_left = (blocks - turn) * len(ready) - position
+                seconds = min(options.seconds / blocks, budget.left / blocks_left)
                 assert timed.entry.subject is not None
                 try:
                     with at_most(budget.left + GRACE):
+                        if isinstance(workload, settings.Fixed):
+                            timed.entry.subject.block(0.0)  # the caches are still those of the path before
                         timed.blocks.append(timed.entry.subject.block(seconds))
                 except TimeoutError:
                     continue

@@ -292,8 +292,8 @@ def measure(work: Work, device: str, seconds: float) -> dict[str, Any]:
         samples = cpu_samples({"hwkern": work.ours[0], **{n: c[0] for n, c in work.peers.items()}}, seconds)
     us = {name: statistics.median(values) for name, values in samples.items()}
     mine = samples["hwkern"]
-    # Samples of a block lie far from each other in time, as peers are timed in turn.
-    blocks = [statistics.median(mine[i::BLOCKS]) for i in range(BLOCKS)] if len(mine) >= 2 * BLOCKS else []
+    # Samples of a block lie far from each other in time, as peers are timed in turn; of few each is a block.
+    blocks = [statistics.median(mine[i::BLOCKS]) for i in range(BLOCKS)] if len(mine) >= 2 * BLOCKS else mine
     row = work.where | {
         "status": "ok",
         "us": round(us.pop("hwkern"), 3),

@@ -11,6 +11,7 @@ from hwkern._svg import Axis, Bar, Point, Range
 from hwkern.bench import tables
 from hwkern.bench.paths import path as path_of
 from hwkern.bench.tables import Row, number, value
+from hwkern.bench.verdicts import padding, verdicts
 
 KINDS = {"stock": "was", "hwkern": "now", "tensorrt": "other"}
 KEY = (
@@ -33,7 +34,7 @@ CLASSES = (
 def kind(row: Row) -> str:
     """The colour of a path: stock, ours, or TensorRT."""
     found = path_of(row["path"])
-    return "now" if found.base == "trt-hwkern" else KINDS[found.family]
+    return "now" if found.ours else KINDS[found.family]
 
 
 def headline(rows: Sequence[Row]) -> list[tuple[str, Row | None]]:
@@ -90,32 +91,6 @@ def headline_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return heads, cells
-
-
-def verdicts(rows: Sequence[Row]) -> list[str]:
-    """For torch and for TensorRT, one sentence: hwkern's fastest path against the best that the stock paths have in
-    throughput, in p50 and in weights, which need not be the same path."""
-    found = []
-    for framework, engine in (("torch", False), ("TensorRT", True)):
-        here = [row for row in rows if path_of(row["path"]).is_engine == engine]
-        ours = [row for row in here if kind(row) == "now"]
-        stock = [row for row in here if kind(row) != "now"]
-        if not ours or not stock:
-            continue
-        mine = max(ours, key=lambda row: row["tokens_per_s"])
-        parts = []
-        for what, key, sign in (("throughput", "tokens_per_s", 1), ("p50", "latency_ms.p50", -1)):
-            best = max(stock, key=lambda row, key=key, sign=sign: sign * value(row, key))  # type: ignore[misc]
-            times = value(mine, key) / value(best, key)
-            parts.append(f"{what} {times:.2f}× that of {path_of(best['path']).title}")
-        least = min(stock, key=lambda row: row["weight_bytes"])
-        parts.append(
-            f"weights {mine['weight_bytes'] / least['weight_bytes']:.3f}× those of {path_of(least['path']).title}"
-        )
-        found.append(
-            f"{framework}: {path_of(mine['path']).title} against the best stock path of each: {'; '.join(parts)}."
-        )
-    return found
 
 
 # ---- plots ----------------------------------------------------------------------------------------------------------
@@ -237,13 +212,11 @@ def html(document: Mapping[str, Any]) -> str:
         f"{blocks} blocks, in turn with the others. Whiskers and ± are what a second run may differ by. "
         "Random weights but where the model is said to be trained.</p>"
     )
-    by_model: dict[str, list[tuple[str, list[Row]]]] = {}
-    for model, workload, rows in tables.groups(document):
-        by_model.setdefault(model, []).append((workload, rows))
-    for model, workloads in by_model.items():
+    for model, workloads in tables.by_model(document).items():
         parts.append(f"<h2>{escape(tables.title(document, model))}</h2>")
         for workload, rows in workloads:
             parts += _workload(model, workload, rows)
+        parts += [f"<p>{escape(sentence)}</p>" for sentence in padding(workloads)]
         rows = workloads[0][1]
         what = "Peak device memory, and of it the weights" if value(rows[0], "memory.peak") else "Weights and buffers"
         parts.append(figure(f"{what} ({workloads[0][0]})", memory(rows, f"{model}: memory")))

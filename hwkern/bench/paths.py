@@ -270,6 +270,11 @@ class Path:
         return "tensorrt" if self.is_engine else BASES[self.base].family
 
     @property
+    def ours(self) -> bool:
+        """Whether hwkern's kernels run it, in torch or in TensorRT."""
+        return self.base.startswith(("hwkern-", "trt-hwkern"))
+
+    @property
     def title(self) -> str:
         """For tables: "torch BF16, compiled, CUDA graph"."""
         head = ENGINES[self.base] if self.is_engine else BASES[self.base].title

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Blocks of each row, in turn with those of the other rows; their spread is the noise.
-BLOCKS = 5
+#: Blocks of each row, in turn with those of the other rows; their spread is the noise (see statistics.py).
+BLOCKS = 11
+#: Under traffic, where a block is a whole table of batches.
+TRAFFIC_BLOCKS = 5
 FIXED = re.compile(r"(\d+)(?:x(\d+))?")
 DECODE = re.compile(r"decode:(\d+)x(\d+)\+(\d+)")
 TRAFFIC = re.compile(r"traffic(?::(\d+))?")

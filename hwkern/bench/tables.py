@@ -57,6 +57,14 @@ def groups(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[Row]]]:
         yield model, workload, sorted(rows, key=lambda row: -row["tokens_per_s"])
 
 
+def by_model(document: Mapping[str, Any]) -> dict[str, list[tuple[str, list[Row]]]]:
+    """Model → its workloads with their rows, as :func:`groups` has them."""
+    found: dict[str, list[tuple[str, list[Row]]]] = {}
+    for model, workload, rows in groups(document):
+        found.setdefault(model, []).append((workload, rows))
+    return found
+
+
 def number(found: float | None, scale: float = 1, digits: int = 3) -> str:
     """Three significant digits, thousands in full; "–" for None."""
     if found is None:
@@ -67,18 +75,22 @@ def number(found: float | None, scale: float = 1, digits: int = 3) -> str:
     return f"{scaled:.{digits}g}"
 
 
-def columns(rows: Sequence[Row], with_noise: bool = True) -> tuple[list[str], list[list[str]]]:
+def ratio(times: float, uncertain: float | None, digits: int = 2) -> str:
+    """A ratio with its noise where that is known."""
+    return f"{times:.{digits}f}×" + ("" if uncertain is None else f" ± {100 * uncertain:.0f} %")
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """The table of one model and workload: heads and cells; columns that no row fills are left out."""
     decoding = any("per_token_ms" in row for row in rows)
     traffic = any("padding_waste" in row for row in rows)
     per = "requests/s" if traffic else "images/s" if rows and rows[0]["workload"].isdigit() else "tokens/s"
     base = next((row["ratio"]["to"] for row in rows if row.get("ratio")), "")
 
-    def ratio(row: Row) -> str:
+    def to_base(row: Row) -> str:
         if not (found := row.get("ratio")):
             return "–"
-        uncertain = found["noise"] if with_noise and row["path"] != found["to"] else None
-        return f"{found['value']:.2f}×" + (f" ± {100 * uncertain:.0f} %" if uncertain is not None else "")
+        return ratio(found["value"], None if row["path"] == found["to"] else found["noise"])
 
     def accuracy(name: str, form: str, scale: float = 1) -> Callable[[Row], str]:
         return lambda row: "–" if (v := value(row, f"accuracy.{name}")) is None else form.format(scale * v)
@@ -86,7 +98,7 @@ def columns(rows: Sequence[Row], with_noise: bool = True) -> tuple[list[str], li
     every = {
         "path": lambda row: path_of(row["path"]).title,
         per: lambda row: number(row["requests_per_s"] if traffic else row["tokens_per_s"]),
-        f"to {base}": ratio,
+        f"to {base}": to_base,
         "p50 ms": lambda row: number(value(row, "latency_ms.p50")),
         "p95": lambda row: number(value(row, "latency_ms.p95")),
         "p99": lambda row: number(value(row, "latency_ms.p99")),
