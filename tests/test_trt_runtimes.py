@@ -58,6 +58,11 @@ def test_lean_runtime_loads_creates_and_refuses(folder: Path) -> None:
     run(folder, "tensorrt_lean_bindings", "libhwkern_trt.so", "create_v3", [])
 
 
+@pytest.mark.parametrize("folder", cases("tensorrt_lean_bindings"))
+def test_lean_runtime_is_found_under_every_name(folder: Path) -> None:
+    run(folder, "tensorrt_lean_bindings", "libhwkern_trt.so", "load_by_name", [])
+
+
 def needs_onnx(folder: Path) -> None:
     if not (folder / "onnx").is_dir() and importlib.util.find_spec("onnx") is None:
         pytest.skip("onnx is not installed, which makes the models of this test")
