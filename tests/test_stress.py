@@ -1,5 +1,5 @@
 """What test_gemm_stress.py does with products, with all else: linears in one launch, weight-only linears, fused
-kernels, embeddings. 10⁴ random shapes of each against reference.py, the same bits in 100 runs, streams that run at
+kernels, embeddings. All M of a decode batch, 10⁴ random shapes of each against reference.py, the same bits in 100 runs, streams that run at
 once, and graphs that are replayed after their inputs changed.
 """
 
@@ -13,13 +13,49 @@ import pytest
 import test_one_launch as one_launch
 import test_weight_only as weight_only
 import torch
-from kernel_helpers import FLOATS, Guarded, Verdicts, equal_bits, same_bits
+from kernel_helpers import FLOATS, REDUCED, Guarded, Verdicts, equal_bits, same_bits
 from test_fused import assert_activation
-from test_gemm_stress import RUNS, SHAPES, Pool, captured, random_floats, random_size
+from test_gemm_stress import MOST, RUNS, SHAPES, Pool, captured, random_floats, random_size
 from torch import Tensor
 
 from hwkern import ops, reference
 from hwkern._fused_linear import activation_linear, norm_linear
+
+# ---- every M ---------------------------------------------------------------------------------------------------------
+
+# (N, K): tails in both; more than a tile, K past a buffer; K as long as one launch takes.
+LAYERS = [(72, 17), (264, 257), (300, 768)]
+EVERY_M = range(1, MOST + 1, 43 if REDUCED else 1)
+
+
+@pytest.mark.gpu
+@one_launch.all_configs
+def test_every_m_in_one_launch(config: int):
+    verdicts = Verdicts()
+    for n, k in LAYERS:
+        x = torch.randn(MOST, k, device="cuda", dtype=torch.bfloat16)
+        weight, scale = one_launch.packed(n, k)
+        want = reference.int8_linear(x, weight[:, :k], scale)  # rows are quantized each for itself
+        for m in EVERY_M:
+            y = Guarded(m, n, torch.bfloat16)
+            one_launch.linear(x[:m], weight, scale, None, y, config, constant=m % 2 == 0)
+            verdicts.add(equal_bits(y.value, want[:m]) & y.untouched_outside(), f"M, N, K = {m}, {n}, {k}")
+    verdicts.check()
+
+
+@pytest.mark.gpu
+@weight_only.all_configs
+def test_every_m_weight_only(config: int):
+    verdicts = Verdicts()
+    for n, k in LAYERS:
+        x, weight, scale = weight_only.inputs(MOST, n, k)
+        for m in EVERY_M:
+            y = Guarded(m, n, torch.bfloat16)
+            weight_only.call(x[:m], weight, scale, y, config)
+            near = weight_only.within_bound(y.value, x[:m], weight, scale, None).all()
+            verdicts.add(near & y.untouched_outside(), f"M, N, K = {m}, {n}, {k}")
+    verdicts.check()
+
 
 # ---- random shapes ---------------------------------------------------------------------------------------------------
 
