@@ -1,6 +1,6 @@
 """What test_gemm_stress.py does with products, with all else: linears in one launch, weight-only linears, fused
-kernels, embeddings. All M of a decode batch, 10⁴ random shapes of each against reference.py, the same bits in 100 runs, streams that run at
-once, and graphs that are replayed after their inputs changed.
+kernels, embeddings. All M of a decode batch, 10⁴ random shapes of each against reference.py, the same bits in 100 runs,
+streams that run at once, and graphs that are replayed after their inputs changed.
 """
 
 from __future__ import annotations
