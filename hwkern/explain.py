@@ -22,11 +22,11 @@ from hwkern.tune import (
     configs_of,
     ends_of,
     entry_name,
+    layer_candidates,
+    layer_configs,
     measure,
     model_choice,
     obstacle,
-    one_launch_candidates,
-    one_launch_configs,
     product_configs,
     times_of,
 )
@@ -144,7 +144,7 @@ def explain(
         if measure_now:
             import torch
 
-            of_layers = [*predicted, *one_launch_candidates(k, gpu)]
+            of_layers = [*predicted, *layer_candidates(k, gpu)]
             entries = {
                 keys[kind]: measure(m, n, k, getattr(torch, name), configs, gpu, kind, PEERS[kind])
                 for kind, configs in ((PRODUCT, list(predicted)), (LAYER, of_layers))
@@ -158,13 +158,13 @@ def explain(
             row["id"], row["name"], predicted.get(row["id"]), measured.get(row["id"]), of_layer.get(row["id"]),
             obstacle(row, k, gpu) or note,
         )
-        for table, note in ((product_configs(), ""), (one_launch_configs(), _ONE_LAUNCH))
+        for table, note in ((product_configs(), ""), (layer_configs(), _ONLY_LAYERS))
         for row in table
     ]  # fmt: skip
     # Measured ones first, by their times; then the others by the prediction; those for layers alone; what cannot run.
     rows.sort(
         key=lambda c: (
-            c.note not in ("", _ONE_LAUNCH), c.predicted_us is None, c.measured_us is None,
+            c.note not in ("", _ONLY_LAYERS), c.predicted_us is None, c.measured_us is None,
             c.measured_us or c.predicted_us or c.layer_us or 0,
         )
     )  # fmt: skip
@@ -177,7 +177,7 @@ def explain(
     )  # fmt: skip
 
 
-_ONE_LAUNCH = "a whole layer in one launch"
+_ONLY_LAYERS = "takes whole layers only"
 
 
 def _reason(
@@ -196,8 +196,8 @@ def _reason(
     model = model_choice(m, n, k, gpu, dtype, kind)
     if kind == PRODUCT:
         reason = "the cost model predicts it to be the fastest"
-    elif any(row["id"] == model for row in one_launch_configs()):
-        reason = "the cost model lets the product's launch quantize here"
+    elif any(row["id"] == model for row in layer_configs()):
+        reason = "the cost model takes it here, a config for whole layers alone"
     else:
         reason = "the cost model takes it after a launch that quantizes"
     if model in measured:

@@ -169,8 +169,8 @@ def product_configs() -> list[dict[str, Any]]:
     return _configs("w8a8")
 
 
-def one_launch_configs() -> list[dict[str, Any]]:
-    """The rows that quantize a layer's activations in the product's own launch."""
+def layer_configs() -> list[dict[str, Any]]:
+    """The rows for whole layers alone: they quantize the activations in the product's own launch."""
     return _configs("w8a8_linear")
 
 
@@ -200,9 +200,9 @@ def candidates(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[int, float]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def one_launch_candidates(k: int, gpu: hardware.Gpu) -> list[int]:
-    """The ids of :func:`one_launch_configs` that run: few, and the cost model predicts no times for them."""
-    return [row["id"] for row in one_launch_configs() if not obstacle(row, k, gpu)]
+def layer_candidates(k: int, gpu: hardware.Gpu) -> list[int]:
+    """The ids of :func:`layer_configs` that run: few, and the cost model predicts no times for them."""
+    return [row["id"] for row in layer_configs() if not obstacle(row, k, gpu)]
 
 
 def _worth_measuring(m: int, n: int, k: int, gpu: hardware.Gpu, dtype: str, kind: str) -> list[int]:
@@ -210,7 +210,7 @@ def _worth_measuring(m: int, n: int, k: int, gpu: hardware.Gpu, dtype: str, kind
     limit = PRUNE * min(predicted.values(), default=0)
     worth = [config for place, (config, us) in enumerate(predicted.items()) if place < LEAST_CANDIDATES or us <= limit]
     if kind == LAYER:
-        worth += one_launch_candidates(k, gpu)
+        worth += layer_candidates(k, gpu)
     model = model_choice(m, n, k, gpu, dtype, kind)
     return worth if model in worth else [*worth, model]
 

@@ -242,10 +242,10 @@ def test_explain_without_a_gpu_predicts_for_an_h100():
     assert "no GPU here" in found.gpu
     assert found.chosen == model(16, 4096, 4096)
     assert found.candidates[0].id == found.chosen
-    assert found.layer_chosen == found.chosen  # K is too large for one launch
+    assert found.layer_chosen == tune_module.model_choice(16, 4096, 4096, GPU, "bfloat16", LAYER)
     assert all(c.measured_us is None and c.layer_us is None for c in found.candidates)
-    assert {c.id for c in found.candidates if not c.predicted_us} == {r["id"] for r in tune_module.one_launch_configs()}
-    assert f"→⇒ {found.chosen}" in str(found)
+    assert {c.id for c in found.candidates if not c.predicted_us} == {r["id"] for r in tune_module.layer_configs()}
+    assert f"→{'⇒' if found.layer_chosen == found.chosen else ' '} {found.chosen}" in str(found)
     with pytest.raises(RuntimeError, match="only on a GPU"):
         explain(16, 4096, 4096, measure_now=True)
 
@@ -293,11 +293,13 @@ def test_a_layer_whose_k_one_launch_cannot_take_is_not_measured_with_it(machine)
     machine(lambda config, kind: asked.add((config, kind)) or 10.0)
     tune([(64, 1024)], m=[1], show=False)
     assert asked
-    assert not [config for config, _ in asked if config >= 400]
+    short = {row["id"]: row["max_k"] for row in tune_module.layer_configs() if row["max_k"] < 1024}
+    assert short
+    assert not [config for config, _ in asked if config in short]
     tune([(64, 768)], m=[1], show=False)
-    assert {kind for config, kind in asked if config >= 400} == {LAYER}
+    assert {kind for config, kind in asked if config in short} == {LAYER}
     notes = {c.id: c.note for c in explain(1, 64, 1024).candidates}
-    assert notes[400] == "takes K up to 768"
+    assert all(notes[config] == f"takes K up to {most}" for config, most in short.items())
 
 
 def test_the_model_s_choice_of_a_layer_is_the_launch_s(machine):
@@ -313,7 +315,7 @@ def test_explain_says_why_a_config_cannot_run(monkeypatch, machine):
     small = hardware.gpu_from_properties(0, {**PROPERTIES, "compute": 86, "shared_bytes": 101_376, "sm_count": 84})
     monkeypatch.setattr(hardware, "gpus", lambda: [small])
     notes = {c.id: c.note for c in explain(64, 4096, 4096).candidates}
-    table = {row["id"]: row for row in (*tune_module.product_configs(), *tune_module.one_launch_configs())}
+    table = {row["id"]: row for row in (*tune_module.product_configs(), *tune_module.layer_configs())}
     assert any("needs compute capability 9.0" in note for note in notes.values())
     assert all(bool(notes[i]) == (row["min_compute"] > 86 or row["shared_bytes"] > 101_376) for i, row in table.items())
 
@@ -392,7 +394,7 @@ def test_explain_measures_every_candidate_that_runs():
     assert all((c.measured_us is None) == (c.predicted_us is None) for c in found.candidates)
     runnable = [
         *tune_module.candidates(33, 300, 200, hardware.gpu()),
-        *tune_module.one_launch_candidates(200, hardware.gpu()),
+        *tune_module.layer_candidates(200, hardware.gpu()),
     ]
     assert {c.id for c in found.candidates if c.layer_us} == set(runnable)
     assert explain(33, 300, 200).candidates == found.candidates
