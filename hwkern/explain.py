@@ -191,8 +191,7 @@ def _reason(
 
         chosen = _choice.config_for(gpu.index, m, n, k, getattr(torch, dtype), kind)
         if chosen != CHOOSE:
-            low, high = ends_of(bisect_left(EDGES, m))
-            return chosen, f"measured by hwkern.tune as the fastest for M = {low} … {high}."
+            return chosen, f"measured by hwkern.tune as the fastest for {_step(m)}."
     model = model_choice(m, n, k, gpu, dtype, kind)
     if kind == PRODUCT:
         reason = "the cost model predicts it to be the fastest"
@@ -205,10 +204,17 @@ def _reason(
         lost = measured[model] / measured[best] - 1
         if best != model:
             reason += f"; config {best} was measured {lost:.1%} faster"
-            reason += " (within the noise)" if lost < NOISE - 1 else ": hwkern.tune makes use of it"
+            reason += " (within the noise)" if lost < NOISE - 1 else f"; hwkern.tune takes what is over {_step(m)}"
         else:
             reason += ", and measured to be the fastest"
     return model, reason + "."
+
+
+def _step(m: int) -> str:
+    if m > EDGES[-1]:
+        return f"M = 1 … {EDGES[-1]}"
+    low, high = ends_of(bisect_left(EDGES, m))
+    return f"M = {low} … {high}"
 
 
 # ---- `hwkern explain M N K` ------------------------------------------------------------------------------------------

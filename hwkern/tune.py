@@ -362,7 +362,7 @@ def tune(
         save: keep the times for later processes: see :func:`use_tuned`.
         show: a progress bar on stderr.
 
-    In use in this process, that is; for later ones see ``save``. Takes about 0.5 s for each point that the cache does
+    In use in this process, that is; for later ones see ``save``. Takes about 0.4 s for each point that the cache does
     not have; a layer has four points a step, two of them of its product alone. Raises RuntimeError without a usable
     GPU, and ValueError for shapes that no kernel takes and for a model without int8 layers on a GPU.
     """
