@@ -11,6 +11,7 @@ import pytest
 from fake_gpu import H100
 
 import hwkern
+import hwkern.ops  # with the real extension: `machine` puts another in its place
 from hwkern import _native, cli, doctor
 
 GPU = H100 | {"name": "Test GPU"}
