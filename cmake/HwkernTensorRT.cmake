@@ -1,6 +1,7 @@
-# The TensorRT plugins, where NVIDIA's headers are: libhwkern_trt.so (TensorRT 10.1 and newer, TensorRT-RTX) and
-# libhwkern_trt8.so (TensorRT 8.6). Nothing of TensorRT is linked, so headers are all that is needed; they are in
-# NVIDIA/TensorRT's repository (include/, Apache-2.0) and in Debian's and NVIDIA's -dev packages, and in no wheel.
+# The TensorRT plugins: libhwkern_trt.so (TensorRT 10.1 and newer, TensorRT-RTX), and libhwkern_trt8.so (TensorRT 8.6)
+# where NVIDIA's headers of that version are. Nothing of TensorRT is linked. NVIDIA's headers are in NVIDIA/TensorRT's
+# repository (include/, Apache-2.0) and in Debian's and NVIDIA's -dev packages, and in no wheel; where there are none of
+# 10.1 or newer, csrc/tensorrt/abi declares what the plugin implements.
 #
 #   HWKERN_TENSORRT_INCLUDE_DIR    the folder of NvInferRuntime.h 10.1 or newer
 #   HWKERN_TENSORRT8_INCLUDE_DIR   the same of 8.6
@@ -84,19 +85,20 @@ endfunction()
 hwkern_has(weight_only_linear HWKERN_WEIGHT_ONLY)
 hwkern_has(norm_quantize HWKERN_NORM_QUANTIZE)
 
-if(NOT HWKERN_CUDA)
-  message(STATUS "hwkern: no TensorRT plugins in a build without GPU kernels")
+if(NOT HWKERN_CUDA OR NOT CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  message(STATUS "hwkern: no TensorRT plugins in a build without GPU kernels, or for another system than Linux")
   return()
 endif()
 hwkern_tensorrt_headers(HWKERN_TENSORRT_INCLUDE_DIR 10.1 12)
 hwkern_tensorrt_headers(HWKERN_TENSORRT8_INCLUDE_DIR 8.6 8.7)
-if(HWKERN_TENSORRT_INCLUDE_DIR)
-  hwkern_tensorrt_plugin(hwkern_trt "${HWKERN_TENSORRT_INCLUDE_DIR}" csrc/tensorrt/plugin_v3.cpp)
+set(include_dir "${HWKERN_TENSORRT_INCLUDE_DIR}")
+if(NOT include_dir)
+  set(include_dir "${PROJECT_SOURCE_DIR}/csrc/tensorrt/abi")
 endif()
+hwkern_tensorrt_plugin(hwkern_trt "${include_dir}" csrc/tensorrt/plugin_v3.cpp)
 if(HWKERN_TENSORRT8_INCLUDE_DIR)
   hwkern_tensorrt_plugin(hwkern_trt8 "${HWKERN_TENSORRT8_INCLUDE_DIR}" csrc/tensorrt/plugin_v2.cpp)
-endif()
-if(NOT HWKERN_TENSORRT_INCLUDE_DIR AND NOT HWKERN_TENSORRT8_INCLUDE_DIR)
-  message(STATUS "hwkern: no TensorRT headers found, so the TensorRT plugins are left out; name them with "
-    "-DHWKERN_TENSORRT_INCLUDE_DIR=… (10.1 or newer) or -DHWKERN_TENSORRT8_INCLUDE_DIR=… (8.6)")
+else()
+  message(STATUS "hwkern: no headers of TensorRT 8.6 found, so its plugin is left out; name them with "
+    "-DHWKERN_TENSORRT8_INCLUDE_DIR=…")
 endif()

@@ -16,7 +16,7 @@ def check(batches: Iterable[Batch], device: torch.device) -> list[Batch]:
 
     Raises ValueError, with the batch's number, for what is empty, ragged (lists instead of tensors), or no batch.
     """
-    if isinstance(batches, (Tensor, Mapping, str)):
+    if isinstance(batches, (Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ValueError(
             f"batches is one {type(batches).__name__}: it must be a list of batches (for a single one: [batch])."
         )

@@ -48,7 +48,7 @@ TENSORRT_PLUGINS = {"libhwkern_trt.so": "TensorRT 10.1 and newer, TensorRT-RTX",
 
 
 def tensorrt_plugins() -> dict[str, Path]:
-    """The TensorRT plugin libraries of this build, file name to path; empty when it was built without NVIDIA's headers.
+    """The TensorRT plugin libraries of this build, file name to path; empty when it has no GPU kernels.
 
     They lie beside ``hwkern._C``. Nothing is loaded.
     """

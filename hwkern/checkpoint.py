@@ -56,8 +56,8 @@ def save(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"hwkern.save takes a torch.nn.Module, not {type(model).__name__}.")
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes = {max_shard_bytes}: it must be positive.")
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes = {max_shard_bytes!r}: it must be a positive number of bytes.")
     if format == "compressed-tensors":
         from hwkern import _compressed_tensors
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from hwkern import _native, hardware
+from hwkern import hardware
 from hwkern._console import print_table, progress
+from hwkern.commands.models import UsageError, choose_device
 
 if TYPE_CHECKING:
     import torch
@@ -321,37 +322,6 @@ class Result:
         return cls(**known)
 
 
-def choose_device(wanted: str | None) -> tuple[str, str]:
-    """``(device, why)``: the best device, or the wanted one; a DemoError says why it cannot be."""
-    import torch
-
-    problem = _native.cuda_problem()
-    if problem is None and not torch.cuda.is_available():
-        problem = f"torch {torch.__version__} sees no GPU: install a CUDA build of torch."
-    if problem is None:
-        index = 0 if wanted in (None, "cpu", "cuda") else _device_index(str(wanted))
-        gpus = hardware.gpus()
-        if index >= len(gpus):
-            raise DemoError(f"--device {wanted}: this machine has {len(gpus)} GPU(s), numbered from cuda:0.")
-        if not gpus[index].supported:
-            problem = f"{gpus[index].name} is older than compute capability 8.0."
-    if wanted is None:
-        return ("cuda:0", "the first GPU") if problem is None else ("cpu", f"no GPU: {problem}")
-    if wanted == "cpu":
-        return "cpu", "as asked"
-    index = 0 if wanted == "cuda" else _device_index(wanted)
-    if problem is not None:
-        raise DemoError(f"--device {wanted} is not possible: {problem}")
-    return f"cuda:{index}", "as asked"
-
-
-def _device_index(device: str) -> int:
-    match = re.fullmatch(r"cuda:(\d+)", device)
-    if match is None:
-        raise DemoError(f"--device {device}: it must be cpu, cuda or cuda:N.")
-    return int(match.group(1))
-
-
 def demo(
     device: str | None = None,
     count: int = 300,
@@ -371,7 +341,10 @@ def demo(
         raise DemoError(INSTALL.format("PyTorch")) from error
     import hwkern
 
-    device, why = choose_device(device)
+    try:
+        device, why = choose_device(device)
+    except UsageError as error:
+        raise DemoError(str(error)) from error
     if threads is None and device == "cpu" and busy(os.getloadavg()[0]):
         threads = 1  # OpenMP threads that share cores with other work wait for each other: 6× to 40× slower seen
     if threads:
@@ -430,7 +403,7 @@ def environment(device: str, why: str) -> dict[str, Any]:
     return {
         "device": device,
         "device_choice": why,
-        "device_name": hardware.gpu(_device_index(device)).name if on_gpu else cpu.name,
+        "device_name": hardware.gpu(int(device.partition(":")[2])).name if on_gpu else cpu.name,
         "int8_units": list(cpu.int8_units),
         "int8_is_fast": on_gpu or hwkern.ops.cpu_int8_is_fast(),
         "threads": torch.get_num_threads(),

@@ -152,8 +152,7 @@ def _examine_tensorrt(found: Diagnosis) -> None:
         found.add(
             NOTE,
             "TensorRT plugin",
-            "not in this build, which found no TensorRT headers; to have it, build with "
-            "-Ccmake.define.HWKERN_TENSORRT_INCLUDE_DIR=<folder of NvInferRuntime.h>",
+            "not in this build: it comes with GPU kernels on Linux (-Ccmake.define.HWKERN_CUDA=ON)",
         )
 
 

@@ -1,4 +1,4 @@
-"""Say which kernel a product of M, N and K takes on this GPU, what else there is, and why not that."""
+"""Say which kernel a product of M, N and K takes on this GPU, and a whole layer; what else there is; why not that."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hwkern import _choice, _native, hardware
-from hwkern._choice import CHOOSE, EDGES, K_MAX
+from hwkern._choice import CHOOSE, EDGES, K_MAX, LAYER, PRODUCT
 from hwkern._console import plain_table, print_table
 from hwkern.tune import (
     NOISE,
@@ -22,8 +22,11 @@ from hwkern.tune import (
     configs_of,
     ends_of,
     entry_name,
+    layer_candidates,
+    layer_configs,
     measure,
     model_choice,
+    obstacle,
     product_configs,
     times_of,
 )
@@ -45,14 +48,18 @@ class Candidate:
 
     id: int
     name: str
-    predicted_us: float | None  #: by the cost model, without launch overhead; None: it does not run on this GPU
-    measured_us: float | None  #: from the cache or measured now; None: it was not measured
-    note: str  #: why it cannot run
+    predicted_us: float | None  #: the product, by the cost model, without launch overhead; None: it predicts none
+    measured_us: float | None  #: the product, from the cache or measured now; None: it was not measured
+    layer_us: float | None  #: the whole layer, quantize included: measured or None
+    note: str  #: why it cannot run, or that it takes whole layers alone
 
 
 @dataclass(repr=False)
 class Explanation:
-    """Which config ``ops`` takes for ``D [M, N] = A [M, K] · B [N, K]ᵀ``, and why. ``print(explanation)`` shows it."""
+    """Which config ``ops`` takes for ``D [M, N] = A [M, K] · B [N, K]ᵀ``, and why. ``print(explanation)`` shows it.
+
+    Of the product of two int8 matrices, and of a layer whose float input is quantized first.
+    """
 
     m: int
     n: int
@@ -61,8 +68,10 @@ class Explanation:
     gpu: str
     chosen: int
     reason: str
-    floor_us: float  #: the speed of light: see hwkern.hardware.speed_of_light
-    candidates: list[Candidate]  #: fastest first, those that cannot run last
+    layer_chosen: int
+    layer_reason: str
+    floor_us: float  #: the product's speed of light: see hwkern.hardware.speed_of_light
+    candidates: list[Candidate]  #: fastest products first, then those for layers alone; those that cannot run last
     peers_us: dict[str, float]  #: stock paths, where ``tune(..., peers=True)`` measured them
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,19 +84,22 @@ class Explanation:
 
         rows = [
             [
-                f"{'→' if c.id == self.chosen else ' '} {c.id} {c.name}",
+                f"{'→' if c.id == self.chosen else ' '}{'⇒' if c.id == self.layer_chosen else ' '} {c.id} {c.name}",
                 text(c.predicted_us),
                 text(c.measured_us),
+                text(c.layer_us),
                 c.note,
             ]
             for c in self.candidates
         ]
-        return rows + [[f"  torch: {name}", "–", text(us), ""] for name, us in self.peers_us.items()]
+        return rows + [[f"   torch: {name}", "–", text(us), "–", ""] for name, us in self.peers_us.items()]
 
     def _title(self) -> str:
         return (
             f"M, N, K = {self.m}, {self.n}, {self.k}, {self.dtype} out, on {self.gpu}\n"
-            f"config {self.chosen}: {self.reason}\nspeed of light {self.floor_us:.2f} µs"
+            f"→ product: config {self.chosen}, {self.reason}\n"
+            f"⇒ layer: config {self.layer_chosen}, {self.layer_reason}\n"
+            f"speed of light {self.floor_us:.2f} µs"
         )
 
     def __str__(self) -> str:
@@ -96,11 +108,7 @@ class Explanation:
     __repr__ = __str__
 
 
-def _mark(candidate: Candidate, chosen: int) -> str:
-    return f"{'→' if candidate.id == chosen else ' '} {candidate.id} {candidate.name}"
-
-
-_COLUMNS = ["candidate", "predicted µs", "measured µs", ""]
+_COLUMNS = ["candidate", "predicted µs", "measured µs", "layer µs", ""]
 
 
 def explain(
@@ -112,11 +120,12 @@ def explain(
     device: int | None = None,
     measure_now: bool = False,
 ) -> Explanation:
-    """Every candidate for one GEMM with predicted and measured times, the choice, and the reason.
+    """Every candidate for one GEMM with predicted and measured times, the choice, and the reason; and for the layer.
 
-    ``dtype`` is the output's, ``device`` a GPU's index (the first by default); on a machine without a GPU an H100 is
-    assumed and nothing is measured. ``measure_now`` times all candidates at this very M and keeps the times, which
-    ``hwkern.tune`` then uses where M is an end of a step. Raises ValueError for sizes that no kernel takes.
+    ``dtype`` is the output's (and a layer's input's), ``device`` a GPU's index (the first by default); on a machine
+    without a GPU an H100 is assumed and nothing is measured. ``measure_now`` times all candidates at this very M and
+    keeps the times, which ``hwkern.tune`` then uses where M is an end of a step. Raises ValueError for sizes that no
+    kernel takes.
     """
     if min(m, n, k) < 1 or k > K_MAX:
         raise ValueError(f"explain takes M and N of at least 1 and K of 1 … {K_MAX}, not {m}, {n}, {k}.")
@@ -127,65 +136,85 @@ def explain(
     if measure_now and problem is not None:
         raise RuntimeError(f"explain can measure only on a GPU: {problem}")
     gpu = H100 if problem is not None and device is None else hardware.gpu(device or 0)
-    entry: Any = None
+    entries: dict[str, Any] = {}
+    predicted = candidates(m, n, k, gpu)
+    keys = {kind: entry_name(m, n, k, name, kind) for kind in (PRODUCT, LAYER)}
     if problem is None:
         cache = cache_of(gpu)
-        key = entry_name(m, n, k, name)
         if measure_now:
             import torch
 
-            entry = measure(m, n, k, getattr(torch, name), list(candidates(m, n, k, gpu)), gpu, PEERS)
-            cache.update({key: entry})
+            of_layers = [*predicted, *layer_candidates(k, gpu)]
+            entries = {
+                keys[kind]: measure(m, n, k, getattr(torch, name), configs, gpu, kind, PEERS[kind])
+                for kind, configs in ((PRODUCT, list(predicted)), (LAYER, of_layers))
+            }
+            cache.update(entries)
         else:
-            entry = cache.read().get(key)
-    predicted, measured = candidates(m, n, k, gpu), configs_of(entry)
+            entries = cache.read()
+    measured, of_layer = (configs_of(entries.get(key)) for key in keys.values())
     rows = [
-        Candidate(row["id"], row["name"], predicted.get(row["id"]), measured.get(row["id"]), _obstacle(row, gpu))
-        for row in product_configs()
-    ]
-    # Measured ones first, by their times; then the others by the prediction; what cannot run last.
-    rows.sort(key=lambda c: (c.predicted_us is None, c.measured_us is None, c.measured_us or c.predicted_us or 0))
-    chosen, reason = _reason(m, n, k, name, gpu, predicted, measured)
+        Candidate(
+            row["id"], row["name"], predicted.get(row["id"]), measured.get(row["id"]), of_layer.get(row["id"]),
+            obstacle(row, k, gpu) or note,
+        )
+        for table, note in ((product_configs(), ""), (layer_configs(), _ONLY_LAYERS))
+        for row in table
+    ]  # fmt: skip
+    # Measured ones first, by their times; then the others by the prediction; those for layers alone; what cannot run.
+    rows.sort(
+        key=lambda c: (
+            c.note not in ("", _ONLY_LAYERS), c.predicted_us is None, c.measured_us is None,
+            c.measured_us or c.predicted_us or c.layer_us or 0,
+        )
+    )  # fmt: skip
+    chosen, reason = _reason(m, n, k, name, gpu, PRODUCT, measured)
+    layer_chosen, layer_reason = _reason(m, n, k, name, gpu, LAYER, of_layer)
     floor = hardware.speed_of_light(m, n, k, gpu, d_bytes=4 if name == "float32" else 2)
     return Explanation(
-        m, n, k, name, gpu.name, chosen, reason, floor.microseconds, rows, times_of(entry, "peers")
+        m, n, k, name, gpu.name, chosen, reason, layer_chosen, layer_reason, floor.microseconds, rows,
+        times_of(entries.get(keys[PRODUCT]), "peers"),
     )  # fmt: skip
 
 
-def _obstacle(row: Mapping[str, Any], gpu: hardware.Gpu) -> str:
-    if gpu.compute < row["min_compute"]:
-        return f"needs compute capability {row['min_compute'] / 10:.1f}"
-    if gpu.compute > row["max_compute"]:
-        return f"compiled for compute capability {row['max_compute'] / 10:.1f} only"
-    if row["shared_bytes"] > gpu.shared_bytes:
-        return f"needs {row['shared_bytes']} bytes of shared memory a block, there are {gpu.shared_bytes}"
-    return ""
+_ONLY_LAYERS = "takes whole layers only"
 
 
 def _reason(
-    m: int, n: int, k: int, dtype: str, gpu: hardware.Gpu, predicted: Mapping[int, float], measured: Mapping[int, float]
+    m: int, n: int, k: int, dtype: str, gpu: hardware.Gpu, kind: str, measured: Mapping[int, float]
 ) -> tuple[int, str]:
-    if not predicted:
+    if gpu.compute < hardware.MIN_COMPUTE:
         return CHOOSE, f"no kernel runs on this GPU: compute capability {hardware.MIN_COMPUTE / 10:.1f} is the least."
     _choice.load_pending()
     if _choice.tuned:  # so torch is there
         import torch
 
-        chosen = _choice.config_for(gpu.index, m, n, k, getattr(torch, dtype))
+        chosen = _choice.config_for(gpu.index, m, n, k, getattr(torch, dtype), kind)
         if chosen != CHOOSE:
-            low, high = ends_of(bisect_left(EDGES, m))
-            return chosen, f"measured by hwkern.tune as the fastest for M = {low} … {high}."
-    model = model_choice(m, n, k, gpu)
-    reason = "the cost model predicts it to be the fastest"
+            return chosen, f"measured by hwkern.tune as the fastest for {_step(m)}."
+    model = model_choice(m, n, k, gpu, dtype, kind)
+    if kind == PRODUCT:
+        reason = "the cost model predicts it to be the fastest"
+    elif any(row["id"] == model for row in layer_configs()):
+        reason = "the cost model takes it here, a config for whole layers alone"
+    else:
+        reason = "the cost model takes it after a launch that quantizes"
     if model in measured:
         best = min(measured, key=measured.__getitem__)
         lost = measured[model] / measured[best] - 1
         if best != model:
             reason += f"; config {best} was measured {lost:.1%} faster"
-            reason += " (within the noise)" if lost < NOISE - 1 else ": hwkern.tune makes use of it"
+            reason += " (within the noise)" if lost < NOISE - 1 else f"; hwkern.tune takes what is over {_step(m)}"
         else:
-            reason += ", and it was measured so"
+            reason += ", and measured to be the fastest"
     return model, reason + "."
+
+
+def _step(m: int) -> str:
+    if m > EDGES[-1]:
+        return f"M = 1 … {EDGES[-1]}"
+    low, high = ends_of(bisect_left(EDGES, m))
+    return f"M = {low} … {high}"
 
 
 # ---- `hwkern explain M N K` ------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from hwkern._checks import (
     check_static_scale,
     padded,
 )
-from hwkern._choice import config_for, linear_config_for, tuned
+from hwkern._choice import LAYER, PRODUCT, config_for, tuned
 from hwkern._cpu import int8_is_fast as cpu_int8_is_fast
 from hwkern._cuda import current_device as _current_device
 from hwkern._cuda import current_stream as _current_stream
@@ -394,7 +394,8 @@ def _launch_cell(
     workspace_bytes = m * (columns + 4)  # hwkern.h linear_workspace_bytes: K16 int8 and one float32 a row
     workspace = weight.new_empty(workspace_bytes)
     if tuned and config == CHOOSE:  # measured by hwkern.tune
-        config = linear_config_for(cell.device, m, n, k, dtype)
+        whole = x_dtype is dtype and activation == 0 and residual is None  # as it was measured
+        config = config_for(cell.device, m, n, k, dtype, LAYER if whole else PRODUCT)
     if residual is None:
         options = (activation, 0, 0, 0)
     else:

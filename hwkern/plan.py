@@ -46,10 +46,11 @@ class Accuracy:
     max_metric_drop: float | None = None
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.min_snr_db):
-            raise ValueError(f"min_snr_db = {self.min_snr_db}: it must be a number.")
-        if self.max_metric_drop is not None and not self.max_metric_drop >= 0:
-            raise ValueError(f"max_metric_drop = {self.max_metric_drop}: it must be at least 0.")
+        if not (isinstance(self.min_snr_db, (int, float)) and math.isfinite(self.min_snr_db)):
+            raise ValueError(f"min_snr_db = {self.min_snr_db!r}: it must be a number.")
+        drop = self.max_metric_drop
+        if drop is not None and not (isinstance(drop, (int, float)) and drop >= 0):
+            raise ValueError(f"max_metric_drop = {drop!r}: it must be a number of at least 0.")
 
 
 @dataclass
@@ -328,7 +329,10 @@ class Plan:
             layers = {}
             for entry in data["layers"]:
                 where = f"layer {entry['names'][0]!r}"
-                layers[entry["names"][0]] = _layer(entry)
+                layer = _layer(entry)
+                if layer.name in layers:
+                    raise ValueError("it stands there twice")
+                layers[layer.name] = layer
             where = "the plan"
             task = None if data["task"] is None else BackOff(**data["task"])
             return cls(
@@ -339,7 +343,7 @@ class Plan:
                 layers=layers,
                 left={str(name): str(why) for name, why in data["left"].items()},
                 task=task,
-                whole=dict(data["whole"]),
+                whole=_whole(data["whole"]),
                 seconds=float(data["seconds"]),
                 measured=int(data["measured"]),
                 reused=int(data["reused"]),
@@ -361,6 +365,16 @@ class Plan:
         if not isinstance(data, dict):
             raise PlanError(f"{os.fspath(path)} is no plan: it is a {type(data).__name__}.")
         return cls.from_dict(data)
+
+
+def _whole(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What was read of the whole model, where anything was: a sentence, and ms of every batch before and after."""
+    whole = dict(data)
+    if whole:
+        sides = [[float(ms) for ms in whole[key]] for key in ("before_ms", "after_ms")]
+        if not isinstance(whole["text"], str) or not all(side and 0 < sum(side) < math.inf for side in sides):
+            raise ValueError(f"of the whole model it says {whole}")
+    return whole
 
 
 def _layer(data: Mapping[str, Any]) -> PlannedLayer:

@@ -4,12 +4,17 @@ Without this file the C++ cost model chooses every config. ``tune`` measures, ke
 (``_cache.py``) and makes ``ops`` use them in this process; a later process uses them after ``use_tuned()`` or with
 HWKERN_TUNED=1 in its environment. M is tuned in steps (``_choice.EDGES``): a step is measured at both its ends, and a
 config replaces the model's only if it is faster over the two by more than the noise.
+
+Products and whole layers are measured apart, because quantize shifts what is fastest: its launch overlaps some products
+more than others, and some configs quantize in the product's own launch. A layer's call takes the layer's choice; a
+product alone, or behind a norm or an activation that quantizes, the product's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import sys
 import types
@@ -20,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from hwkern import _choice, _native, hardware
 from hwkern._cache import Cache, device_stamp
-from hwkern._choice import CHOOSE, EDGES, K_MAX
+from hwkern._choice import CHOOSE, EDGES, K_MAX, LAYER, PRODUCT
 from hwkern._console import plain_table, progress
 
 if TYPE_CHECKING:
@@ -33,25 +38,27 @@ PRUNE = 2.0  # configs that the model predicts to be slower than its best by thi
 LEAST_CANDIDATES = 4  # but at least so many are
 NOISE = 1.02  # two measurements of one kernel differ by up to 1 %; a change must be worth more
 SECONDS = 0.004  # of replays for each candidate, after its capture of about the same length
-PEERS = ("bf16", "int_mm")  # stock paths that can be timed beside ours: cuBLAS in bfloat16 and cuBLAS INT8, raw sums
+#: Stock paths that can be timed beside ours: cuBLAS in bfloat16, which is a whole layer, and cuBLAS INT8, raw sums.
+PEERS = {PRODUCT: ("bf16", "int_mm"), LAYER: ("bf16",)}
 
-# ---- the cache's entries: "MxNxK dtype" → {"configs": {id: µs}, "peers": {name: µs}} -------------------------------
+# ---- the cache's entries: "MxNxK dtype" or "MxNxK dtype layer" → {"configs": {id: µs}, "peers": {name: µs}} ---------
 
 
 def cache_of(gpu: hardware.Gpu) -> Cache:
     return Cache("tune", device_stamp(gpu))
 
 
-def entry_name(m: int, n: int, k: int, dtype: str) -> str:
-    return f"{m}x{n}x{k} {dtype}"
+def entry_name(m: int, n: int, k: int, dtype: str, kind: str = PRODUCT) -> str:
+    return f"{m}x{n}x{k} {dtype}" + (f" {kind}" if kind != PRODUCT else "")
 
 
 def times_of(entry: Any, kind: str = "configs") -> dict[str, float]:
-    """Name or config id → µs of one entry; what is not a positive number is left out, like what is not there."""
+    """Name or config id → µs of one entry; what is no time is left out, like what is not there."""
     found = entry.get(kind) if isinstance(entry, dict) else None
     if not isinstance(found, dict):
         return {}
-    return {name: float(us) for name, us in found.items() if isinstance(us, (int, float)) and us > 0}
+    # Up to an hour: JSON may hold integers that no float can.
+    return {name: float(us) for name, us in found.items() if type(us) in (int, float) and 0 < us < 3.6e9}
 
 
 def configs_of(entry: Any) -> dict[int, float]:
@@ -80,13 +87,14 @@ def _choose(model: Sequence[int], times: Sequence[Mapping[int, float]]) -> int:
     return best if cost[best] * NOISE ** len(times) < of_model else CHOOSE
 
 
-def _steps(gpu: hardware.Gpu, n: int, k: int, dtype: str, entries: Mapping[str, Any]) -> tuple[int, ...]:
-    """What ``_choice.tuned`` holds for one layer."""
+def _steps(gpu: hardware.Gpu, n: int, k: int, dtype: str, kind: str, entries: Mapping[str, Any]) -> tuple[int, ...]:
+    """What ``_choice.tuned`` holds for one product or layer."""
     chosen = []
     for step in range(len(EDGES)):
         ends = sorted(set(ends_of(step)))
-        times = [configs_of(entries.get(entry_name(m, n, k, dtype))) for m in ends]
-        chosen.append(_choose([model_choice(m, n, k, gpu) for m in ends], times) if all(times) else CHOOSE)
+        times = [configs_of(entries.get(entry_name(m, n, k, dtype, kind))) for m in ends]
+        model = [model_choice(m, n, k, gpu, dtype, kind) for m in ends] if all(times) else []
+        chosen.append(_choose(model, times) if model else CHOOSE)
     return (*chosen, CHOOSE)
 
 
@@ -94,9 +102,11 @@ def _device(gpu: hardware.Gpu) -> tuple[int, int, int]:
     return gpu.sm_count, gpu.compute, gpu.shared_bytes
 
 
-def model_choice(m: int, n: int, k: int, gpu: hardware.Gpu) -> int:
-    choice: int = _native.extension().gemm_choose(m, n, k, *_device(gpu), b_is_constant=True)
-    return choice
+def model_choice(m: int, n: int, k: int, gpu: hardware.Gpu, dtype: str, kind: str = PRODUCT) -> int:
+    native = _native.extension()
+    if kind == LAYER and dtype != "float32":  # of float32 csrc/linear.cpp asks for a product
+        return int(native.linear_choose(m, n, k, *_device(gpu)))
+    return int(native.gemm_choose(m, n, k, *_device(gpu), b_is_constant=True))
 
 
 # ---- use -----------------------------------------------------------------------------------------------------------
@@ -112,9 +122,8 @@ def use_tuned(on: bool = True) -> contextlib.AbstractContextManager[None]:
     found: dict[_choice.Key, tuple[int, ...]] = {}
     for gpu in hardware.gpus() if on else []:
         entries = cache_of(gpu).read()
-        layers = {tuple(key.partition(" ")[::2]) for key in entries}
-        for n, k, dtype in sorted({(*shape[1:], name) for text, name in layers if (shape := _shape(text))}):
-            found |= _activation(gpu, n, k, dtype, entries)
+        for n, k, dtype, kind in sorted({parts[1:] for key in entries if (parts := _parts(key))}):
+            found |= _activation(gpu, n, k, dtype, kind, entries)
     _choice.tuned.clear()
     _choice.tuned.update(found)
 
@@ -129,23 +138,27 @@ def use_tuned(on: bool = True) -> contextlib.AbstractContextManager[None]:
     return restore()
 
 
-def _shape(text: str) -> tuple[int, int, int] | None:
-    parts = text.split("x")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+def _parts(key: str) -> tuple[int, int, int, str, str] | None:
+    """M, N, K, dtype and kind of an :func:`entry_name`; None of anything else."""
+    shape, _, rest = key.partition(" ")
+    dtype, _, kind = rest.partition(" ")
+    sizes = shape.split("x")
+    # Nine digits: what no kernel takes has eleven, and int() refuses some thousands.
+    if len(sizes) != 3 or not all(size.isdecimal() and len(size) < 10 for size in sizes) or kind not in ("", LAYER):
         return None
-    m, n, k = map(int, parts)
-    return (m, n, k) if min(m, n, k) > 0 else None
+    m, n, k = map(int, sizes)
+    return (m, n, k, dtype, kind or PRODUCT) if min(m, n, k) > 0 else None
 
 
 def _activation(
-    gpu: hardware.Gpu, n: int, k: int, dtype: str, entries: Mapping[str, Any]
+    gpu: hardware.Gpu, n: int, k: int, dtype: str, kind: str, entries: Mapping[str, Any]
 ) -> dict[_choice.Key, tuple[int, ...]]:
-    """The row of ``_choice.tuned`` for one layer, or nothing where the cost model chooses throughout."""
+    """The row of ``_choice.tuned`` for one product or layer, or nothing where the cost model chooses throughout."""
     import torch
 
-    steps = _steps(gpu, n, k, dtype, entries)
+    steps = _steps(gpu, n, k, dtype, kind, entries)
     known = isinstance(getattr(torch, dtype, None), torch.dtype)
-    return {(gpu.index, n, k, getattr(torch, dtype)): steps} if known and any(s != CHOOSE for s in steps) else {}
+    return {(gpu.index, n, k, getattr(torch, dtype), kind): steps} if known and any(s != CHOOSE for s in steps) else {}
 
 
 # ---- measure -------------------------------------------------------------------------------------------------------
@@ -153,30 +166,66 @@ def _activation(
 
 def product_configs() -> list[dict[str, Any]]:
     """The rows of the config table for int8 · int8; those of weight-only layers have a choice of their own."""
-    return [row for row in _native.extension().gemm_configs() if row.get("scheme", "w8a8") == "w8a8"]
+    return _configs("w8a8")
+
+
+def layer_configs() -> list[dict[str, Any]]:
+    """The rows for whole layers alone: they quantize the activations in the product's own launch."""
+    return _configs("w8a8_linear")
+
+
+def _configs(scheme: str) -> list[dict[str, Any]]:
+    return [row for row in _native.extension().gemm_configs() if row["scheme"] == scheme]
+
+
+def obstacle(row: Mapping[str, Any], k: int, gpu: hardware.Gpu) -> str:
+    """Why a config cannot run a product or layer of this K on the GPU; empty if it can."""
+    if gpu.compute < row["min_compute"]:
+        return f"needs compute capability {row['min_compute'] / 10:.1f}"
+    if gpu.compute > row["max_compute"]:
+        return f"compiled for compute capability {row['max_compute'] / 10:.1f} only"
+    if row["shared_bytes"] > gpu.shared_bytes:
+        return f"needs {row['shared_bytes']} bytes of shared memory a block, there are {gpu.shared_bytes}"
+    return f"takes K up to {row['max_k']}" if k > row["max_k"] else ""
 
 
 def candidates(m: int, n: int, k: int, gpu: hardware.Gpu) -> dict[int, float]:
-    """Config id → predicted µs of every config that runs on the GPU, fastest first."""
+    """Config id → predicted µs of every product's config that runs on the GPU, fastest first."""
     native = _native.extension()
     found = {
         row["id"]: native.gemm_predict_us(row["id"], m, n, k, *_device(gpu), b_is_constant=True)
         for row in product_configs()
-        if row["min_compute"] <= gpu.compute <= row["max_compute"] and row["shared_bytes"] <= gpu.shared_bytes
+        if not obstacle(row, k, gpu)
     }
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _worth_measuring(m: int, n: int, k: int, gpu: hardware.Gpu) -> list[int]:
+def layer_candidates(k: int, gpu: hardware.Gpu) -> list[int]:
+    """The ids of :func:`layer_configs` that run: few, and the cost model predicts no times for them."""
+    return [row["id"] for row in layer_configs() if not obstacle(row, k, gpu)]
+
+
+def _worth_measuring(m: int, n: int, k: int, gpu: hardware.Gpu, dtype: str, kind: str) -> list[int]:
     predicted = candidates(m, n, k, gpu)
     limit = PRUNE * min(predicted.values(), default=0)
-    return [config for place, (config, us) in enumerate(predicted.items()) if place < LEAST_CANDIDATES or us <= limit]
+    worth = [config for place, (config, us) in enumerate(predicted.items()) if place < LEAST_CANDIDATES or us <= limit]
+    if kind == LAYER:
+        worth += layer_candidates(k, gpu)
+    model = model_choice(m, n, k, gpu, dtype, kind)
+    return worth if model in worth else [*worth, model]
 
 
 def measure(
-    m: int, n: int, k: int, dtype: torch.dtype, configs: Sequence[int], gpu: hardware.Gpu, peers: Sequence[str] = ()
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    configs: Sequence[int],
+    gpu: hardware.Gpu,
+    kind: str = PRODUCT,
+    peers: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
-    """µs of a product with scales, as a layer launches it, and of the peers that can run here.
+    """µs of a product with scales, as a layer launches it, or of a whole layer, and of the peers that can run here.
 
     ``{"configs": {id: µs}, "peers": {name: µs}}``.
     """
@@ -187,39 +236,49 @@ def measure(
 
     device = torch.device("cuda", gpu.index)
     with torch.cuda.device(device):
-        sets = rotations(m * k + n * k + m * n * dtype.itemsize, gpu.l2_bytes)
+        sets = rotations(
+            (dtype.itemsize if kind == LAYER else 1) * m * k + n * k + m * n * dtype.itemsize, gpu.l2_bytes
+        )
         stored = ops.padded(k)  # rows of a packed weight and of quantized activations
+        scale_m, scale_n = (torch.rand(size, device=device) + 0.5 for size in (m, n))
+        normal = functools.partial(torch.randn, device=device)
         operands = [
-            (random_int8(m, stored, device=device)[:, :k], random_int8(n, stored, device=device)[:, :k])
+            (
+                normal(m, k, dtype=dtype) if kind == LAYER else random_int8(m, stored, device=device)[:, :k],
+                random_int8(n, stored, device=device),
+            )
             for _ in range(sets)
         ]
-        scale_m, scale_n = (torch.rand(size, device=device) + 0.5 for size in (m, n))
-        calls: dict[str, list[Call]] = {
-            str(config): [functools.partial(layer_product, a, b, scale_m, scale_n, dtype, config) for a, b in operands]
-            for config in configs
-        }
+
+        def call(a: torch.Tensor, b: torch.Tensor, config: int) -> Call:
+            if kind == LAYER:
+                return functools.partial(ops.int8_linear, a, b, scale_n, config=config)
+            return functools.partial(layer_product, a, b[:, :k], scale_m, scale_n, dtype, config)
+
+        calls: dict[str, list[Call]] = {str(config): [call(a, b, config) for a, b in operands] for config in configs}
         if "bf16" in peers:
             sets = rotations(2 * (m * k + n * k + m * n), gpu.l2_bytes)
-            normal = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
-            calls["bf16"] = [functools.partial(torch.mm, normal(m, k), normal(n, k).t()) for _ in range(sets)]
+            half = functools.partial(normal, dtype=torch.bfloat16)
+            calls["bf16"] = [functools.partial(torch.mm, half(m, k), half(n, k).t()) for _ in range(sets)]
         if "int_mm" in peers and m > 16 and k % 8 == 0 and n % 8 == 0:
             calls["int_mm"] = [
-                functools.partial(torch._int_mm, a.contiguous(), b.contiguous().t()) for a, b in operands
+                functools.partial(torch._int_mm, a.contiguous(), b[:, :k].contiguous().t()) for a, b in operands
             ]
         us = {name: round(value, 3) for name, value in cuda_us(calls, SECONDS).items()}
     return {
         "configs": {str(config): us[str(config)] for config in configs},
-        "peers": {name: us[name] for name in PEERS if name in us},
+        "peers": {name: us[name] for name in peers if name in us},
     }
 
 
 @dataclass
 class Step:
-    """One layer at one step of M."""
+    """One product or layer at one step of M."""
 
     n: int
     k: int
     dtype: str
+    kind: str  #: "product", of int8 matrices alone, or "layer", which quantizes its activations first
     m: tuple[int, int]  #: the smallest and the largest M
     model: tuple[int, ...]  #: what the cost model chooses at each end
     model_us: tuple[float, ...]
@@ -256,7 +315,7 @@ class Tuning:
     def __str__(self) -> str:
         rows = [
             [
-                f"{s.m[0]}–{s.m[1]}×{s.n}×{s.k}",
+                f"{s.kind} {s.m[0]}–{s.m[1]}×{s.n}×{s.k}",
                 "/".join(map(str, dict.fromkeys(s.model))),
                 " / ".join(f"{us:.1f}" for us in s.model_us),
                 str(s.config),
@@ -270,7 +329,7 @@ class Tuning:
         if self.file is None:
             head += " Not kept: the cache folder cannot be written, or save=False."
         faster = [
-            f"{name} is faster at M = {s.m[1]} of {s.n}×{s.k}: {us:.1f} µs against {s.us[-1]:.1f}."
+            f"{name} is faster at M = {s.m[1]} of {s.n}×{s.k}: {us:.1f} µs against the {s.kind}'s {s.us[-1]:.1f}."
             for s in self.steps
             for name, us in s.peers_us.items()
             if us < s.us[-1]
@@ -291,7 +350,7 @@ def tune(
     save: bool = True,
     show: bool = True,
 ) -> Tuning:
-    """Measure which config is fastest for each layer on this GPU, and use it from now on in this process.
+    """Measure which config is fastest for each layer on this GPU, and for its product, and use it from now on.
 
     Args:
         target: a model with ``Int8Linear`` layers on a GPU (after ``hwkern.patch``), or layer shapes ``[(N, K), …]``.
@@ -303,8 +362,9 @@ def tune(
         save: keep the times for later processes: see :func:`use_tuned`.
         show: a progress bar on stderr.
 
-    Takes about 0.1 s for each point that the cache does not have; a layer has two points a step. Raises RuntimeError
-    without a usable GPU, and ValueError for shapes that no kernel takes and for a model without int8 layers on a GPU.
+    In use in this process, that is; for later ones see ``save``. Takes about 0.4 s for each point that the cache does
+    not have; a layer has four points a step, two of them of its product alone. Raises RuntimeError without a usable
+    GPU, and ValueError for shapes that no kernel takes and for a model without int8 layers on a GPU.
     """
     problem = _native.cuda_problem()
     if problem is not None:
@@ -316,21 +376,25 @@ def tune(
     caches = {index: cache_of(gpu) for index, gpu in gpus.items()}
     known = {index: cache.read() for index, cache in caches.items()}
 
-    def is_missing(index: int, m: int, n: int, k: int, name: str) -> bool:
-        entry = known[index].get(entry_name(m, n, k, name))
-        enough = set(_worth_measuring(m, n, k, gpus[index])) <= set(configs_of(entry))
+    def is_missing(index: int, m: int, n: int, k: int, data: torch.dtype, kind: str) -> bool:
+        entry = known[index].get(entry_name(m, n, k, _name(data), kind))
+        enough = set(_worth_measuring(m, n, k, gpus[index], _name(data), kind)) <= set(configs_of(entry))
         return not enough or (peers and "bf16" not in times_of(entry, "peers"))
 
     wanted_points = {
-        (index, rows, n, k, data) for index, n, k, data in layers for number in numbers for rows in ends_of(number)
+        (index, rows, n, k, data, kind)
+        for index, n, k, data in layers
+        for number in numbers
+        for rows in ends_of(number)
+        for kind in (PRODUCT, LAYER)
     }
-    points = [point for point in sorted(wanted_points, key=str) if is_missing(*point[:4], _name(point[4]))]
+    points = [point for point in sorted(wanted_points, key=str) if is_missing(*point)]
     saved = True
     with progress(f"Measuring {len(points)} points", len(points), show and bool(points)) as advance:
-        for index, rows, n, k, data in points:
-            configs = _worth_measuring(rows, n, k, gpus[index])
-            entry = {entry_name(rows, n, k, _name(data)): measure(
-                rows, n, k, data, configs, gpus[index], PEERS if peers else ()
+        for index, rows, n, k, data, kind in points:
+            configs = _worth_measuring(rows, n, k, gpus[index], _name(data), kind)
+            entry = {entry_name(rows, n, k, _name(data), kind): measure(
+                rows, n, k, data, configs, gpus[index], kind, PEERS[kind] if peers else ()
             )}  # fmt: skip
             known[index] |= entry
             if save:  # at once: a run that is stopped loses nothing
@@ -338,9 +402,9 @@ def tune(
             advance()
 
     steps = []
-    for index, n, k, data in layers:
-        _choice.tuned.update(_activation(gpus[index], n, k, _name(data), known[index]))
-        steps += [_step(gpus[index], n, k, _name(data), number, known[index]) for number in numbers]
+    for (index, n, k, data), kind in itertools.product(layers, (PRODUCT, LAYER)):
+        _choice.tuned.update(_activation(gpus[index], n, k, _name(data), kind, known[index]))
+        steps += [_step(gpus[index], n, k, _name(data), kind, number, known[index]) for number in numbers]
     file = ", ".join(str(cache.path) for cache in caches.values()) if save and saved else None
     return Tuning(
         ", ".join(gpu.name for gpu in gpus.values()), steps, len(points), len(wanted_points) - len(points), file
@@ -351,15 +415,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _step(gpu: hardware.Gpu, n: int, k: int, dtype: str, number: int, entries: Mapping[str, Any]) -> Step:
+def _step(gpu: hardware.Gpu, n: int, k: int, dtype: str, kind: str, number: int, entries: Mapping[str, Any]) -> Step:
     ends = sorted(set(ends_of(number)))
-    model = tuple(model_choice(m, n, k, gpu) for m in ends)
-    entry = [entries.get(entry_name(m, n, k, dtype)) for m in ends]
+    model = tuple(model_choice(m, n, k, gpu, dtype, kind) for m in ends)
+    entry = [entries.get(entry_name(m, n, k, dtype, kind)) for m in ends]
     times = [configs_of(e) for e in entry]
     chosen = _choose(model, times)
     model_us = tuple(time[choice] for choice, time in zip(model, times, strict=True))
     us = model_us if chosen == CHOOSE else tuple(time[chosen] for time in times)
-    return Step(n, k, dtype, ends_of(number), model, model_us, chosen, us, times_of(entry[-1], "peers"))
+    return Step(n, k, dtype, kind, ends_of(number), model, model_us, chosen, us, times_of(entry[-1], "peers"))
 
 
 def _layers(

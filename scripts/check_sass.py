@@ -3,9 +3,9 @@
     check_sass.py EXTENSION.so [--cuobjdump PATH]      disassembles
     check_sass.py --sass DUMP.txt                      reads `cuobjdump --dump-sass` output
 
-A GEMM kernel must use the tensor cores on int8 (IMMA; wgmma: IGMMA), asynchronous copies to shared memory (LDGSTS;
-TMA: UTMALDG) and, for mma.sync, ldmatrix (LDSM); a weight-only one the tensor cores on 16 bits (HMMA). No kernel may
-touch local memory (LDL, STL). Every architecture asked for must have GEMM kernels.
+A product's kernel must use the tensor cores on int8 (IMMA; Hopper's own kernels: wgmma, IGMMA), asynchronous copies to
+shared memory (LDGSTS; TMA: UTMALDG) and, for mma.sync, ldmatrix (LDSM); a weight-only one the tensor cores on 16 bits
+(HMMA). No kernel may touch local memory (LDL, STL). Every architecture asked for must have all kernels meant for it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,23 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# Every group needs one of its instructions. TMA and wgmma come with the sm_90a library.
+# Every group needs one of its instructions.
 MMA_SYNC = (("IMMA",), ("LDGSTS", "UTMALDG"), ("LDSM",))
-WGMMA = (("IGMMA",), ("UTMALDG", "LDGSTS"))
+WGMMA = (("IGMMA",), ("UTMALDG",))
 WEIGHT_ONLY = (("HMMA",), ("LDGSTS", "UTMALDG"))
 LOCAL_MEMORY = ("LDL", "STL")
+GENERAL, HOPPER = ("sm_80", "sm_90"), ("sm_90a",)
+#: Name: architectures that must have it, and what it is made of.
+KERNELS = {
+    "gemm_sm80": (GENERAL, MMA_SYNC),
+    "gemm_sm90": (HOPPER, WGMMA),
+    "gemm_sm90_split": (HOPPER, WGMMA),
+    "linear_sm90": (HOPPER, WGMMA),
+    "w8a16": (GENERAL, WEIGHT_ONLY),
+}
 # In a mangled name the length stands before the kernel's own name (9gemm_sm80), not before the file's, which is in
 # the anonymous namespace's (_12_gemm_sm80_cu).
-GEMM_KERNEL = re.compile(r"\dgemm_sm\d")
-WEIGHT_ONLY_KERNEL = re.compile(r"\dw8a16")
+NAME = re.compile(r"\d(" + "|".join(sorted(KERNELS, key=len, reverse=True)) + ")(?![a-z0-9_])")
 
 
 def functions(dump: str) -> Iterator[tuple[str, str, set[str]]]:
@@ -48,23 +56,19 @@ def functions(dump: str) -> Iterator[tuple[str, str, set[str]]]:
 
 def problems(dump: str, architectures: list[str]) -> Iterator[str]:
     """One sentence for everything that is wrong with a listing."""
-    gemms = dict.fromkeys(architectures, 0)
+    missing = {(kernel, a) for kernel, (meant_for, _) in KERNELS.items() for a in meant_for if a in architectures}
     for architecture, name, opcodes in functions(dump):
         if local := opcodes.intersection(LOCAL_MEMORY):
             yield f"{name} for {architecture} uses local memory ({', '.join(sorted(local))})."
-        if GEMM_KERNEL.search(name):
-            gemms[architecture] = gemms.get(architecture, 0) + 1
-            groups = WGMMA if "IGMMA" in opcodes else MMA_SYNC
-        elif WEIGHT_ONLY_KERNEL.search(name) and "STG" in opcodes:  # Hopper's rows are empty before it
-            groups = WEIGHT_ONLY
-        else:
+        found = NAME.search(name)
+        if not found or (found[1] == "w8a16" and "STG" not in opcodes):  # its rows for Hopper are empty before it
             continue
-        for group in groups:
+        missing.discard((found[1], architecture))
+        for group in KERNELS[found[1]][1]:
             if not opcodes.intersection(group):
                 yield f"{name} for {architecture} has no {' or '.join(group)}."
-    for architecture, count in gemms.items():
-        if not count:
-            yield f"no GEMM kernel for {architecture} in the extension."
+    for kernel, architecture in sorted(missing):
+        yield f"no kernel {kernel} for {architecture} in the extension."
 
 
 def main(arguments: list[str]) -> int:
@@ -72,7 +76,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("extension", nargs="?", type=Path)
     parser.add_argument("--sass", type=Path, help="a listing that exists already")
     parser.add_argument("--cuobjdump", default=shutil.which("cuobjdump") or "/usr/local/cuda/bin/cuobjdump")
-    parser.add_argument("--architectures", default="sm_80,sm_90")
+    parser.add_argument("--architectures", default="sm_80,sm_90,sm_90a")
     options = parser.parse_args(arguments)
     if (options.extension is None) == (options.sass is None):
         parser.error("give the extension or --sass")

@@ -126,10 +126,35 @@ def gemm(
     )  # fmt: skip
 
 
+class Verdicts:
+    """Whether many things are true, asked of the GPU in one go: waiting for each takes longer than a small launch.
+
+    The first that is false is named by :meth:`check`, or a few hundred later.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Tensor, str]] = []
+
+    def add(self, verdict: Tensor, where: str) -> None:
+        """``verdict``: a bool on any device."""
+        self._found.append((verdict, where))
+        if len(self._found) >= 256:
+            self.check()
+
+    def check(self) -> None:
+        """AssertionError if any of those added since the last check is false."""
+        found, self._found = self._found, []
+        verdicts = torch.stack([verdict for verdict, _ in found]).tolist() if found else []
+        wrong = [where for good, (_, where) in zip(verdicts, found, strict=True) if not good]
+        assert not wrong, f"{len(wrong)} of {len(found)} are wrong, first {wrong[0]}"
+
+
 def equal_bits(x: Tensor, y: Tensor) -> Tensor:
     """Equal bit for bit, where every NaN counts as the same: a bool on their device."""
     assert x.shape == y.shape, (x.shape, y.shape)
     assert x.dtype == y.dtype, (x.dtype, y.dtype)
+    if not x.is_floating_point():
+        return (x == y).all()
     x, y = torch.where(x.isnan(), torch.zeros_like(x), x), torch.where(y.isnan(), torch.zeros_like(y), y)
     width = {1: torch.int8, 2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
     return (x.contiguous().view(width) == y.contiguous().view(width)).all()

@@ -261,6 +261,15 @@ def test_a_path_that_breaks_does_not_stop_the_others(with_base):
 
 
 @needs_transformers
+def test_a_workload_that_the_model_itself_cannot_run_leaves_the_others():
+    """tiny-gpt2 has 256 positions."""
+    broken, fine = run(model="tiny-gpt2", workloads="1x300,1x4")["rows"]
+    assert (broken["workload"], broken["path"], broken["status"]) == ("1x300", "all", "failed")
+    assert "Error" in broken["reason"]
+    assert (fine["workload"], fine["status"]) == ("1x4", "ok")
+
+
+@needs_transformers
 def test_a_path_that_breaks_while_it_is_timed_leaves_the_others(with_base):
     class Breaks(torch.nn.Module):
         def __init__(self, model):

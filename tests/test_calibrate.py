@@ -486,6 +486,7 @@ def test_top1_with_labels_that_do_not_fit() -> None:
         ([torch.zeros(2, K), {"x": [[1, 2], [3]]}], r"batch 1\['x'\] is a ragged list \(lengths \[1, 2\]\)"),
         ([[[1.0, 2.0], [3.0, 4.0]]], r"batch 0\[0\] is a list, not a tensor"),
         ([3], "batch 0 is int"),
+        (None, "batches is one NoneType"),
         ([{}], "batch 0 holds no tensor"),
     ],
 )

@@ -337,6 +337,9 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         hwkern.save(object(), tmp_path)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="format = 'gguf'"):
         hwkern.save(patched(), tmp_path, format="gguf")  # type: ignore[arg-type]
+    for size in (0, "2MB"):
+        with pytest.raises(ValueError, match="positive number of bytes"):
+            hwkern.save(patched(), tmp_path, max_shard_bytes=size)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="complex64"):
         hwkern.save(nn.Linear(2, 2, dtype=torch.complex64), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import pytest
 from fake_gpu import H100
 
 import hwkern
+import hwkern.ops  # with the real extension: `machine` puts another in its place
 from hwkern import _native, cli, doctor
 
 GPU = H100 | {"name": "Test GPU"}
@@ -224,3 +225,11 @@ def test_plain_tables_line_up():
 @pytest.mark.gpu
 def test_this_gpu_passes_the_self_check():
     assert doctor.check_device("cuda:0") is None
+
+
+def test_a_reader_who_leaves_early_is_no_traceback():
+    command = [sys.executable, "-m", "hwkern.cli", "explain", "16", "4096", "4096", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=120) == 1

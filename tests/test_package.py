@@ -237,31 +237,48 @@ def test_check_ptxas_fails_on_a_log_without_a_whole_report(tmp_path: Path, text:
     assert load("scripts/check_ptxas.py").main([str(tmp_path / "build.log")]) == 1
 
 
-def sass(architecture: str, *opcodes: str) -> str:
+def sass(architecture: str, kernel: str, *opcodes: str) -> str:
     body = "".join(f"        /*{i:04x}*/  @!P0 {opcode} R1, R2 ;  /* 0x0 */\n" for i, opcode in enumerate(opcodes))
-    return f"\tcode for {architecture}\n\t\tFunction : _ZN6hwkern9gemm_sm80I6ConfigEEv4Gemm\n{body}"
+    name = f"_ZN6hwkern12_GLOBAL__N__9_12_gemm_sm80_cu{len(kernel)}{kernel}I6ConfigEEv4Gemm"
+    return f"\tcode for {architecture}\n\t\tFunction : {name}\n{body}"
 
 
-def weight_only_sass(*opcodes: str) -> str:
-    return sass("sm_90", *opcodes).replace("9gemm_sm80", "5w8a16")
+MMA_SYNC = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8", "STG.E.128")
+WGMMA = ("UTMALDG.2D", "IGMMA.64x128x32.S8.S8", "STG.E.128")
+WEIGHT_ONLY = ("LDGSTS.E.BYPASS.128", "HMMA.16816.F32", "STG.E")
+SASS = {
+    **{(architecture, "gemm_sm80"): MMA_SYNC for architecture in ("sm_80", "sm_90")},
+    **{(architecture, "w8a16"): WEIGHT_ONLY for architecture in ("sm_80", "sm_90")},
+    **{("sm_90a", kernel): WGMMA for kernel in ("gemm_sm90", "gemm_sm90_split", "linear_sm90")},
+}
 
 
-GOOD = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8", "STG.E.128")
+def sass_of(changed: dict[tuple[str, str], tuple[str, ...] | None]) -> str:
+    """A listing of all kernels, but those that ``changed`` names of other instructions; without those of None."""
+    return "".join(sass(*where, *opcodes) for where, opcodes in (SASS | changed).items() if opcodes is not None)
 
 
 @pytest.mark.parametrize(
     ("listing", "complaint"),
     [
-        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD), None),
-        (sass("sm_80", *GOOD), "no GEMM kernel for sm_90"),
-        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD[:2]), "sm_90 has no IMMA"),
-        (sass("sm_80", *GOOD[1:]) + sass("sm_90", *GOOD), "sm_80 has no LDGSTS"),
-        (sass("sm_80", GOOD[0], GOOD[2]) + sass("sm_90", *GOOD), "sm_80 has no LDSM"),
-        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD, "STL.64"), "local memory (STL)"),
-        ("", "no GEMM kernel for sm_80"),
-        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD) + weight_only_sass("UTMALDG.2D", "HMMA.16816.F32", "STG.E"), None),
-        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD) + weight_only_sass("UTMALDG.2D", "FFMA", "STG.E"), "has no HMMA"),
-        (sass("sm_80", *GOOD) + sass("sm_90", *GOOD) + weight_only_sass("EXIT"), None),
+        (sass_of({}), None),
+        ("", "no kernel gemm_sm80 for sm_80"),
+        *((sass_of({(where, kernel): None}), f"no kernel {kernel} for {where}") for where, kernel in SASS),
+        (sass_of({("sm_90", "gemm_sm80"): MMA_SYNC[:2]}), "sm_90 has no IMMA"),
+        (sass_of({("sm_80", "gemm_sm80"): MMA_SYNC[1:]}), "sm_80 has no LDGSTS"),
+        (sass_of({("sm_80", "gemm_sm80"): (MMA_SYNC[0], *MMA_SYNC[2:])}), "sm_80 has no LDSM"),
+        (sass_of({("sm_90", "gemm_sm80"): (*MMA_SYNC, "STL.64")}), "local memory (STL)"),
+        # mma.sync in a kernel that was written for wgmma is half as fast
+        *(
+            (sass_of({("sm_90a", kernel): (*MMA_SYNC, "UTMALDG.2D")}), "sm_90a has no IGMMA")
+            for kernel in ("gemm_sm90", "gemm_sm90_split", "linear_sm90")
+        ),
+        (sass_of({("sm_90a", "linear_sm90"): WGMMA[1:]}), "sm_90a has no UTMALDG"),
+        (sass_of({("sm_90", "w8a16"): ("UTMALDG.2D", "HMMA.16816.F32", "STG.E")}), None),
+        (sass_of({("sm_90", "w8a16"): ("UTMALDG.2D", "FFMA", "STG.E")}), "has no HMMA"),
+        (sass_of({}) + sass("sm_80", "w8a16", "EXIT"), None),
+        (sass_of({("sm_80", "w8a16"): ("EXIT",)}), "no kernel w8a16 for sm_80"),
+        (sass_of({}) + sass("sm_90", "quantize_per_token_kernel", "LDL"), "local memory (LDL)"),
     ],
 )
 def test_check_sass_finds_what_is_missing(

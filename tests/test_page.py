@@ -348,4 +348,4 @@ def test_the_command_writes_the_page(
     assert cli.main(["validate", spec, "--device", "cpu", "--html", str(target)]) == 0
     assert "validated on the whole model" in Page(target.read_text(encoding="utf-8")).words
     assert cli.main(["report", spec, "--device", "cpu", "--html", str(tmp_path / "no" / "folder.html")]) == 1
-    assert "No such file" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err

@@ -423,6 +423,10 @@ def edited(change: Any) -> Any:
         (lambda d: d["layers"][0]["candidates"][1].update(us={}), "different modes"),
         (lambda d: d["layers"][0]["candidates"][2]["recipe"]["calibration"].update(smooth="!"), "Error"),
         (lambda d: d["layers"][0]["candidates"][1].update(snr_db="loud"), "could not convert"),
+        (lambda d: d["layers"][1].update(names=["a"]), "layer 'a': ValueError: it stands there twice"),
+        (lambda d: d.update(whole={"before_ms": [1.0], "after_ms": [1.0]}), "KeyError: 'text'"),
+        (lambda d: d.update(whole={"text": "", "before_ms": [1.0], "after_ms": []}), "of the whole model it says"),
+        (lambda d: d["layers"][0].update(names=[-3.5]), "another model"),
     ],
 )
 def test_a_plan_edited_to_nonsense_is_refused_with_the_place(
@@ -432,7 +436,7 @@ def test_a_plan_edited_to_nonsense_is_refused_with_the_place(
     change(data)
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(hwkern.PlanError, match=message):
-        hwkern.Plan.load(tmp_path / "plan.json")
+        hwkern.patch(Net(), plan=hwkern.Plan.load(tmp_path / "plan.json"))
 
 
 def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
@@ -550,8 +554,14 @@ def test_what_cannot_be_planned_is_an_error_and_the_model_is_as_before(
     before.assert_same(model)
 
 
-@pytest.mark.parametrize("bounds", [{"min_snr_db": math.nan}, {"max_metric_drop": -1.0}, {"max_metric_drop": math.nan}])
-def test_bounds_that_cannot_be(bounds: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"min_snr_db": math.nan}, {"min_snr_db": "20"}, {"max_metric_drop": -1.0}, {"max_metric_drop": math.nan},
+        {"max_metric_drop": "little"},
+    ],
+)  # fmt: skip
+def test_bounds_that_cannot_be(bounds: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bounds))):
         hwkern.Accuracy(**bounds)
 

@@ -12,7 +12,7 @@ from fake_gpu import H100 as PROPERTIES
 
 import hwkern
 from hwkern import _choice, _native, cli, hardware, ops
-from hwkern._choice import EDGES
+from hwkern._choice import EDGES, LAYER, PRODUCT
 from hwkern.ops import CHOOSE
 
 tune_module, explain_module = (importlib.import_module(f"hwkern.{name}") for name in ("tune", "explain"))
@@ -37,9 +37,9 @@ def machine(monkeypatch):
     measured = []
 
     def give(us):
-        def measure(m, n, k, dtype, configs, gpu, peers=()):
-            measured.append((m, n, k))
-            return {"configs": {str(c): us(c, m) for c in configs}, "peers": dict.fromkeys(peers, 0.5)}
+        def measure(m, n, k, dtype, configs, gpu, kind, peers):
+            measured.append((m, n, k, kind))
+            return {"configs": {str(c): us(c, kind) for c in configs}, "peers": dict.fromkeys(peers, 0.5)}
 
         for module in (tune_module, explain_module):
             monkeypatch.setattr(module, "measure", measure)
@@ -76,12 +76,12 @@ def test_the_steps_cover_every_m_once():
 
 @pytest.mark.parametrize(("m", "step"), [(1, 0), (2, 1), (8, 1), (9, 2), (128, 8), (129, 9), (8192, len(EDGES) - 1)])
 def test_an_m_finds_its_step(m, step):
-    _choice.tuned[0, 64, 32, torch.bfloat16] = (*range(500, 500 + len(EDGES)), CHOOSE)
+    _choice.tuned[0, 64, 32, torch.bfloat16, PRODUCT] = (*range(500, 500 + len(EDGES)), CHOOSE)
     assert _choice.config_for(0, m, 64, 32, torch.bfloat16) == 500 + step
 
 
 def test_what_was_not_tuned_is_left_to_the_model():
-    _choice.tuned[0, 64, 32, torch.bfloat16] = (*range(500, 500 + len(EDGES)), CHOOSE)
+    _choice.tuned[0, 64, 32, torch.bfloat16, PRODUCT] = (*range(500, 500 + len(EDGES)), CHOOSE)
     for device, m, n, k, dtype in [
         (1, 8, 64, 32, torch.bfloat16), (0, 8, 65, 32, torch.bfloat16), (0, 8, 64, 31, torch.bfloat16),
         (0, 8, 64, 32, torch.float16), (0, EDGES[-1] + 1, 64, 32, torch.bfloat16),
@@ -112,25 +112,25 @@ def test_a_config_wins_only_where_it_is_faster_over_the_whole_step(times, winner
 
 def test_tune_measures_once_and_uses_the_fastest(machine):
     best = second_best(16, 4096, 4096)
-    measured = machine(lambda config, m: 5.0 if config == best else 10.0)
+    measured = machine(lambda config, kind: 5.0 if (config, kind) == (best, PRODUCT) else 10.0)
     found = tune([(4096, 4096)], m=[12], show=False)
-    assert sorted(measured) == [(9, 4096, 4096), (16, 4096, 4096)]
-    assert (found.measured, found.known) == (2, 0)
+    assert sorted(measured) == [(m, 4096, 4096, kind) for m in (9, 16) for kind in (LAYER, PRODUCT)]
+    assert (found.measured, found.known) == (4, 0)
     assert [step.config for step in found.changed] == [best]
     assert math.isclose(found.changed[0].gain, 2.0)
-    assert "1 of 1 steps" in str(found)
+    assert "1 of 2 steps" in str(found)
     assert json.loads(json.dumps(found.to_dict()))["steps"][0]["config"] == best
     assert _choice.config_for(0, 12, 4096, 4096, torch.bfloat16) == best
     assert _choice.config_for(0, 17, 4096, 4096, torch.bfloat16) == CHOOSE
 
     again = tune([(4096, 4096)], m=[10, 16], show=False)
-    assert (len(measured), again.measured, again.known) == (2, 0, 2)
+    assert (len(measured), again.measured, again.known) == (4, 0, 4)
     assert [step.config for step in again.changed] == [best]
 
 
 def test_a_later_process_uses_the_times_when_asked(machine, monkeypatch):
     best = second_best(16, 4096, 4096)
-    machine(lambda config, m: 5.0 if config == best else 10.0)
+    machine(lambda config, kind: 5.0 if (config, kind) == (best, PRODUCT) else 10.0)
     tune([(4096, 4096)], m=[16], dtype=torch.float16, show=False)
     _choice.tuned.clear()  # as in a new process
     _choice.ask()
@@ -149,7 +149,7 @@ def test_a_later_process_uses_the_times_when_asked(machine, monkeypatch):
 
 
 def test_asking_for_times_that_nobody_measured_changes_nothing(machine, monkeypatch):
-    machine(lambda config, m: 10.0)
+    machine(lambda config, kind: 10.0)
     monkeypatch.setenv("HWKERN_TUNED", "1")
     _choice.ask()
     assert _choice.config_for(0, 16, 4096, 4096, torch.float16) == CHOOSE
@@ -157,20 +157,20 @@ def test_asking_for_times_that_nobody_measured_changes_nothing(machine, monkeypa
 
 
 def test_what_agrees_with_the_model_takes_no_room(machine):
-    machine(lambda config, m: 10.0)
+    machine(lambda config, kind: 10.0)
     assert not tune([(4096, 4096)], m=[16], show=False).changed
     assert not _choice.tuned
 
 
 def test_without_save_nothing_is_kept(machine, tmp_path):
     best = second_best(16, 512, 512)
-    measured = machine(lambda config, m: 5.0 if config == best else 10.0)
+    measured = machine(lambda config, kind: 5.0 if (config, kind) == (best, PRODUCT) else 10.0)
     found = tune([(512, 512)], m=[16], save=False, show=False)
     assert found.file is None
     assert not list(tmp_path.iterdir())
     assert _choice.config_for(0, 16, 512, 512, torch.bfloat16) == best
     tune([(512, 512)], m=[16], show=False)
-    assert len(measured) == 4
+    assert len(measured) == 8
 
 
 @pytest.mark.parametrize(
@@ -182,27 +182,31 @@ def test_without_save_nothing_is_kept(machine, tmp_path):
         {f"{m}x4096x4096 notype": {"configs": {"0": 1.0}} for m in (9, 16)},
         {f"{m}x4096x4096 cuda": {"configs": {"0": 1.0}} for m in (9, 16)},
         {f"{m}x4096x4096 bfloat16": {"configs": {"99999": 1.0}} for m in (9, 16)},
+        {f"{m}x4096x4096 bfloat16": {"configs": {"0": 10**400, "1": True, "2": math.nan}} for m in (9, 16)},
+        {f"{m}x4096x4096 bfloat16 song": {"configs": {"0": 1.0}} for m in (9, 16)},
+        {f"{'9' * 5000}x4096x4096 bfloat16": {"configs": {"0": 1.0}}},
     ],
 )
 def test_entries_that_make_no_sense_are_a_miss(machine, entries):
-    measured = machine(lambda config, m: 10.0)
+    measured = machine(lambda config, kind: 10.0)
     tune_module.cache_of(GPU).update(entries)
     use_tuned()
     assert not _choice.tuned
     assert explain(16, 4096, 4096).chosen == model(16, 4096, 4096)
     tune([(4096, 4096)], m=[16], show=False)
-    assert len(measured) == 2
+    assert len(measured) == 4
 
 
 def test_a_faster_peer_is_reported(machine):
-    machine(lambda config, m: 10.0)
+    machine(lambda config, kind: 10.0)
     found = tune([(4096, 4096)], m=[16], peers=True, show=False)
-    assert "bf16 is faster at M = 16 of 4096×4096: 0.5 µs against 10.0." in str(found)
+    for kind in (PRODUCT, LAYER):
+        assert f"bf16 is faster at M = 16 of 4096×4096: 0.5 µs against the {kind}'s 10.0." in str(found)
     assert "torch: bf16" in str(explain(16, 4096, 4096))
 
 
 def test_tune_refuses_what_it_cannot_do(machine):
-    machine(lambda config, m: 10.0)
+    machine(lambda config, kind: 10.0)
     with pytest.raises(ValueError, match="K of 1"):
         tune([(8, 0)], show=False)
     with pytest.raises(ValueError, match="K of 1"):
@@ -222,8 +226,8 @@ def test_tune_without_a_gpu_says_why():
 
 
 def test_the_module_may_stand_for_the_function(machine):
-    machine(lambda config, m: 10.0)
-    assert tune_module([(64, 64)], m=[1], show=False).measured == 1
+    machine(lambda config, kind: 10.0)
+    assert tune_module([(64, 64)], m=[1], show=False).measured == 2
     assert explain_module(1, 64, 64).m == 1
     assert callable(hwkern.tune)
     assert callable(hwkern.explain)
@@ -238,15 +242,17 @@ def test_explain_without_a_gpu_predicts_for_an_h100():
     assert "no GPU here" in found.gpu
     assert found.chosen == model(16, 4096, 4096)
     assert found.candidates[0].id == found.chosen
-    assert all(c.measured_us is None and c.predicted_us for c in found.candidates)
-    assert f"→ {found.chosen}" in str(found)
+    assert found.layer_chosen == tune_module.model_choice(16, 4096, 4096, GPU, "bfloat16", LAYER)
+    assert all(c.measured_us is None and c.layer_us is None for c in found.candidates)
+    assert {c.id for c in found.candidates if not c.predicted_us} == {r["id"] for r in tune_module.layer_configs()}
+    assert f"→{'⇒' if found.layer_chosen == found.chosen else ' '} {found.chosen}" in str(found)
     with pytest.raises(RuntimeError, match="only on a GPU"):
         explain(16, 4096, 4096, measure_now=True)
 
 
 def test_explain_shows_measured_times_and_what_they_mean(machine):
     best = second_best(16, 4096, 4096)
-    machine(lambda config, m: 5.0 if config == best else 10.0 + config / 1e5)
+    machine(lambda config, kind: 5.0 if config == best else 10.0 + config / 1e5)
     found = explain(16, 4096, 4096, measure_now=True)
     assert found.chosen == model(16, 4096, 4096)  # nothing was tuned: ops still asks the model
     assert f"config {best} was measured 100" in found.reason
@@ -258,18 +264,64 @@ def test_explain_shows_measured_times_and_what_they_mean(machine):
     assert "M = 9 … 16" in tuned.reason
 
 
+def test_a_layer_is_measured_apart_from_its_product(machine):
+    """512×768×768: the model lets one launch quantize; say that here another one-launch config is the faster."""
+    assert tune_module.model_choice(512, 768, 768, GPU, "bfloat16", LAYER) == 404
+    times = {(400, LAYER): 4.0, (404, LAYER): 5.0, (second_best(512, 768, 768), PRODUCT): 5.0}
+    machine(lambda config, kind: times.get((config, kind), 10.0))
+    found = tune([(768, 768)], m=[512], show=False)
+    assert {(step.kind, step.config) for step in found.steps} == {
+        (LAYER, 400), (PRODUCT, second_best(512, 768, 768))
+    }  # fmt: skip
+    assert "layer 385–512×768×768" in str(found)
+    assert _choice.config_for(0, 500, 768, 768, torch.bfloat16, LAYER) == 400
+    assert _choice.config_for(0, 500, 768, 768, torch.bfloat16) == second_best(512, 768, 768)
+    explained = explain(512, 768, 768)
+    assert (explained.chosen, explained.layer_chosen) == (second_best(512, 768, 768), 400)
+    assert {c.id: c.layer_us for c in explained.candidates if c.id in (400, 404)} == {400: 4.0, 404: 5.0}
+    assert all(c.measured_us is None for c in explained.candidates if c.id >= 400)
+    assert "⇒ 400" in str(explained)
+    _choice.tuned.clear()  # as in a new process
+    assert "404 was" not in explain(512, 768, 768).layer_reason
+    assert "config 400 was measured 25.0% faster" in explain(512, 768, 768).layer_reason
+    use_tuned()
+    assert _choice.config_for(0, 500, 768, 768, torch.bfloat16, LAYER) == 400
+
+
+def test_a_layer_whose_k_one_launch_cannot_take_is_not_measured_with_it(machine):
+    asked = set()
+    machine(lambda config, kind: asked.add((config, kind)) or 10.0)
+    tune([(64, 1024)], m=[1], show=False)
+    assert asked
+    short = {row["id"]: row["max_k"] for row in tune_module.layer_configs() if row["max_k"] < 1024}
+    assert short
+    assert not [config for config, _ in asked if config in short]
+    tune([(64, 768)], m=[1], show=False)
+    assert {kind for config, kind in asked if config in short} == {LAYER}
+    notes = {c.id: c.note for c in explain(1, 64, 1024).candidates}
+    assert all(notes[config] == f"takes K up to {most}" for config, most in short.items())
+
+
+def test_the_model_s_choice_of_a_layer_is_the_launch_s(machine):
+    """csrc/linear.cpp lets one launch quantize 16-bit values only; of float32 it asks for the product's config."""
+    assert tune_module.model_choice(512, 768, 768, GPU, "float32", LAYER) == model(512, 768, 768)
+    machine(lambda config, kind: 10.0)
+    assert not tune([(768, 768)], m=[512], dtype=torch.float32, show=False).changed
+    assert explain(512, 768, 768, dtype="float32").layer_chosen == model(512, 768, 768)
+
+
 def test_explain_says_why_a_config_cannot_run(monkeypatch, machine):
-    machine(lambda config, m: 10.0)
+    machine(lambda config, kind: 10.0)
     small = hardware.gpu_from_properties(0, {**PROPERTIES, "compute": 86, "shared_bytes": 101_376, "sm_count": 84})
     monkeypatch.setattr(hardware, "gpus", lambda: [small])
     notes = {c.id: c.note for c in explain(64, 4096, 4096).candidates}
-    table = {row["id"]: row for row in tune_module.product_configs()}
+    table = {row["id"]: row for row in (*tune_module.product_configs(), *tune_module.layer_configs())}
     assert any("needs compute capability 9.0" in note for note in notes.values())
     assert all(bool(notes[i]) == (row["min_compute"] > 86 or row["shared_bytes"] > 101_376) for i, row in table.items())
 
 
 def test_explain_of_a_gpu_that_runs_nothing(monkeypatch, machine):
-    machine(lambda config, m: 10.0)
+    machine(lambda config, kind: 10.0)
     old = hardware.gpu_from_properties(0, {**PROPERTIES, "compute": 75})
     monkeypatch.setattr(hardware, "gpus", lambda: [old])
     monkeypatch.setattr(hardware, "speed_of_light", lambda *a, **o: hardware.Floor(1e-6, "memory", None, 1e-6, 1, 1))
@@ -301,10 +353,12 @@ def test_ops_ask_the_table_when_it_is_not_empty():
     a, b = (torch.ones(size, 64, dtype=torch.int8, device="cuda") for size in (3, 48))
     scale = torch.ones(48, device="cuda")
     layer(x)
-    _choice.tuned[torch.cuda.current_device(), 48, 64, torch.bfloat16] = (12345,) * (len(EDGES) + 1)
+    for kind in (PRODUCT, LAYER):
+        _choice.tuned[torch.cuda.current_device(), 48, 64, torch.bfloat16, kind] = (12345,) * (len(EDGES) + 1)
     for call in (
         lambda: layer(x),
         lambda: torch.ops.hwkern.int8_linear(x, layer.weight, layer.weight_scale),
+        lambda: ops.int8_linear(x, layer.weight, layer.weight_scale, activation="relu"),
         lambda: ops.int8_matmul(a, b, None, scale, out_dtype=torch.bfloat16),
     ):
         with pytest.raises(ValueError, match="unknown config id"):
@@ -326,7 +380,7 @@ def test_tune_of_a_patched_model_keeps_its_results():
         before = model(x)
         found = tune(model, m=[40], peers=True, show=False)
         assert {(step.n, step.k) for step in found.steps} == {(768, 512), (512, 768)}
-        assert found.measured == 4
+        assert found.measured == 8
         assert all(us > 0 for step in found.steps for us in step.us)
         assert torch.equal(model(x), before)  # every config gives the same bits
     again = tune(model, m=[40], peers=True, show=False)
@@ -338,4 +392,9 @@ def test_tune_of_a_patched_model_keeps_its_results():
 def test_explain_measures_every_candidate_that_runs():
     found = explain(33, 300, 200, measure_now=True)
     assert all((c.measured_us is None) == (c.predicted_us is None) for c in found.candidates)
+    runnable = [
+        *tune_module.candidates(33, 300, 200, hardware.gpu()),
+        *tune_module.layer_candidates(200, hardware.gpu()),
+    ]
+    assert {c.id for c in found.candidates if c.layer_us} == set(runnable)
     assert explain(33, 300, 200).candidates == found.candidates

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import H100 as PROPERTIES
 from torch import nn
 
 import hwkern
-from hwkern import cli, metrics
+from hwkern import _native, cli, hardware, metrics
 
 K = 64
 FACTORY = """
@@ -156,6 +157,27 @@ def test_a_transformers_folder(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert "2×8" in out
 
 
+def test_a_name_that_is_no_layer_costs_no_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """What took minutes to measure is printed and saved before the error."""
+    code, out, err = run(capsys, "plan", "my_factory:make", "--save", "kept.json", "--explain", "nothing")
+    assert (code, "Plan for Sequential" in out, "has no layer 'nothing'" in err) == (1, True, True)
+    assert hwkern.Plan.load("kept.json").layers
+
+
+def test_a_device_that_is_not_here_is_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_native, "cuda_problem", lambda: "no driver.")
+    for command in (["plan", "my_factory:make"], ["bench", "--models", "bert-base"]):
+        assert cli.main([*command, "--device", "cuda"]) == 1
+        assert capsys.readouterr().err.strip() == "--device cuda is not possible: no driver."
+    monkeypatch.setattr(_native, "cuda_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(hardware, "gpus", lambda: [hardware.gpu_from_properties(0, PROPERTIES)])
+    assert cli.main(["plan", "my_factory:make", "--device", "cuda:2"]) == 1
+    assert "this machine has 1 GPU(s), numbered from cuda:0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -166,7 +188,8 @@ def test_a_transformers_folder(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["plan", "."], "is neither a transformers folder"),
         (["plan", "my_factory:make", "--threads", "0"], "--threads 0"),
         (["plan", "my_factory:make", "--batch", "ax3"], "--batch ax3"),
-        (["plan", "my_factory:make", "--explain", "nothing"], "has no layer 'nothing'"),
+        (["plan", "my_factory:make", "--save", "no/such/folder.json"], "there is no folder no/such"),
+        (["validate", "my_factory:make", "--html", "no/such/folder.html"], "there is no folder no/such"),
         (["validate", "my_factory:make", "--plan", "none.json"], "none.json"),
         (["report", "my_factory:make", "--plan", "my_factory.py"], "is no plan"),
     ],

@@ -51,9 +51,14 @@ def allowed(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, exact
     return before + info.eps / 2 * (exact.abs() + before) + info.smallest_normal * info.eps / 2
 
 
-def assert_close(y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, **options) -> None:
+def within_bound(y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, **options) -> Tensor:
+    """A bool for each element of ``y``."""
     exact = reference.weight_only_linear(x, weight, scale, bias, torch.float64, **options)
-    wrong = ~((y.double() - exact).abs() <= allowed(x, weight, scale, bias, exact, y.dtype))
+    return (y.double() - exact).abs() <= allowed(x, weight, scale, bias, exact, y.dtype)
+
+
+def assert_close(y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, **options) -> None:
+    wrong = ~within_bound(y, x, weight, scale, bias, **options)
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()}, first at {wrong.nonzero()[0].tolist()}"
 
 

@@ -2,7 +2,8 @@
 
 NVIDIA's headers are in no wheel. The tests look for folders with NvInferRuntime.h in ``HWKERN_TENSORRT_HEADERS`` (a
 list like PATH; each entry such a folder, or a folder of such folders), in ``HWKERN_TENSORRT_INCLUDE_DIR`` and in the
-system's include folders.
+system's include folders. Where none of 10.1 is there, csrc/tensorrt/abi stands for it: the same checks of the plugin,
+but none of our declarations.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def header_folders() -> dict[str, Path]:
     entries += [
         os.environ[e] for e in ("HWKERN_TENSORRT_INCLUDE_DIR", "HWKERN_TENSORRT8_INCLUDE_DIR") if e in os.environ
     ]
-    entries += ["/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/local/include"]
+    entries += ["/usr/include", "/usr/include/x86_64-linux-gnu", "/usr/local/include", str(ROOT / "csrc/tensorrt/abi")]
     found: dict[str, Path] = {}
     for entry in map(Path, entries):
         folders = (

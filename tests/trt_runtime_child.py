@@ -55,6 +55,25 @@ def create_v3(trt: Any, library: str) -> None:
     print("created and refused in", trt.__version__)
 
 
+def load_by_name(trt: Any, library: str) -> None:
+    """hwkern.tensorrt.load_plugin under every name that a TensorRT module has, and without one; again is fine."""
+    import hwkern.tensorrt as ht
+    from hwkern.tensorrt import _api, plugin
+
+    sys.modules["tensorrt_lean"] = trt  # what pip's package of that name imports; its wheel needs one of several others
+    found = _api.find("tensorrt_lean")
+    assert not plugin.is_loaded(found)
+    assert str(ht.load_plugin("tensorrt_lean")) == library
+    assert plugin.is_loaded(found)
+    for name in ("tensorrt", "tensorrt_bindings"):
+        sys.modules[name] = trt
+    for again in ("tensorrt", "tensorrt_bindings", trt.__name__, trt, None):
+        assert str(ht.load_plugin(again)) == library, again
+    listed = [c.name for c in trt.get_plugin_registry().all_creators if c.plugin_namespace == "hwkern"]
+    assert len(listed) == len(set(listed)), listed
+    print("loaded once in", trt.__version__)
+
+
 def create_v2(trt: Any, library: str) -> None:
     plugin = ctypes.CDLL(library)
     registry = trt.get_plugin_registry()

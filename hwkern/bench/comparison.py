@@ -277,12 +277,16 @@ class Comparison:
         stream: traffic.Traffic | None = None
         if isinstance(workload, settings.Traffic):
             stream = self._stream(workload)
-        elif isinstance(workload, settings.Decode):
-            inputs = model.inputs(workload.rows, workload.prompt, options.seed, options.device)
-        else:
-            inputs = model.inputs(workload.rows, workload.length, options.seed, options.device)
-        with torch.inference_mode():
-            wanted = _reference(model, workload, exact, inputs)
+        try:
+            if isinstance(workload, settings.Decode):
+                inputs = model.inputs(workload.rows, workload.prompt, options.seed, options.device)
+            elif isinstance(workload, settings.Fixed):
+                inputs = model.inputs(workload.rows, workload.length, options.seed, options.device)
+            with torch.inference_mode():
+                wanted = _reference(model, workload, exact, inputs)
+        except Exception as error:  # more tokens than the model takes, or too many for its float32 weights' device
+            status, rest = _failure(error)
+            return self._row(model.name, workload.name, "all", status, **rest)
         ready: list[Timed] = []
         preparing = self._before_timing(budget, sum(entry.status == "ok" for entry in entries))
         try:

@@ -38,17 +38,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def device_of(wanted: str | None) -> str:
-    """The device to use."""
-    if wanted is not None:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
-            raise UsageError(f"--device {wanted}: it must be cpu, cuda or cuda:N.")
-        return wanted
+def choose_device(wanted: str | None) -> tuple[str, str]:
+    """``(device, why)``: "cpu" or "cuda:N", the best one or the wanted one. UsageError says why it cannot be."""
     import torch
 
-    from hwkern import _native
+    from hwkern import _native, hardware
 
-    return "cuda" if torch.cuda.is_available() and _native.cuda_problem() is None else "cpu"
+    if wanted is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", wanted):
+        raise UsageError(f"--device {wanted}: it must be cpu, cuda or cuda:N.")
+    if wanted == "cpu":
+        return "cpu", "as asked"
+    index = int((wanted or "").partition(":")[2] or 0)
+    problem = _native.cuda_problem()
+    if problem is None and not torch.cuda.is_available():
+        problem = f"torch {torch.__version__} sees no GPU: install a CUDA build of torch."
+    if problem is None:
+        gpus = hardware.gpus()
+        if index >= len(gpus):
+            raise UsageError(f"--device {wanted}: this machine has {len(gpus)} GPU(s), numbered from cuda:0.")
+        if not gpus[index].supported:
+            problem = f"{gpus[index].name} is older than compute capability 8.0."
+    if wanted is None:
+        return ("cuda:0", "the first GPU") if problem is None else ("cpu", f"no GPU: {problem}")
+    if problem is not None:
+        raise UsageError(f"--device {wanted} is not possible: {problem}")
+    return f"cuda:{index}", "as asked"
+
+
+def device_of(wanted: str | None) -> str:
+    """:func:`choose_device`'s device; "cuda" where no index was named."""
+    device, _ = choose_device(wanted)
+    return device.partition(":")[0] if wanted is None else wanted
+
+
+def check_target(file: str | None) -> None:
+    """UsageError where a file cannot be written, to be asked before minutes of measuring."""
+    if file is not None and not Path(file).absolute().parent.is_dir():
+        raise UsageError(f"{file} cannot be written: there is no folder {Path(file).parent}.")
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, list[Any], Callable[[], Any]]:

@@ -34,17 +34,17 @@ def run(arguments: argparse.Namespace) -> int:
     from hwkern.plan import Accuracy, plan
 
     try:
+        models.check_target(arguments.save)
         model, batches, _ = models.load(arguments)
         bounds = Accuracy(arguments.min_snr_db)
         options = {"policy": arguments.policy, "mode": arguments.mode, "embeddings": arguments.embeddings}
         found = plan(model, batches, accuracy=bounds, **options)
+        print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)  # first: what took minutes
         if arguments.save:
             found.save(arguments.save)
-        explained = [found.explain(name) for name in arguments.explain]
+        for name in arguments.explain:
+            print(f"\n{found.explain(name)}", file=sys.stderr if arguments.json else sys.stdout)
     except (models.UsageError, ValueError, RuntimeError, OSError, KeyError) as error:
         print(error.args[0] if isinstance(error, KeyError) else error, file=sys.stderr)
         return 1
-    print(json.dumps(found.to_dict(), indent=1) if arguments.json else found)
-    for text in explained:
-        print(f"\n{text}", file=sys.stderr if arguments.json else sys.stdout)
     return 0

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hwkern.plan import Plan, plan
 
     try:
+        models.check_target(arguments.html)
         planned = Plan.load(arguments.plan) if arguments.plan else None
         model, batches, _ = models.load(arguments)
         if arguments.measure:

@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hwkern.validate import validate
 
     try:
+        models.check_target(arguments.html)
         plan = Plan.load(arguments.plan) if arguments.plan else None
         model, batches, again = models.load(arguments)
         options = {"embeddings": arguments.embeddings, "allow_other_gpu": arguments.allow_other_gpu}

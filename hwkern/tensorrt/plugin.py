@@ -17,6 +17,10 @@ from hwkern.tensorrt import _api, opdef
 from hwkern.tensorrt._api import TensorRT
 
 LIBRARIES = {"v3": "libhwkern_trt.so", "v2": "libhwkern_trt8.so"}
+_BUILT = {
+    "v3": "with GPU kernels, on Linux",
+    "v2": "when CMake finds the headers of TensorRT 8.6 (HWKERN_TENSORRT8_INCLUDE_DIR)",
+}
 
 _lock = threading.Lock()
 _handles: list[Any] = []  # a plugin library is never unloaded: engines hold pointers into it
@@ -44,8 +48,8 @@ def plugin_path(trt: ModuleType | str | None = None, *, version: int | None = No
     path = _native.tensorrt_plugins().get(LIBRARIES[kind])
     if path is None:
         raise FileNotFoundError(
-            f"hwkern's TensorRT plugin ({LIBRARIES[kind]}) is not in this installation: it is built when CMake finds "
-            "TensorRT's headers (HWKERN_TENSORRT_INCLUDE_DIR); `hwkern doctor` tells what this wheel has. To fix it, "
+            f"hwkern's TensorRT plugin ({LIBRARIES[kind]}) is not in this installation: it is built {_BUILT[kind]}; "
+            "`hwkern doctor` tells what this wheel has. To fix it, "
             f"{_native.REINSTALL}."
         )
     return path
