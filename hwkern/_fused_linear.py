@@ -37,12 +37,6 @@ _lib.define(
     'str activation="silu", bool gated=False, Tensor? residual=None) -> Tensor',
     tags=_TAGS,
 )
-_lib.define(
-    "norm_mlp(Tensor x, Tensor residual, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight, "
-    "Tensor? norm_bias, str kind, float eps, float offset, Tensor last_weight, Tensor last_scale, Tensor? last_bias, "
-    "str activation, bool gated) -> Tensor",
-    tags=_TAGS,
-)
 
 
 def norm_linear(
@@ -387,38 +381,6 @@ _lib.impl("norm_linear", _norm_cpu, "CPU")
 _lib.impl("activation_linear", _activation_cuda, "CUDA")
 _lib.impl("activation_linear", _activation_cpu, "CPU")
 
-
-def _norm_mlp(norm_linear: Any, activation_linear: Any) -> Any:
-    """One after the other, of one device: the bits of the two operators."""
-
-    def both(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-        kind: str,
-        eps: float,
-        offset: float,
-        last_weight: Tensor,
-        last_scale: Tensor,
-        last_bias: Tensor | None,
-        activation: str,
-        gated: bool,
-    ) -> Tensor:
-        y, h = norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, eps, offset, residual)
-        return activation_linear(y, last_weight, last_scale, last_bias, activation, gated, h)
-
-    return both
-
-
-register_fake("hwkern::norm_mlp", _norm_mlp(_norm_fake, _activation_fake))
-_bare: Any = (_norm_cuda, _activation_cuda)  # the device is made current once
-_lib.impl("norm_mlp", on_device(_norm_mlp(*(call.__wrapped__ for call in _bare))), "CUDA")
-_lib.impl("norm_mlp", _norm_mlp(_norm_cpu, _activation_cpu), "CPU")
-_lib.impl("norm_mlp", fallthrough_kernel, "Autograd")
 
 # torch's own kernel for a missing gradient is one in Python, 7 µs of every call, and speaks in the backward pass only.
 _lib.impl("norm_linear", fallthrough_kernel, "Autograd")

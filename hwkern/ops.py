@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.library import Library, fallthrough_kernel, register_autograd, register_fake
+from torch.library import Library, register_autograd, register_fake
 
-from hwkern import _cpu, _weight_only
+from hwkern import _cpu
 from hwkern._autograd import gradients, linear_backward, remember, setup_linear
 from hwkern._checks import (
     ACTIVATIONS,
@@ -420,36 +420,6 @@ for _name, _on_cuda, _on_cpu in (
     _lib.impl(_name, _on_cpu, "CPU")
 
 
-# ---- for compiled inference: without the gradient's kernel, which is one in Python -----------------------------------
-
-
-_lib.define(
-    "linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, bool weight_only) -> Tensor", tags=_TAGS
-)
-
-
-def _linear_no_grad(int8: Callable[..., Tensor], weight_only: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The bits of ``int8_linear`` or ``weight_only_linear``, in x's dtype."""
-
-    def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, only: bool) -> Tensor:
-        floats = (x, weight_scale, bias)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats):
-            raise NotImplementedError("linear_no_grad has no gradient: int8_linear and weight_only_linear have.")
-        return (weight_only if only else int8)(x, weight, weight_scale, bias)
-
-    return linear
-
-
-register_fake("hwkern::linear_no_grad", _linear_no_grad(_linear_fake, _weight_only._fake))
-_lib.impl(
-    "linear_no_grad",
-    _on_device(_linear_no_grad(_linear_cuda.__wrapped__, _weight_only._cuda.__wrapped__)),  # type: ignore[attr-defined]
-    "CUDA",
-)
-_lib.impl("linear_no_grad", _linear_no_grad(_cpu.linear, _weight_only._cpu), "CPU")
-_lib.impl("linear_no_grad", fallthrough_kernel, "Autograd")
-
-
 # ---- autograd: straight-through on the dequantized weight ----------------------------------------------------------
 
 
@@ -549,7 +519,7 @@ def eager_linear(
             if records:
                 return _apply(x, bias, (weight, weight_scale), None)
             return _cpu.linear_unchecked(x, weight, weight_scale, bias, x.dtype)
-    if compiles_inference(x) and x.shape[-1] == k:
+    if compiles_inference(x) and not tuned and x.shape[-1] == k:
         return torch.ops.hwkern.linear_no_grad.default(x, weight, weight_scale, bias, False)
     # The packed weight alone cannot tell K = 17 from K = 32. (Under torch.jit.trace sizes are tensors: not checked.)
     if tracing_state() is None and x.dim() > 0 and x.shape[-1] != k:

@@ -202,11 +202,16 @@ def test_the_mlp_in_one_operator_has_the_bits_of_two(dtype: torch.dtype, gated: 
     given = (norm, None, "rms", 1e-5, 1.0)
     y, h = _fused_linear.norm_linear(x, weight, scale, bias, *given, residual)
     want = _fused_linear.activation_linear(y, last, last_scale, None, "silu", gated, h)
-    arguments = (x, residual, weight, scale, bias, *given, last, last_scale, None, "silu", gated)
-    assert torch.equal(torch.ops.hwkern.norm_mlp.default(*arguments), want)
-    torch.library.opcheck(torch.ops.hwkern.norm_mlp.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    with pytest.raises(NotImplementedError, match="no gradient"):
-        torch.ops.hwkern.norm_mlp.default(x.requires_grad_(), *arguments[1:])
+    codes = (norm, None, ops.NORMS["rms"], 1e-5, 1.0, ops.ACTIVATIONS["silu"], gated)
+    arguments = (x, residual, weight, scale, bias, *codes, last, last_scale, None)
+    call = torch.ops.hwkern.norm_mlp_no_grad.default
+    with torch.no_grad():
+        assert torch.equal(call(*arguments), want)
+        strided = (torch.cat((t, t), -1)[..., :k] for t in (x, residual))
+        assert torch.equal(call(*strided, *arguments[2:]), want)
+        torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        call(*arguments)
 
 
 def test_a_wrong_weight_and_a_gradient_are_sentences(device: str) -> None:
@@ -815,8 +820,8 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert torch.equal(run(compiled, inputs), want)
     if "norm" in "".join(FAMILIES[family][1]):
-        assert "hwkern.norm_linear.default" in names
-        assert {"hwkern.activation_linear.default", "hwkern.norm_mlp.default"} & names
+        assert "hwkern.norm_linear_no_grad.default" in names
+        assert {"hwkern.activation_linear.default", "hwkern.norm_mlp_no_grad.default"} & names
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
@@ -858,7 +863,7 @@ def test_compiling_is_not_taken_for_exporting(monkeypatch: pytest.MonkeyPatch) -
         return graph.forward
 
     run(torch.compile(model, fullgraph=True, backend=backend), inputs_of(model))
-    few = ["hwkern.norm_linear.default", "hwkern.linear_no_grad.default", "hwkern.norm_mlp.default"]
+    few = [f"hwkern.{name}_no_grad.default" for name in ("norm_linear", "linear", "norm_mlp")]
     assert names == few
     names.clear()
     many = {"input_ids": torch.randint(3, 99, (1, EPILOGUE_TOKENS + 1))}

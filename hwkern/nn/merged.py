@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from hwkern import _fused_linear, ops
+from hwkern import _fused_linear, _no_grad, ops  # noqa: F401  # registers the operators
+from hwkern._choice import tuned
 from hwkern._tracing import exporting, functorch_level, tracing_state
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
@@ -177,6 +178,10 @@ class Merged:
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
             code = ops.NORMS[kind]
             return _fused_linear.launch_norm_linear(x, weight, self.cell, norm_weight, norm_bias, code, eps, offset)
+        if is_compiling() and not tuned:
+            return torch.ops.hwkern.norm_linear_no_grad.default(
+                x, weight, scale, bias, norm_weight, norm_bias, ops.NORMS[kind], eps, offset
+            )
         return _fused_linear.norm_linear(x, weight, scale, bias, norm_weight, norm_bias, kind, eps, offset)[0]
 
     def after_sum(
@@ -213,9 +218,11 @@ class Merged:
         One operator: each has a dispatcher's way to go, which is what a compiled decoding step spends its time on.
         """
         weight, scale, bias = self._read()
-        return torch.ops.hwkern.norm_mlp.default(
-            x, residual, weight, scale, bias, *norm, *last._read(), activation, gated
-        )
+        norm_weight, norm_bias, kind, eps, offset = norm
+        return torch.ops.hwkern.norm_mlp_no_grad.default(
+            x, residual, weight, scale, bias, norm_weight, norm_bias, ops.NORMS[kind], eps, offset,
+            ops.ACTIVATIONS[activation], gated, *last._read(),
+        )  # fmt: skip
 
     def after_activation(self, x: Tensor, activation: str, gated: bool, residual: Tensor | None = None) -> Tensor:
         """``linear(activation(x)) + residual``, or of ``activation(x[..., :K]) * x[..., K:]``. W8A8 alone."""
@@ -311,10 +318,10 @@ def has_hooks(module: nn.Module) -> bool:
 
     The hooks that transformers leaves in a model once it was asked for hidden states look at outputs only.
     """
-    d = module.__dict__
-    if d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"] or "forward" in d:
+    # By attribute, not from __dict__: so torch.compile takes what it reads here for empty hooks, on which it puts no guards.
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
         return True
-    hooks = d["_forward_hooks"]
+    hooks = module._forward_hooks
     return bool(hooks) and any(_module_of(hook) != "transformers.utils.output_capturing" for hook in hooks.values())
 
 
