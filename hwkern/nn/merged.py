@@ -26,7 +26,25 @@ from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
 _LOCK = threading.Lock()
 
 
-class Merged:
+class Held(nn.Module):
+    """What a module holds beside its children: never registered as one, with all of its own attributes in ``__dict__``.
+
+    A module only in torch.compile's eyes, whose guards pass over a module without looking as long as nothing was set in
+    it; an object of any other class is looked through attribute by attribute at every call, and so is all above it.
+    """
+
+    __setattr__ = object.__setattr__
+
+
+class Edge(Held):
+    """``parent.attribute`` is ``child``."""
+
+    def __init__(self, parent: nn.Module, attribute: str, child: nn.Module) -> None:
+        super().__init__()
+        self.parent, self.attribute, self.child = parent, attribute, child
+
+
+class Merged(Held):
     """One or more int8 layers with the same inputs, computed as one.
 
     Attributes:
@@ -42,14 +60,13 @@ class Merged:
 
     everywhere = False
 
-    def __init__(
-        self, edges: Sequence[tuple[nn.Module, str, nn.Module]], passes: bool = True, quantized: bool = False
-    ) -> None:
-        """``edges``: (parent, attribute, child) of each module that the tensor goes through, the layers among them."""
-        members = [child for _, _, child in edges if isinstance(child, Int8Linear)]
+    def __init__(self, edges: Sequence[Edge], passes: bool = True, quantized: bool = False) -> None:
+        """``edges``: to each module that the tensor goes through, the layers among them."""
+        super().__init__()
+        members = [edge.child for edge in edges if isinstance(edge.child, Int8Linear)]
         self.members = tuple(members)
         self.passes = passes
-        self.edges = tuple(edges)
+        self.edges = dict(enumerate(edges))
         self.k = members[0].in_features
         self.n = sum(member.out_features for member in members)
         self.few = few_tokens(members, quantized)
@@ -69,7 +86,7 @@ class Merged:
         stop = 0
         for member in self.members:
             start, stop = stop, stop + member.out_features
-            member._part = Part(self, start, stop)
+            member.__dict__["_part"] = Part(self, start, stop)
 
     def release(self) -> None:
         """The members are on their own again."""
@@ -143,8 +160,8 @@ class Merged:
         )
 
     def _intact(self) -> bool:
-        for parent, attribute, child in self.edges:
-            if parent._modules.get(attribute) is not child or has_hooks(child):
+        for edge in self.edges.values():
+            if edge.parent._modules.get(edge.attribute) is not edge.child or has_hooks(edge.child):
                 return False
         return True
 
@@ -236,30 +253,19 @@ class Merged:
         return self.weight, self.scale, self.bias  # type: ignore[return-value]  # `usable` was asked first
 
 
-class Part:
+class Part(Held):
     """Which columns of a :class:`Merged` are a member's; ``n`` is the width by which it knows the product."""
 
-    __slots__ = ("merged", "n", "start", "stop")
-
     def __init__(self, merged: Merged, start: int, stop: int) -> None:
+        super().__init__()
         self.merged, self.start, self.stop = merged, start, stop
         self.n = merged.n if merged.passes else -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _part, (), (self.merged, self.start, self.stop, self.n)
-
-    def __setstate__(self, state: tuple[Merged, int, int, int]) -> None:
-        self.merged, self.start, self.stop, self.n = state
 
     def moved(self) -> None:
         """A member's tensors were replaced: merge them anew, once all of them are in their new place."""
         merged = self.merged
         if not merged.fresh():
             merged.merge()
-
-
-def _part() -> Part:
-    return Part.__new__(Part)
 
 
 def _join(tensors: Sequence[Tensor]) -> nn.Parameter:
