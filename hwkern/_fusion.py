@@ -25,10 +25,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from hwkern import ops
-from hwkern._choice import tuned
+from hwkern._no_grad import preferred
 from hwkern._probe import both_ways, check, distance_problem, product_problem
 from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
@@ -93,7 +92,7 @@ class _FusedBlock(_Fused):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
         last: MlpFusion = mlp._fusion
-        if is_compiling() and not tuned and is_few(x):
+        if preferred() and is_few(x):
             given = norm._fusion.arguments(norm)
             return norm._fusion.readers.then(last.output, x, hidden_states, given, last.activation, last.gated)
         product, h = norm._fusion.run_sum(norm, x, hidden_states)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from hwkern import _fused_linear, _no_grad, ops  # noqa: F401  # registers the operators
-from hwkern._choice import tuned
+from hwkern import _fused_linear, ops
+from hwkern._no_grad import norm_linear_no_grad, norm_mlp_no_grad, preferred
 from hwkern._tracing import exporting, functorch_level, tracing_state
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
@@ -192,13 +192,11 @@ class Merged(Held):
         if self.in_float(x):
             y: Any = ops.norm_quantize(x, norm_weight, norm_bias, None, None, kind, eps, offset, True).y
             return weight_only(y, weight, scale, bias, self.k, self.cell)
+        code = ops.NORMS[kind]
+        if preferred():
+            return norm_linear_no_grad(x, weight, scale, bias, norm_weight, norm_bias, code, eps, offset)
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
-            code = ops.NORMS[kind]
             return _fused_linear.launch_norm_linear(x, weight, self.cell, norm_weight, norm_bias, code, eps, offset)
-        if is_compiling() and not tuned:
-            return torch.ops.hwkern.norm_linear_no_grad.default(
-                x, weight, scale, bias, norm_weight, norm_bias, ops.NORMS[kind], eps, offset
-            )
         return _fused_linear.norm_linear(x, weight, scale, bias, norm_weight, norm_bias, kind, eps, offset)[0]
 
     def after_sum(
@@ -230,13 +228,13 @@ class Merged(Held):
         activation: str,
         gated: bool,
     ) -> Tensor:
-        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens, while compiling, W8A8 alone.
+        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens, where `preferred`, W8A8 alone.
 
-        One operator: each has a dispatcher's way to go, which is what a compiled decoding step spends its time on.
+        One operator: each has a dispatcher's way to go, which is what a decoding step spends its time on.
         """
         weight, scale, bias = self._read()
         norm_weight, norm_bias, kind, eps, offset = norm
-        return torch.ops.hwkern.norm_mlp_no_grad.default(
+        return norm_mlp_no_grad(
             x, residual, weight, scale, bias, norm_weight, norm_bias, ops.NORMS[kind], eps, offset,
             ops.ACTIVATIONS[activation], gated, *last._read(),
         )  # fmt: skip
