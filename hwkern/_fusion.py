@@ -86,7 +86,7 @@ class _FusedMlp(_Fused):
 class _FusedBlock(_Fused):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         f: BlockFusion = self._fusion
-        modules = cast(nn.Module, self)._modules
+        modules = cast(Any, self)._modules
         norm, mlp = modules[f.norm], modules[f.mlp]
         if args or not f.usable(norm, mlp, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]

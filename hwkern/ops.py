@@ -532,7 +532,7 @@ def eager_linear(
         if x.is_cuda and not tuned and _takes_cpp():
             try:
                 return linear_no_grad(x, weight, weight_scale, bias, False)
-            except ValueError:  # the operator at the end has a sentence for each mistake
+            except (ValueError, RuntimeError):  # the operator at the end speaks in torch's errors and in sentences
                 pass
         records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
@@ -573,7 +573,7 @@ def eager_weight_only(
     if _takes_cpp():
         try:
             return linear_no_grad(x, weight, weight_scale, bias, True)
-        except ValueError:  # the public operator has a sentence for each mistake
+        except (ValueError, RuntimeError):  # the public operator speaks in torch's errors and in sentences
             return None
     if not (
         not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))

@@ -105,7 +105,9 @@ Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, int32_t device) {
   std::vector<int64_t> strides(dim);
   for (int64_t i = dim, stride = 1; i-- > 0; stride *= sizes[i]) strides[i] = stride;
   TorchTensor* t;
-  check(torch.empty_strided(dim, sizes, strides.data(), dtype, torch.cuda(), device, &t));
+  // torch has said on stderr how much it wanted; who catches its error looks for these words.
+  if (torch.empty_strided(dim, sizes, strides.data(), dtype, torch.cuda(), device, &t))
+    throw std::runtime_error("CUDA out of memory. (torch has no room for a result or the workspace of hwkern.)");
   return Tensor(t);
 }
 
@@ -194,12 +196,15 @@ struct Layer {
   Tensor weight, scale, bias;
   int64_t n, k, columns;
 
-  Layer(Arguments& arguments, int64_t k, const Tensor& x) : weight(arguments.tensor()), k(k), columns(round_up(k, kRowAlignment)) {
+  Layer(Arguments& arguments, int64_t k, const Tensor& x)
+      : weight(arguments.tensor()), k(k), columns(round_up(k, kRowAlignment)) {
     Tensor given_scale = arguments.tensor(), given_bias = arguments.tensor();
     require(k >= 1 && k <= kMaxK, "the last dimension K must be in 1 … 2**17 - 1.");
-    require(weight.dtype == torch.int8() && weight.dim == 2 && weight.sizes[1] == columns,
-            "a weight must be int8 [N, K16], K rounded up to 16: check x's last dimension, or use hwkern.ops.pad_weight.");
-    require(weight.device_type == x.device_type && weight.device == x.device, "hwkern needs all tensors on one device.");
+    require(
+        weight.dtype == torch.int8() && weight.dim == 2 && weight.sizes[1] == columns,
+        "a weight must be int8 [N, K16], K rounded up to 16: check x's last dimension, or use hwkern.ops.pad_weight.");
+    require(weight.device_type == x.device_type && weight.device == x.device,
+            "hwkern needs all tensors on one device.");
     require(given_scale.dtype == torch.float32(), "a weight's scale must be float32.");
     n = weight.sizes[0];
     if (!weight.contiguous || !is_aligned(weight.data, kRowAlignment)) weight = copy_of(weight);
@@ -221,8 +226,11 @@ struct NormOf {
   float eps, offset;
 
   NormOf(Arguments& arguments, int64_t k, const Tensor& x)
-      : weight(vector(arguments.tensor(), k, x)), bias(vector(arguments.tensor(), k, x)),
-        kind(static_cast<Norm>(arguments.integer())), eps(arguments.number()), offset(arguments.number()) {}
+      : weight(vector(arguments.tensor(), k, x)),
+        bias(vector(arguments.tensor(), k, x)),
+        kind(static_cast<Norm>(arguments.integer())),
+        eps(arguments.number()),
+        offset(arguments.number()) {}
 };
 
 // The GPU and the stream of a call.
@@ -343,7 +351,8 @@ Tensor norm_mlp_no_grad(Arguments& arguments) {
   const Layer last(arguments, gated ? inputs.n / 2 : inputs.n, x.t);
   require(residual.t.dtype == x.t.dtype && residual.m == x.m && residual.k == x.k && last.n == x.k &&
               inputs.n == (gated ? 2 * last.k : last.k),
-          "norm_mlp_no_grad: the residual and the last layer's outputs are of x's shape and dtype, and the first layer has as "
+          "norm_mlp_no_grad: the residual and the last layer's outputs are of x's shape and dtype, and the first layer "
+          "has as "
           "many outputs as the last one inputs, or twice as many when gated.");
   const Place place(x.t);
   Tensor y = x.output(x.k);
@@ -402,18 +411,15 @@ bool find_torch(const std::string& cpu_path, const std::string& cuda_path) {
   return find(cpu, "aoti_torch_delete_tensor_object", torch.delete_tensor) &&
          find(cpu, "aoti_torch_get_data_ptr", torch.data_ptr) && find(cpu, "aoti_torch_get_dim", torch.dim) &&
          find(cpu, "aoti_torch_get_sizes", torch.sizes) && find(cpu, "aoti_torch_get_strides", torch.strides) &&
-         find(cpu, "aoti_torch_get_dtype", torch.dtype) &&
-         find(cpu, "aoti_torch_get_device_type", torch.device_type) &&
+         find(cpu, "aoti_torch_get_dtype", torch.dtype) && find(cpu, "aoti_torch_get_device_type", torch.device_type) &&
          find(cpu, "aoti_torch_get_device_index", torch.device_index) &&
          find(cpu, "aoti_torch_is_contiguous", torch.is_contiguous) &&
          find(cpu, "aoti_torch_empty_strided", torch.empty_strided) && find(cpu, "aoti_torch_copy_", torch.copy) &&
          find(cpu, "aoti_torch_grad_mode_is_enabled", torch.grad_mode) &&
          find(cpu, "aoti_torch_device_type_cuda", torch.cuda) && find(cpu, "aoti_torch_dtype_int8", torch.int8) &&
-         find(cpu, "aoti_torch_dtype_float32", torch.float32) &&
-         find(cpu, "aoti_torch_dtype_float16", torch.float16) &&
+         find(cpu, "aoti_torch_dtype_float32", torch.float32) && find(cpu, "aoti_torch_dtype_float16", torch.float16) &&
          find(cpu, "aoti_torch_dtype_bfloat16", torch.bfloat16) &&
-         find(cpu, "aoti_torch_library_init_impl", torch.init_impl) &&
-         find(cpu, "torch_library_impl", torch.impl) &&
+         find(cpu, "aoti_torch_library_init_impl", torch.init_impl) && find(cpu, "torch_library_impl", torch.impl) &&
          find(cuda, "aoti_torch_get_current_cuda_stream", torch.stream) &&
          find(cuda, "aoti_torch_create_cuda_guard", torch.create_guard) &&
          find(cuda, "aoti_torch_delete_cuda_guard", torch.delete_guard);

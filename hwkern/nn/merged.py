@@ -33,7 +33,8 @@ class Held(nn.Module):
     it; an object of any other class is looked through attribute by attribute at every call, and so is all above it.
     """
 
-    __setattr__ = object.__setattr__
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
 
 class Edge(Held):
@@ -322,8 +323,10 @@ def has_hooks(module: nn.Module) -> bool:
 
     The hooks that transformers leaves in a model once it was asked for hidden states look at outputs only.
     """
-    # By attribute, not from __dict__: so torch.compile takes what it reads here for empty hooks, on which it puts no guards.
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
+    # Not from __dict__, where torch.compile would put guards on the dicts; on empty hooks it puts none.
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    if "forward" in module.__dict__:
         return True
     hooks = module._forward_hooks
     return bool(hooks) and any(_module_of(hook) != "transformers.utils.output_capturing" for hook in hooks.values())
