@@ -182,33 +182,44 @@ struct Rows {
   }
 };
 
-// A vector [n], or none, as the kernels read it.
-Tensor vector(Tensor t, int64_t n, const Tensor& x) {
-  if (!t) return t;
+void require_vector(const Tensor& t, int64_t n, const Tensor& x) {
+  if (!t) return;
   require(t.device_type == x.device_type && t.device == x.device, "hwkern needs all tensors on one device.");
   require(t.dim == 1 && t.sizes[0] == n, "a scale, bias or norm vector does not have one element per row or column.");
   dtype_of(t);
-  return t.contiguous ? std::move(t) : copy_of(t);
 }
 
-// One layer's weight [N, K16], scale [N] and bias [N] or none, for an x of k columns.
+// One layer's weight [N, K16], scale [N] and bias [N] or none, for an x of k columns; copies where the kernels could not
+// read them as they are.
 struct Layer {
   Tensor weight, scale, bias;
   int64_t n, k, columns;
+  bool copied = false;
 
   Layer(Arguments& arguments, int64_t k, const Tensor& x)
-      : weight(arguments.tensor()), k(k), columns(round_up(k, kRowAlignment)) {
-    Tensor given_scale = arguments.tensor(), given_bias = arguments.tensor();
+      : weight(arguments.tensor()),
+        scale(arguments.tensor()),
+        bias(arguments.tensor()),
+        k(k),
+        columns(round_up(k, kRowAlignment)) {
     require(k >= 1 && k <= kMaxK, "the last dimension K must be in 1 … 2**17 - 1.");
     require(
         weight.dtype == torch.int8() && weight.dim == 2 && weight.sizes[1] == columns,
         "a weight must be int8 [N, K16], K rounded up to 16: check x's last dimension, or use hwkern.ops.pad_weight.");
     require(weight.device_type == x.device_type && weight.device == x.device,
             "hwkern needs all tensors on one device.");
-    require(given_scale.dtype == torch.float32(), "a weight's scale must be float32.");
+    require(scale.dtype == torch.float32(), "a weight's scale must be float32.");
     n = weight.sizes[0];
-    if (!weight.contiguous || !is_aligned(weight.data, kRowAlignment)) weight = copy_of(weight);
-    scale = vector(std::move(given_scale), n, x), bias = vector(std::move(given_bias), n, x);
+    require_vector(scale, n, x);
+    require_vector(bias, n, x);
+    copy_unless(weight.contiguous && is_aligned(weight.data, kRowAlignment), weight);
+    copy_unless(scale.contiguous, scale);
+    copy_unless(!bias || bias.contiguous, bias);
+  }
+
+ private:
+  void copy_unless(bool readable, Tensor& t) {
+    if (!readable) t = copy_of(t), copied = true;
   }
 };
 
@@ -226,11 +237,17 @@ struct NormOf {
   float eps, offset;
 
   NormOf(Arguments& arguments, int64_t k, const Tensor& x)
-      : weight(vector(arguments.tensor(), k, x)),
-        bias(vector(arguments.tensor(), k, x)),
+      : weight(arguments.tensor()),
+        bias(arguments.tensor()),
         kind(static_cast<Norm>(arguments.integer())),
         eps(arguments.number()),
-        offset(arguments.number()) {}
+        offset(arguments.number()) {
+    for (const Tensor* t : {&weight, &bias}) {
+      require_vector(*t, k, x);
+      // A copy would be written by the kernel before the norm's, which that may not read (hwkern.h, NormQuantize).
+      require(!*t || t->contiguous, "a norm's weight and bias must be contiguous.");
+    }
+  }
 };
 
 // The GPU and the stream of a call.
@@ -298,27 +315,23 @@ Tensor linear_no_grad(Arguments& arguments) {
   const Place place(x.t);
   Tensor y = x.output(layer.n);
   if (x.m == 0 || layer.n == 0) return y;
-  const DType dtype = dtype_of(x.t);
-  const bool constant = seen(layer.weight.data);
-  const auto* weight = static_cast<int8_t*>(layer.weight.data);
-  const auto* scale = static_cast<float*>(layer.scale.data);
-  const DType bias_dtype = dtype_of(layer.bias);
+  const auto fill = [&](auto& p) {
+    p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype_of(x.t);
+    p.weight = static_cast<int8_t*>(layer.weight.data), p.ldb = layer.columns;
+    p.weight_scale = static_cast<float*>(layer.scale.data);
+    p.weight_is_constant = !layer.copied && seen(layer.weight.data);
+    p.bias = layer.bias.data, p.bias_dtype = dtype_of(layer.bias);
+    p.y = y.data, p.ldy = layer.n, p.y_dtype = p.x_dtype;
+    p.m = x.m, p.n = layer.n, p.k = x.k;
+  };
   if (weight_only) {
     WeightOnlyLinear p{};
-    p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype;
-    p.weight = weight, p.ldb = layer.columns, p.weight_scale = scale, p.weight_is_constant = constant;
-    p.bias = layer.bias.data, p.bias_dtype = bias_dtype;
-    p.y = y.data, p.ldy = layer.n, p.y_dtype = dtype;
-    p.m = x.m, p.n = layer.n, p.k = x.k;
+    fill(p);
     check(weight_only_linear(p, kChoose, place.stream));
     return y;
   }
   Linear p{};
-  p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype;
-  p.weight = weight, p.ldb = layer.columns, p.weight_scale = scale, p.weight_is_constant = constant;
-  p.bias = layer.bias.data, p.bias_dtype = bias_dtype;
-  p.y = y.data, p.ldy = layer.n, p.y_dtype = dtype;
-  p.m = x.m, p.n = layer.n, p.k = x.k;
+  fill(p);
   const int64_t size = workspace_of(x, layer);
   const Tensor workspace = bytes(size, x.t);
   check(linear(p, kChoose, workspace.data, static_cast<size_t>(size), place.stream));
