@@ -14,7 +14,8 @@ Variants:
 
 Modes: "eager" (calls from Python), "graph" (replays of a CUDA graph), "compile" (torch.compile, called from Python) and
 "compiled_graph" (the graph of that). The first four variants are measured in turn; each peer in turn with bf16, under a
-limit of its own, and listed with the reason where it cannot run. Rows are written as they come, compiled ones last, for
+limit of its own, and listed with the reason where it cannot run. Compiled rows come last, ours first; each variant has
+``--limit`` seconds to compile for a workload, and all have ``--budget``. Rows are written as they come, for
 which inductor's cache (TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most of the seconds.
 """
 
@@ -286,7 +287,7 @@ def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
     """torch.compile: ours, then each of the others, beside bf16, which is compiled once for each workload.
 
     Bounded: a variant has ``--limit`` seconds for a workload and all of them together ``--budget``. What takes longer
-    is a row with that reason, and its graph is not tried.
+    is a row with that reason, and is not tried again.
     """
     # One entry for each variant and workload, all of the same function's code.
     torch._dynamo.config.cache_size_limit = 64  # the older of its two names
@@ -300,13 +301,16 @@ def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
         budget = math.inf if bench.arguments.budget is None else bench.arguments.budget
         return min(bench.arguments.limit, budget - (time.monotonic() - START))
 
-    def call(which: str, workload: str) -> Call:
-        return bench.call(which, workload, forwards[which])
-
-    def replay(which: str, workload: str) -> Call:
+    def forward(which: str, workload: str) -> Model:
         if (which, workload) in late:
             raise AbsentError(late[which, workload])
-        return bench.graph(which, workload, forwards[which])
+        return forwards[which]
+
+    def call(which: str, workload: str) -> Call:
+        return bench.call(which, workload, forward(which, workload))
+
+    def replay(which: str, workload: str) -> Call:
+        return bench.graph(which, workload, forward(which, workload))
 
     for group, workload in itertools.product(groups, bench.ids):
         if "compile" in modes:
