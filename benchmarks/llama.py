@@ -15,8 +15,8 @@ Variants:
 Modes: "eager" (calls from Python), "graph" (replays of a CUDA graph), "compile" (torch.compile, called from Python) and
 "compiled_graph" (the graph of that). The first four variants are measured in turn; each peer in turn with bf16, under a
 limit of its own, and listed with the reason where it cannot run. Compiled rows come last, ours first; each variant has
-``--limit`` seconds to compile for a workload, and all have ``--budget``. Rows are written as they come, for
-which inductor's cache (TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most of the seconds.
+``--limit`` seconds to compile for a workload, and all have ``--budget``, of which inductor's cache
+(TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most. Rows are written as they come.
 """
 
 from __future__ import annotations
