@@ -14,8 +14,9 @@ Variants:
 
 Modes: "eager" (calls from Python), "graph" (replays of a CUDA graph), "compile" (torch.compile, called from Python) and
 "compiled_graph" (the graph of that). The first four variants are measured in turn; each peer in turn with bf16, under a
-limit of its own, and listed with the reason where it cannot run. Rows are written as they come, compiled ones last, for
-which inductor's cache (TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most of the seconds.
+limit of its own, and listed with the reason where it cannot run. Compiled rows come last, ours first; each variant has
+``--limit`` seconds to compile for a workload, and all have ``--budget``, of which inductor's cache
+(TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most. Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ import argparse
 import copy
 import gc
 import itertools
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import never_slower
@@ -137,32 +139,38 @@ class Bench:
             )
 
     def measure(
-        self, names: list[str], mode: str, wrap: Callable[[str, str], Call], workloads: Iterable[str] | None = None
+        self,
+        names: list[str],
+        mode: str,
+        wrap: Callable[[str, str], Call],
+        workload: str,
+        limit: Callable[[], float] | None = None,
     ) -> None:
-        """Rows of some variants in one mode, in turn with bf16; ``wrap`` makes the call of a variant and workload."""
+        """Rows of some variants in one mode, in turn with bf16; ``wrap`` makes the call of a variant and workload.
+
+        ``limit``: the seconds that a variant has for its first call; ``--limit`` by default.
+        """
         snr = {name: self.check(name) for name in names}
-        for workload in self.ids if workloads is None else workloads:
-            calls: dict[str, Call] = {}
-            for name in dict.fromkeys(("bf16", *names)):
-                try:
-                    with at_most(self.arguments.limit):
-                        calls[name] = wrap(name, workload)
-                        with torch.no_grad():
-                            calls[name]()
-                except Exception as error:
-                    self.row(name, workload, mode, absent=first_line(error))
-                    calls.pop(name, None)
-            if "bf16" not in calls:
-                continue
-            seconds = never_slower.in_turn(calls, self.cuda)
-            for name in calls:
-                if name in names:
-                    self.row(
-                        name, workload, mode, ms=round(seconds[name] * 1e3, 4),
-                        bf16_ms=round(seconds["bf16"] * 1e3, 4),
-                        ratio=round(seconds["bf16"] / seconds[name], 4), snr_db=min(snr[name][workload], 999.0),
-                    )  # fmt: skip
-            del calls
+        calls: dict[str, Call] = {}
+        absent: dict[str, str] = {}
+        for name in dict.fromkeys(("bf16", *names)):
+            try:
+                with at_most(self.arguments.limit if limit is None else limit()):
+                    calls[name] = wrap(name, workload)
+                    with torch.no_grad():
+                        calls[name]()
+            except Exception as error:
+                calls.pop(name, None)
+                absent[name] = first_line(error)
+        seconds = never_slower.in_turn(calls, self.cuda) if "bf16" in calls else {}
+        for name in names:
+            if name in seconds:
+                self.row(
+                    name, workload, mode, ms=round(seconds[name] * 1e3, 4), bf16_ms=round(seconds["bf16"] * 1e3, 4),
+                    ratio=round(seconds["bf16"] / seconds[name], 4), snr_db=min(snr[name][workload], 999.0),
+                )  # fmt: skip
+            else:
+                self.row(name, workload, mode, absent=absent.get(name) or f"bf16: {absent['bf16']}")
         self.save()
 
     def graph(self, name: str, workload: str, forward: Model = None) -> Call:
@@ -270,41 +278,47 @@ MAKERS: dict[str, Callable[[Bench, Model], Model]] = {
 def plain_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
     """Eager calls and graph replays."""
     wraps: dict[str, Callable[[str, str], Call]] = {"eager": bench.call, "graph": bench.graph}
-    for mode in ("eager", "graph"):
+    for mode, workload in itertools.product(("eager", "graph"), bench.ids):
         if mode in modes:
-            bench.measure(names, mode, wraps[mode])
+            bench.measure(names, mode, wraps[mode], workload)
 
 
 def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
-    """torch.compile: ours, then each of the others, with bf16 beside it, one workload after the other."""
-    if not {"compile", "compiled_graph"} & set(modes):
-        return
+    """torch.compile: ours, then each of the others, beside bf16, which is compiled once for each workload.
+
+    Bounded: a variant has ``--limit`` seconds for a workload and all of them together ``--budget``. What takes longer
+    is a row with that reason, and is not tried again.
+    """
+    # One entry for each variant and workload, all of the same function's code.
+    torch._dynamo.config.cache_size_limit = 64  # the older of its two names
     together = [name for name in names if name in ("bf16", *OURS)]
     groups = [group for group in (together, *([name] for name in names if name not in together)) if group]
+    forwards = {name: torch.compile(bench.models[name], fullgraph=True, dynamic=False) for name in {"bf16", *names}}
+    late: dict[tuple[str, str], str] = {}  # what was not ready in time, and that
+
+    def left() -> float:
+        """Seconds that the next compilation may take."""
+        budget = math.inf if bench.arguments.budget is None else bench.arguments.budget
+        return min(bench.arguments.limit, budget - (time.monotonic() - START))
+
+    def forward(which: str, workload: str) -> Model:
+        if (which, workload) in late:
+            raise AbsentError(late[which, workload])
+        return forwards[which]
+
+    def call(which: str, workload: str) -> Call:
+        return bench.call(which, workload, forward(which, workload))
+
+    def replay(which: str, workload: str) -> Call:
+        return bench.graph(which, workload, forward(which, workload))
+
     for group, workload in itertools.product(groups, bench.ids):
-        if bench.arguments.budget is not None and time.monotonic() - START > bench.arguments.budget:
-            for name in group:
-                bench.row(name, workload, "compile", absent="no time left")
-            continue
-        torch._dynamo.reset()  # what the other workloads were compiled to is not asked for here
-        forwards: dict[str, Model] = {}
-
-        def compiled(which: str, forwards: dict[str, Model] = forwards) -> Model:
-            if which not in forwards:
-                forwards[which] = torch.compile(bench.models[which], fullgraph=True, dynamic=False)
-            return forwards[which]
-
-        def call(which: str, workload: str) -> Call:
-            return bench.call(which, workload, compiled(which))
-
-        def replay(which: str, workload: str) -> Call:
-            return bench.graph(which, workload, compiled(which))
-
         if "compile" in modes:
-            bench.measure(group, "compile", call, [workload])
+            bench.measure(group, "compile", call, workload, left)
+            rows = [row for row in bench.rows if row["mode"] == "compile" and "absent" in row]
+            late.update({(row["variant"], row["workload"]): row["absent"] for row in rows})
         if "compiled_graph" in modes:
-            bench.measure(group, "compiled_graph", replay, [workload])
-    bench.save()
+            bench.measure(group, "compiled_graph", replay, workload, left)
 
 
 def verdicts(bench: Bench) -> bool:
@@ -348,11 +362,12 @@ def main() -> int:
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=4096, help="width; 4096 is Llama-3-8B's")
-    parser.add_argument("--budget", type=float, help="seconds after which nothing more is compiled")
+    parser.add_argument("--budget", type=float, help="seconds since the start after which nothing more is compiled")
     parser.add_argument("--limit", type=float, default=40, help="seconds that one peer or compilation may take")
     arguments = parser.parse_args()
     arguments.workloads = arguments.workloads.split(",")
     names, modes = arguments.variants.split(","), arguments.modes.split(",")
+    to_compile = [name for name in arguments.compile.split(",") if {"compile", "compiled_graph"} & set(modes)]
     for given, known in ((names, variants), (modes, MODES), (arguments.workloads, tuple(WORKLOADS))):
         if unknown := set(given) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -380,11 +395,11 @@ def main() -> int:
             bench.row(name, "all", "all", absent=first_line(error))
             continue
         plain_modes(bench, [name], modes)
-        if name not in arguments.compile.split(","):
+        if name not in to_compile:
             del bench.models[name]
             bench.gather()
-    compiled_modes(bench, [name for name in arguments.compile.split(",") if name in bench.models], modes)
-    bench.save()
+    if to_compile:
+        compiled_modes(bench, [name for name in to_compile if name in bench.models], modes)
     return 0 if verdicts(bench) else 1
 
 

@@ -9,6 +9,7 @@ product knows that its weights are constant, so its loads overlap the first kern
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from hwkern._choice import config_for, tuned
 from hwkern._cuda import current_device, current_stream, extension, on_device
 from hwkern._fused import NORMS, _check_activation, _check_norm
 from hwkern._launch_cell import LaunchCell, cell_for, is_vector
+from hwkern._no_grad import implement
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
 from hwkern._tracing import dispatch_modes, profiling
+
+_KINDS = {code: kind for kind, code in NORMS.items()}
+_ACTIVATIONS = {code: activation for activation, code in ACTIVATIONS.items()}
 
 _lib = Library("hwkern", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -35,12 +40,6 @@ _lib.define(
 _lib.define(
     "activation_linear(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, "
     'str activation="silu", bool gated=False, Tensor? residual=None) -> Tensor',
-    tags=_TAGS,
-)
-_lib.define(
-    "norm_mlp(Tensor x, Tensor residual, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight, "
-    "Tensor? norm_bias, str kind, float eps, float offset, Tensor last_weight, Tensor last_scale, Tensor? last_bias, "
-    "str activation, bool gated) -> Tensor",
     tags=_TAGS,
 )
 
@@ -388,10 +387,30 @@ _lib.impl("activation_linear", _activation_cuda, "CUDA")
 _lib.impl("activation_linear", _activation_cpu, "CPU")
 
 
-def _norm_mlp(norm_linear: Any, activation_linear: Any) -> Any:
-    """One after the other, of one device: the bits of the two operators."""
+def _norm_linear_no_grad(norm_linear: Any) -> Callable[..., Tensor]:
+    """The bits of ``norm_linear`` without a residual; the norm by its code."""
 
-    def both(
+    def linear(
+        x: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        norm: int,
+        eps: float,
+        offset: float,
+    ) -> Tensor:
+        y, _ = norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, _KINDS[norm], eps, offset)
+        return y
+
+    return linear
+
+
+def _norm_mlp_no_grad(norm_linear: Any, activation_linear: Any) -> Callable[..., Tensor]:
+    """The bits of ``norm_linear`` with a residual, then ``activation_linear`` with the sum as its residual."""
+
+    def mlp(
         x: Tensor,
         residual: Tensor,
         weight: Tensor,
@@ -399,26 +418,30 @@ def _norm_mlp(norm_linear: Any, activation_linear: Any) -> Any:
         bias: Tensor | None,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
-        kind: str,
+        norm: int,
         eps: float,
         offset: float,
+        activation: int,
+        gated: bool,
         last_weight: Tensor,
         last_scale: Tensor,
         last_bias: Tensor | None,
-        activation: str,
-        gated: bool,
     ) -> Tensor:
+        kind = _KINDS[norm]
         y, h = norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, eps, offset, residual)
-        return activation_linear(y, last_weight, last_scale, last_bias, activation, gated, h)
+        return activation_linear(y, last_weight, last_scale, last_bias, _ACTIVATIONS[activation], gated, h)
 
-    return both
+    return mlp
 
 
-register_fake("hwkern::norm_mlp", _norm_mlp(_norm_fake, _activation_fake))
-_bare: Any = (_norm_cuda, _activation_cuda)  # the device is made current once
-_lib.impl("norm_mlp", on_device(_norm_mlp(*(call.__wrapped__ for call in _bare))), "CUDA")
-_lib.impl("norm_mlp", _norm_mlp(_norm_cpu, _activation_cpu), "CPU")
-_lib.impl("norm_mlp", fallthrough_kernel, "Autograd")
+_bare: Any = (_norm_cuda, _activation_cuda)
+_ways: tuple[Any, ...] = (
+    (_norm_fake, _activation_fake),
+    (_norm_cpu, _activation_cpu),
+    tuple(call.__wrapped__ for call in _bare),
+)
+implement("norm_linear_no_grad", *(_norm_linear_no_grad(norm) for norm, _ in _ways))
+implement("norm_mlp_no_grad", *(_norm_mlp_no_grad(*way) for way in _ways))
 
 # torch's own kernel for a missing gradient is one in Python, 7 µs of every call, and speaks in the backward pass only.
 _lib.impl("norm_linear", fallthrough_kernel, "Autograd")

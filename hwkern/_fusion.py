@@ -25,13 +25,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from hwkern import ops
+from hwkern._no_grad import preferred
 from hwkern._probe import both_ways, check, distance_problem, product_problem
 from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
-from hwkern.nn.merged import Merged, go_together, has_hooks, is_few
+from hwkern.nn.merged import Edge, Held, Merged, go_together, has_hooks, is_few
 
 _MEMBERS = (Int8Linear, Int8Conv1D, WeightOnlyInt8Linear, WeightOnlyInt8Conv1D)
 
@@ -86,13 +86,13 @@ class _FusedMlp(_Fused):
 class _FusedBlock(_Fused):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         f: BlockFusion = self._fusion
-        modules = self.__dict__["_modules"]
+        modules = cast(Any, self)._modules
         norm, mlp = modules[f.norm], modules[f.mlp]
         if args or not f.usable(norm, mlp, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
         last: MlpFusion = mlp._fusion
-        if is_compiling() and is_few(x):
+        if preferred() and is_few(x):
             given = norm._fusion.arguments(norm)
             return norm._fusion.readers.then(last.output, x, hidden_states, given, last.activation, last.gated)
         product, h = norm._fusion.run_sum(norm, x, hidden_states)
@@ -128,8 +128,13 @@ def _revive(mixin: type, base: type) -> Any:
     return cls.__new__(cls)
 
 
-@dataclass(eq=False)
-class NormFusion:
+class _Fusion(Held):
+    def __post_init__(self) -> None:
+        super().__init__()
+
+
+@dataclass(eq=False, repr=False)
+class NormFusion(_Fusion):
     """A norm and everything that reads it."""
 
     readers: Merged
@@ -172,8 +177,8 @@ class NormFusion:
         return f"norm -> {_names(self.readers)}"
 
 
-@dataclass(eq=False)
-class AttentionFusion:
+@dataclass(eq=False, repr=False)
+class AttentionFusion(_Fusion):
     """An attention whose projections read its argument."""
 
     readers: Merged
@@ -190,8 +195,8 @@ class AttentionFusion:
         return _names(self.readers)
 
 
-@dataclass(eq=False)
-class MlpFusion:
+@dataclass(eq=False, repr=False)
+class MlpFusion(_Fusion):
     """An MLP: its input layers, the activation, its output layer."""
 
     inputs: Merged
@@ -227,8 +232,8 @@ class MlpFusion:
         return f"{self.activation}{gate} -> {_names(self.output)}"
 
 
-@dataclass(eq=False)
-class DenseFusion:
+@dataclass(eq=False, repr=False)
+class DenseFusion(_Fusion):
     """A dense layer and its activation."""
 
     dense: Merged
@@ -252,8 +257,8 @@ class DenseFusion:
         return f"{_names(self.dense)} -> {self.activation}"
 
 
-@dataclass(eq=False)
-class BlockFusion:
+@dataclass(eq=False, repr=False)
+class BlockFusion(_Fusion):
     """A block of which the second norm and the MLP are fused: the residual goes through their kernels."""
 
     first: str
@@ -292,7 +297,7 @@ Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion | BlockFusion
 
 
 def _names(merged: Merged) -> str:
-    return "+".join(attribute for _, attribute, child in merged.edges if isinstance(child, Int8Linear))
+    return "+".join(e.attribute for e in merged.edges.values() if isinstance(e.child, Int8Linear))
 
 
 # ---- fuse and unfuse -----------------------------------------------------------------------------------------------
@@ -490,7 +495,7 @@ def _merged(
     root: nn.Module, paths: Sequence[str], grouped: set[int], passes: bool = True, quantized: bool = False
 ) -> Merged | None:
     """The layers at these paths as one; None when they are not all int8 layers that go together."""
-    edges: dict[str, tuple[nn.Module, str, nn.Module]] = {}
+    edges: dict[str, Edge] = {}
     members = []
     for path in paths:
         parent, below = root, ""
@@ -499,7 +504,7 @@ def _merged(
             if child is None:
                 return None
             below += f".{attribute}"
-            edges[below] = (parent, attribute, child)
+            edges[below] = Edge(parent, attribute, child)
             parent = child
         if type(parent) not in _MEMBERS:
             return None
@@ -508,7 +513,7 @@ def _merged(
     if (
         not go_together(members)
         or len({member.in_features for member in members}) > 1
-        or any(has_hooks(child) for _, _, child in edges.values())
+        or any(has_hooks(edge.child) for edge in edges.values())
         or any(id(t) in grouped or t.is_meta for t in tensors)
         or len({id(t) for t in tensors}) < len(tensors)
         or len({member.bias.dtype for member in members if member.bias is not None}) > 1

@@ -177,7 +177,7 @@ def _cuda_path(module: Int8Linear) -> str:
 def _fused(module: Int8Linear) -> str:
     if module._part is None:
         return ""
-    names = [attribute for _, attribute, child in module._part.merged.edges if isinstance(child, Int8Linear)]
+    names = [e.attribute for e in module._part.merged.edges.values() if isinstance(e.child, Int8Linear)]
     return f", one product for {'+'.join(names)}" if len(names) > 1 else ", fused with what lies before it"
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.library import Library, fallthrough_kernel, register_autograd, register_fake
+from torch.library import Library, register_autograd, register_fake
 
-from hwkern import _cpu, _weight_only
+from hwkern import _cpu, _no_grad, _weight_only
 from hwkern._autograd import gradients, linear_backward, remember, setup_linear
 from hwkern._checks import (
     ACTIVATIONS,
@@ -44,6 +44,7 @@ from hwkern._cuda import on_device as _on_device
 from hwkern._embedding import TableCell, eager_embedding, int8_embedding
 from hwkern._fused import NORMS, NormQuantized, activation_quantize, norm_quantize
 from hwkern._launch_cell import LaunchCell, cell_for
+from hwkern._no_grad import IN_CPP, linear_no_grad
 from hwkern._tensors import are_constant, contiguous, dtype_code, is_constant, pointer, rows
 from hwkern._tracing import compiles_inference, dispatch_modes, functorch_level, profiling, tracing_state
 from hwkern._weight_only import weight_only_linear
@@ -421,34 +422,24 @@ for _name, _on_cuda, _on_cpu in (
     _lib.impl(_name, _on_cpu, "CPU")
 
 
-# ---- for compiled inference: without the gradient's kernel, which is one in Python -----------------------------------
-
-
-_lib.define(
-    "linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, bool weight_only) -> Tensor", tags=_TAGS
-)
+# ---- for inference: without the gradient's kernel, which is one in Python --------------------------------------------
 
 
 def _linear_no_grad(int8: Callable[..., Tensor], weight_only: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The bits of ``int8_linear`` or ``weight_only_linear``, in x's dtype."""
 
     def linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, only: bool) -> Tensor:
-        floats = (x, weight_scale, bias)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floats):
-            raise NotImplementedError("linear_no_grad has no gradient: int8_linear and weight_only_linear have.")
         return (weight_only if only else int8)(x, weight, weight_scale, bias)
 
     return linear
 
 
-register_fake("hwkern::linear_no_grad", _linear_no_grad(_linear_fake, _weight_only._fake))
-_lib.impl(
+_no_grad.implement(
     "linear_no_grad",
-    _on_device(_linear_no_grad(_linear_cuda.__wrapped__, _weight_only._cuda.__wrapped__)),  # type: ignore[attr-defined]
-    "CUDA",
+    _linear_no_grad(_linear_fake, _weight_only._fake),
+    _linear_no_grad(_cpu.linear, _weight_only._cpu),
+    _linear_no_grad(_linear_cuda.__wrapped__, _weight_only._cuda.__wrapped__),  # type: ignore[attr-defined]
 )
-_lib.impl("linear_no_grad", _linear_no_grad(_cpu.linear, _weight_only._cpu), "CPU")
-_lib.impl("linear_no_grad", fallthrough_kernel, "Autograd")
 
 
 # ---- autograd: straight-through on the dequantized weight ----------------------------------------------------------
@@ -539,6 +530,11 @@ def eager_linear(
     would come of it.
     """
     if _is_plain(x, weight_scale, k):
+        if x.is_cuda and not tuned and _takes_cpp():
+            try:
+                return linear_no_grad(x, weight, weight_scale, bias, False)
+            except (ValueError, RuntimeError):  # the operator at the end speaks in torch's errors and in sentences
+                pass
         records = is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if x.is_cuda:
             known, seen = cell.holds(weight, weight_scale, bias), is_constant(weight)  # of an earlier call, both
@@ -550,8 +546,8 @@ def eager_linear(
             if records:
                 return _apply(x, bias, (weight, weight_scale), None)
             return _cpu.linear_unchecked(x, weight, weight_scale, bias, x.dtype)
-    if compiles_inference(x) and x.shape[-1] == k:
-        return torch.ops.hwkern.linear_no_grad.default(x, weight, weight_scale, bias, False)
+    if compiles_inference(x) and not tuned and x.shape[-1] == k:
+        return linear_no_grad(x, weight, weight_scale, bias, False)
     # The packed weight alone cannot tell K = 17 from K = 32. (Under torch.jit.trace sizes are tensors: not checked.)
     if tracing_state() is None and x.dim() > 0 and x.shape[-1] != k:
         raise ValueError(
@@ -566,22 +562,28 @@ def eager_weight_only(
 ) -> Tensor | None:
     """:func:`weight_only_linear` as ``WeightOnlyInt8Linear.forward`` calls it for up to ``most`` tokens on CUDA.
 
-    One allocation and one launch, where an operator has a dispatcher's way to go. None where that way must be gone:
-    gradients, other devices and dtypes, more tokens.
+    One allocation and one launch. None where the public operator must be called: gradients, other devices and dtypes,
+    more tokens.
     """
+    if not (_is_plain(x, weight_scale, k) and x.is_cuda and x.dtype is not torch.float32):
+        return None
+    shape = x.shape
+    m = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+    if m > most:
+        return None
+    if _takes_cpp():
+        try:
+            return linear_no_grad(x, weight, weight_scale, bias, True)
+        except (ValueError, RuntimeError):  # the public operator speaks in torch's errors and in sentences
+            return None
     if not (
-        _is_plain(x, weight_scale, k)
-        and x.is_cuda
-        and x.dtype is not torch.float32
-        and not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         and (cell.holds(weight, weight_scale, bias) or cell.read(weight, weight_scale, bias))
         and _fits_cuda(x, k, cell)
     ):
         return None
-    shape = x.shape
-    m = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
     n = cell.n
-    if not 0 < m <= most or n == 0:
+    if m == 0 or n == 0:
         return None
     y = x.new_empty((*shape[:-1], n))
     if x.is_contiguous():
@@ -615,6 +617,11 @@ def _is_plain(x: Tensor, weight_scale: Tensor, k: int) -> bool:
         and x.dtype in FLOATS
         and x.shape[-1:] == (k,)
     )
+
+
+def _takes_cpp() -> bool:
+    """Whether a plain CUDA tensor goes to the C++ operators: half the host time of a launch from Python."""
+    return IN_CPP and not is_grad_enabled() and not is_autocast_enabled("cuda")
 
 
 def _fits_cuda(x: Tensor, k: int, cell: LaunchCell) -> bool:

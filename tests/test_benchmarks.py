@@ -1120,46 +1120,47 @@ def test_the_llama_benchmark_on_the_cpu(load, monkeypatch, tmp_path, capsys):
     assert "seconds of the second plan" in capsys.readouterr().out
 
 
-def test_compiled_rows_come_by_group_and_workload_until_the_budget_ends(load, monkeypatch):
+def test_compiled_rows_come_by_group_and_workload_within_their_time(load, monkeypatch):
     pytest.importorskip("transformers")
     llama = load("llama")
-    asked = []
+    compiled: list[str] = []
+    called: list[str] = []
 
-    class Bench:
-        arguments = SimpleNamespace(budget=None)
-        ids = {"prefill": None, "decode": None}  # noqa: RUF012
-        models = {"bf16": "float", "planned": "int8", "torchao_fp8": "fp8"}  # noqa: RUF012
+    def compiles(name, **options):
+        compiled.append(name)
 
-        def measure(self, names, mode, wrap, workloads):
-            asked.append((names, mode, workloads))
-            wrap("bf16", workloads[0])
-            wrap(names[0], workloads[0])
+        def forward(ids, use_cache):
+            called.append(name)
+            if name == "fp8":  # a compilation that takes too long
+                time.sleep(20)
+            return (ids,)
 
-        def call(self, which, workload, forward):
-            assert forward == ("compiled", self.models[which])
+        return forward
 
-        graph = call
-
-        def row(self, name, workload, mode, **figures):
-            asked.append((name, workload, figures))
-
-        def save(self):
-            pass
-
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda m, **options: (compiled.append(m), ("compiled", m))[1])
-    bench = Bench()
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(
+        llama.never_slower, "graph", lambda forward, inputs: lambda: forward(inputs["input_ids"], use_cache=False)
+    )
+    monkeypatch.setattr(llama.never_slower, "in_turn", lambda calls, cuda: dict.fromkeys(calls, 0.5))
+    bench = llama.Bench.__new__(llama.Bench)
+    bench.arguments = SimpleNamespace(limit=0.2, budget=None)
+    bench.cuda, bench.rows, bench.save = False, [], lambda: None
+    bench.ids = {"prefill": torch.zeros(1), "decode": torch.zeros(1)}
+    bench.models = {"bf16": "float", "planned": "int8", "torchao_fp8": "fp8"}
+    bench.snr = {name: {"prefill": 30.0, "decode": 30.0} for name in bench.models}
     llama.compiled_modes(bench, ["planned", "torchao_fp8"], ["eager", "compile", "compiled_graph"])
-    modes = ("compile", "compiled_graph")
-    works = ("prefill", "decode")
-    assert asked == [([n], mode, [w]) for n in ("planned", "torchao_fp8") for w in works for mode in modes]
-    assert compiled == ["float", "int8"] * 2 + ["float", "fp8"] * 2  # one compilation for both modes
-    asked.clear()
+    modes, works = ("compile", "compiled_graph"), ("prefill", "decode")
+    rows = [(row["variant"], row["workload"], row["mode"]) for row in bench.rows]
+    assert rows == [(n, w, mode) for n in ("planned", "torchao_fp8") for w in works for mode in modes]
+    assert sorted(compiled) == ["float", "fp8", "int8"]  # once each: the other workload is another entry
+    assert [row["absent"] for row in bench.rows if "absent" in row] == ["TimeoutError: not ready after 0.2 s"] * 4
+    assert called.count("fp8") == len(works)  # its graphs were not tried
+    bench.rows.clear()
+    called.clear()
     bench.arguments.budget = -1.0
     llama.compiled_modes(bench, ["planned"], ["compile"])
-    assert asked == [("planned", w, {"absent": "no time left"}) for w in works]
-    llama.compiled_modes(bench, ["planned"], ["eager"])
-    assert len(asked) == 2
+    assert [row["absent"] for row in bench.rows] == ["TimeoutError: no time left"] * 2
+    assert called == []
 
 
 def test_targets_of_the_llama_benchmark_come_from_its_rows(load, capsys):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import hwkern
-from hwkern import _fused_linear, _fusion, ops, reference
+from hwkern import _fused_linear, _fusion, _no_grad, ops, reference
 from hwkern._recipes import Recipe
 from hwkern.nn import Int8Linear
 from hwkern.nn.merged import EPILOGUE_TOKENS, Merged
@@ -115,11 +115,15 @@ def _on_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Merged, "everywhere", True)
 
 
+# A block's second norm and its MLP, for few tokens.
+FEW = ["then"] if _no_grad.IN_CPP else ["after_sum", "after_activation"]
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The fused operations that run, in order."""
     seen: list[str] = []
-    for name in ("linear", "activated", "after_norm", "after_sum", "after_activation"):
+    for name in ("linear", "activated", "after_norm", "after_sum", "after_activation", "then"):
         original = getattr(Merged, name)
 
         def spy(self: Merged, *args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
@@ -202,11 +206,79 @@ def test_the_mlp_in_one_operator_has_the_bits_of_two(dtype: torch.dtype, gated: 
     given = (norm, None, "rms", 1e-5, 1.0)
     y, h = _fused_linear.norm_linear(x, weight, scale, bias, *given, residual)
     want = _fused_linear.activation_linear(y, last, last_scale, None, "silu", gated, h)
-    arguments = (x, residual, weight, scale, bias, *given, last, last_scale, None, "silu", gated)
-    assert torch.equal(torch.ops.hwkern.norm_mlp.default(*arguments), want)
-    torch.library.opcheck(torch.ops.hwkern.norm_mlp.default, arguments, test_utils=("test_schema", "test_faketensor"))
-    with pytest.raises(NotImplementedError, match="no gradient"):
-        torch.ops.hwkern.norm_mlp.default(x.requires_grad_(), *arguments[1:])
+    codes = (norm, None, ops.NORMS["rms"], 1e-5, 1.0, ops.ACTIVATIONS["silu"], gated)
+    arguments = (x, residual, weight, scale, bias, *codes, last, last_scale, None)
+    call = torch.ops.hwkern.norm_mlp_no_grad.default
+    with torch.no_grad():
+        assert torch.equal(call(*arguments), want)
+        strided = (torch.cat((t, t), -1)[..., :k] for t in (x, residual))
+        assert torch.equal(call(*strided, *arguments[2:]), want)
+        torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        call(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_rounded"])
+def test_the_norm_s_operator_of_inference_has_the_bits_of_the_public_one(
+    dtype: torch.dtype, kind: str, device: str
+) -> None:
+    k = 100
+    weight, scale = weights(48, k, device)
+    gain, bias = torch.randn(k, device=device).to(dtype), torch.randn(48, device=device).to(dtype)
+    shift = gain.flip(0) if kind == "layer" else None
+    call = torch.ops.hwkern.norm_linear_no_grad.default
+    wide = torch.randn(6, 2 * k, device=device).to(dtype)
+    every_other = torch.stack((bias, bias), 1)[:, 0]  # stride 2
+    for x in (wide[:, :k], wide[::2, k:], wide[:0, :k], wide[:, :k].reshape(2, 3, k).transpose(0, 1), wide[0, :k]):
+        want, _ = _fused_linear.norm_linear(x, weight, scale, bias, gain, shift, kind, 1e-5)
+        with torch.no_grad():
+            got = call(x, weight, scale, every_other, gain, shift, ops.NORMS[kind], 1e-5, 0.0)
+        assert got.shape == want.shape
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of_it() -> None:
+    if not _no_grad.IN_CPP:
+        pytest.skip("this torch has no stable C functions: the operators are Python")
+    weight, scale = weights(48, 64, "cuda")
+    x = torch.randn(2, 64, device="cuda")
+    linear, norm = torch.ops.hwkern.linear_no_grad.default, torch.ops.hwkern.norm_linear_no_grad.default
+    mlp = torch.ops.hwkern.norm_mlp_no_grad.default
+    one, two = torch.ones(48, device="cuda"), torch.ones(64, device="cuda")
+    last, last_scale = weights(64, 48, "cuda")
+    plain = (None, two, None, ops.NORMS["rms"], 1e-5, 0.0, ops.ACTIVATIONS["silu"])
+    wrong: list[tuple[Any, tuple[Any, ...], str]] = [
+        (linear, (x[:, :40], weight, scale, None, False), "K16"),
+        (linear, (x, weight.cpu(), scale, None, False), "one device"),
+        (linear, (x, weight, scale.cpu(), None, False), "one device"),
+        (linear, (x, weight, scale.double(), None, False), "float32"),
+        (linear, (x, weight, scale, one[:40], False), "one element per row"),
+        (linear, (x, weight.float(), scale, None, False), "int8"),
+        (linear, (x.double(), weight, scale, None, False), "float32, float16 or bfloat16"),
+        (linear, (x[0, 0], weight, scale, None, False), "scalar"),
+        (norm, (x, weight, scale, None, one, None, 1, 1e-5, 0.0), "one element per row"),
+        (norm, (x, weight, scale, None, torch.ones(64, 2, device="cuda")[:, 0], None, 1, 1e-5, 0.0), "contiguous"),
+        (mlp, (x, x.half(), weight, scale, *plain, False, last, last_scale, None), "residual"),
+        (mlp, (x, x[:1], weight, scale, *plain, False, last, last_scale, None), "residual"),
+        (mlp, (x, x, weight, scale, *plain, True, last, last_scale, None), "K16"),
+        (mlp, (x, x, weight, scale, *plain, False, *weights(32, 48, "cuda"), None), "the last layer's outputs"),
+    ]
+    with torch.no_grad():
+        for call, arguments, sentence in wrong:
+            with pytest.raises(ValueError, match=sentence):
+                call(*arguments)
+        del wrong, arguments
+        held = [t.untyped_storage() for t in (x, weight, scale, one, two, last, last_scale)]
+        counts = [torch._C._storage_Use_Count(s._cdata) for s in held]
+        assert counts == [2] * len(held)  # the tensor, and the storage in `held`
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            linear(x, weight, scale, None, False), norm(x, weight, scale, None, two, None, 1, 1e-5, 0.0)
+            mlp(x, x, weight, scale, *plain, False, last, last_scale, None)
+        assert torch.cuda.memory_allocated() == before
 
 
 def test_a_wrong_weight_and_a_gradient_are_sentences(device: str) -> None:
@@ -319,7 +391,7 @@ def test_the_fused_path_runs_and_launches_less(calls: list[str]) -> None:
     patched(model)
     calls.clear()
     run(model, inputs_of(model))
-    assert calls == ["after_norm", "after_sum", "after_activation"]
+    assert calls == ["after_norm", *FEW]
     model = FAMILIES["bert"][0]()
     patched(model)
     calls.clear()
@@ -558,7 +630,7 @@ def test_asking_for_hidden_states_gives_them_and_leaves_the_model_fused(calls: l
     with torch.inference_mode():
         got = model(**inputs, output_hidden_states=True).hidden_states
         again = model(**inputs, output_hidden_states=True).hidden_states
-    assert calls == ["after_norm", "after_sum", "after_activation"] * 2
+    assert calls == ["after_norm", *FEW] * 2
     _fusion.unfuse(model)
     with torch.inference_mode():
         want = model(**inputs, output_hidden_states=True).hidden_states
@@ -609,7 +681,7 @@ def test_a_replaced_layer_is_called(calls: list[str]) -> None:
     calls.clear()
     torch.testing.assert_close(run(model, inputs), want, rtol=1e-3, atol=1e-3)
     assert attention.q_proj.seen == HIDDEN
-    assert calls == ["after_sum", "after_activation"]  # the MLP's
+    assert calls == FEW
 
 
 def test_a_layer_called_by_itself_takes_its_own_input() -> None:
@@ -815,8 +887,8 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert torch.equal(run(compiled, inputs), want)
     if "norm" in "".join(FAMILIES[family][1]):
-        assert "hwkern.norm_linear.default" in names
-        assert {"hwkern.activation_linear.default", "hwkern.norm_mlp.default"} & names
+        assert "hwkern.norm_linear_no_grad.default" in names
+        assert {"hwkern.activation_linear.default", "hwkern.norm_mlp_no_grad.default"} & names
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
@@ -834,6 +906,53 @@ def test_merged_weights_have_fixed_addresses_so_that_graphs_need_not_copy_them()
     run(torch.compile(model, fullgraph=True, backend=backend), inputs_of(model))
     assert len(fixed) > 10
     assert all(fixed)
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+def test_a_compiled_fused_model_sees_a_replaced_weight() -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    before = run(compiled, inputs)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.roll(1, 0), requires_grad=False)
+    layer.weight_scale = layer.weight_scale * 3
+    got = run(compiled, inputs)
+    _fusion.unfuse(model)
+    assert not torch.equal(got, before)
+    torch.testing.assert_close(got, run(model, inputs), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on guards pass over what holds only modules, dicts, tensors and constants, all of it at once."""
+    wrapper = getattr(pytest.importorskip("torch._dynamo.guards"), "GuardManagerWrapper", None)
+    if not hasattr(wrapper, "find_tag_safe_roots"):
+        pytest.skip("this torch looks at every attribute in any case")
+    roots: list[Any] = []
+    finalize = wrapper.finalize
+    monkeypatch.setattr(wrapper, "finalize", lambda self: (roots.append(self.root), finalize(self)))
+    model = llama()
+    patched(model)
+    run(torch.compile(model, fullgraph=True, backend="eager"), inputs_of(model))
+
+    def look(manager: Any) -> Iterator[tuple[str, type]]:
+        if hasattr(manager, "get_key_value_managers"):  # of a dict; plain managers beside it
+            below = [m for pair in manager.get_key_value_managers().values() for m in pair if m is not None]
+        else:
+            below = manager.get_child_managers()
+        for one in below:
+            yield one.get_source(), one.get_type_of_guarded_value()
+            yield from look(one)
+
+    inside = {source: kind for root in roots for source, kind in look(root) if "['layers']" in source}
+    assert any("_fusion" in source for source in inside)
+    assert any("_part" in source for source in inside)
+    plain = (nn.Module, Tensor, dict, str, int, float, type, type(None))
+    # What transformers' own checkpointing wrapper reads of the block's class belongs to float models too.
+    odd = {s: kind for s, kind in inside.items() if not issubclass(kind, plain) and "type(" not in s}
+    assert odd == {}
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
@@ -858,7 +977,7 @@ def test_compiling_is_not_taken_for_exporting(monkeypatch: pytest.MonkeyPatch) -
         return graph.forward
 
     run(torch.compile(model, fullgraph=True, backend=backend), inputs_of(model))
-    few = ["hwkern.norm_linear.default", "hwkern.linear_no_grad.default", "hwkern.norm_mlp.default"]
+    few = [f"hwkern.{name}_no_grad.default" for name in ("norm_linear", "linear", "norm_mlp")]
     assert names == few
     names.clear()
     many = {"input_ids": torch.randint(3, 99, (1, EPILOGUE_TOKENS + 1))}

@@ -13,7 +13,7 @@ import torch
 from kernel_helpers import FLOATS, same_bits
 from torch import Tensor
 
-from hwkern import _cpu, _launch_cell, ops, reference
+from hwkern import _cpu, _launch_cell, _native, _no_grad, ops, reference
 
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=str)
 
@@ -437,8 +437,15 @@ def test_a_layer_s_weight_counts_as_constant_from_its_second_call_on(monkeypatch
     assert launched == [False, True, True] * 2
 
 
+def test_the_operators_of_inference_are_in_cpp_where_torch_has_what_they_call():
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    native = _native.extension()
+    assert _no_grad.IN_CPP == (native.built_with_cuda and torch.version.cuda is not None and version >= (2, 10))
+    assert not native.register_torch_ops("/nowhere/libtorch_cpu.so", "/nowhere/libtorch_cuda.so")
+
+
 @pytest.mark.parametrize("only", [False, True])
-def test_the_operator_of_compiled_inference_has_the_bits_of_the_differentiable_ones(device: str, only: bool):
+def test_the_operator_of_inference_has_the_bits_of_the_differentiable_ones(device: str, only: bool):
     x = torch.randn(5, 70, device=device, dtype=torch.bfloat16)
     weight, scale = ops.pad_weight(torch.randint(-127, 128, (48, 70), dtype=torch.int8)).to(device), torch.rand(48)
     scale, bias = scale.to(device), torch.randn(48, device=device)
@@ -447,10 +454,8 @@ def test_the_operator_of_compiled_inference_has_the_bits_of_the_differentiable_o
         want = (ops.weight_only_linear if only else ops.int8_linear)(x, weight, scale, bias)
         assert torch.equal(call(x, weight, scale, bias, only), want)
         torch.library.opcheck(call, (x, weight, scale, bias, only), test_utils=("test_schema", "test_faketensor"))
-    with pytest.raises(NotImplementedError, match="has no gradient"):
-        call(x, weight, scale.detach().requires_grad_(), bias, only)
-    with pytest.raises(NotImplementedError, match="has no gradient"):
-        call(x.requires_grad_(), weight, scale, bias, only)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        call(x, weight, scale, bias, only)
 
 
 @pytest.mark.gpu

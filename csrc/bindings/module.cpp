@@ -12,6 +12,8 @@ void bind_embedding(py::module_& m);
 
 void bind_fused(py::module_& m);
 
+void bind_torch_ops(py::module_& m);
+
 void bind_weight_only(py::module_& m);
 
 namespace {
@@ -230,4 +232,5 @@ PYBIND11_MODULE(_C, m) {
 
   bind_embedding(m);
   bind_fused(m);
+  bind_torch_ops(m);
 }

@@ -166,6 +166,11 @@ class Int8Linear(PackedLayer):
             self._part.moved()
         return self
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if self._part is not None and name in ("weight", "weight_scale", "bias"):
+            self._part.moved()
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self._part is not None:

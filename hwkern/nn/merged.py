@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from hwkern import _fused_linear, ops
+from hwkern._no_grad import norm_linear_no_grad, norm_mlp_no_grad, preferred
 from hwkern._tracing import exporting, functorch_level, tracing_state
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
@@ -25,7 +26,26 @@ from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
 _LOCK = threading.Lock()
 
 
-class Merged:
+class Held(nn.Module):
+    """What a module holds beside its children: never registered as one, with all of its own attributes in ``__dict__``.
+
+    A module only in torch.compile's eyes, whose guards pass over a module without looking as long as nothing was set in
+    it; an object of any other class is looked through attribute by attribute at every call, and so is all above it.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+
+class Edge(Held):
+    """``parent.attribute`` is ``child``."""
+
+    def __init__(self, parent: nn.Module, attribute: str, child: nn.Module) -> None:
+        super().__init__()
+        self.parent, self.attribute, self.child = parent, attribute, child
+
+
+class Merged(Held):
     """One or more int8 layers with the same inputs, computed as one.
 
     Attributes:
@@ -41,14 +61,13 @@ class Merged:
 
     everywhere = False
 
-    def __init__(
-        self, edges: Sequence[tuple[nn.Module, str, nn.Module]], passes: bool = True, quantized: bool = False
-    ) -> None:
-        """``edges``: (parent, attribute, child) of each module that the tensor goes through, the layers among them."""
-        members = [child for _, _, child in edges if isinstance(child, Int8Linear)]
+    def __init__(self, edges: Sequence[Edge], passes: bool = True, quantized: bool = False) -> None:
+        """``edges``: to each module that the tensor goes through, the layers among them."""
+        super().__init__()
+        members = [edge.child for edge in edges if isinstance(edge.child, Int8Linear)]
         self.members = tuple(members)
         self.passes = passes
-        self.edges = tuple(edges)
+        self.edges = dict(enumerate(edges))
         self.k = members[0].in_features
         self.n = sum(member.out_features for member in members)
         self.few = few_tokens(members, quantized)
@@ -68,7 +87,7 @@ class Merged:
         stop = 0
         for member in self.members:
             start, stop = stop, stop + member.out_features
-            member._part = Part(self, start, stop)
+            member.__dict__["_part"] = Part(self, start, stop)
 
     def release(self) -> None:
         """The members are on their own again."""
@@ -142,8 +161,8 @@ class Merged:
         )
 
     def _intact(self) -> bool:
-        for parent, attribute, child in self.edges:
-            if parent._modules.get(attribute) is not child or has_hooks(child):
+        for edge in self.edges.values():
+            if edge.parent._modules.get(edge.attribute) is not edge.child or has_hooks(edge.child):
                 return False
         return True
 
@@ -174,8 +193,10 @@ class Merged:
         if self.in_float(x):
             y: Any = ops.norm_quantize(x, norm_weight, norm_bias, None, None, kind, eps, offset, True).y
             return weight_only(y, weight, scale, bias, self.k, self.cell)
+        code = ops.NORMS[kind]
+        if preferred():
+            return norm_linear_no_grad(x, weight, scale, bias, norm_weight, norm_bias, code, eps, offset)
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
-            code = ops.NORMS[kind]
             return _fused_linear.launch_norm_linear(x, weight, self.cell, norm_weight, norm_bias, code, eps, offset)
         return _fused_linear.norm_linear(x, weight, scale, bias, norm_weight, norm_bias, kind, eps, offset)[0]
 
@@ -208,14 +229,16 @@ class Merged:
         activation: str,
         gated: bool,
     ) -> Tensor:
-        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens, while compiling, W8A8 alone.
+        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens, where `preferred`, W8A8 alone.
 
-        One operator: each has a dispatcher's way to go, which is what a compiled decoding step spends its time on.
+        One operator: each has a dispatcher's way to go, which is what a decoding step spends its time on.
         """
         weight, scale, bias = self._read()
-        return torch.ops.hwkern.norm_mlp.default(
-            x, residual, weight, scale, bias, *norm, *last._read(), activation, gated
-        )
+        norm_weight, norm_bias, kind, eps, offset = norm
+        return norm_mlp_no_grad(
+            x, residual, weight, scale, bias, norm_weight, norm_bias, ops.NORMS[kind], eps, offset,
+            ops.ACTIVATIONS[activation], gated, *last._read(),
+        )  # fmt: skip
 
     def after_activation(self, x: Tensor, activation: str, gated: bool, residual: Tensor | None = None) -> Tensor:
         """``linear(activation(x)) + residual``, or of ``activation(x[..., :K]) * x[..., K:]``. W8A8 alone."""
@@ -229,30 +252,19 @@ class Merged:
         return self.weight, self.scale, self.bias  # type: ignore[return-value]  # `usable` was asked first
 
 
-class Part:
+class Part(Held):
     """Which columns of a :class:`Merged` are a member's; ``n`` is the width by which it knows the product."""
 
-    __slots__ = ("merged", "n", "start", "stop")
-
     def __init__(self, merged: Merged, start: int, stop: int) -> None:
+        super().__init__()
         self.merged, self.start, self.stop = merged, start, stop
         self.n = merged.n if merged.passes else -1
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _part, (), (self.merged, self.start, self.stop, self.n)
-
-    def __setstate__(self, state: tuple[Merged, int, int, int]) -> None:
-        self.merged, self.start, self.stop, self.n = state
 
     def moved(self) -> None:
         """A member's tensors were replaced: merge them anew, once all of them are in their new place."""
         merged = self.merged
         if not merged.fresh():
             merged.merge()
-
-
-def _part() -> Part:
-    return Part.__new__(Part)
 
 
 def _join(tensors: Sequence[Tensor]) -> nn.Parameter:
@@ -311,10 +323,12 @@ def has_hooks(module: nn.Module) -> bool:
 
     The hooks that transformers leaves in a model once it was asked for hidden states look at outputs only.
     """
-    d = module.__dict__
-    if d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"] or "forward" in d:
+    # Not from __dict__, where torch.compile would put guards on the dicts; on empty hooks it puts none.
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
-    hooks = d["_forward_hooks"]
+    if "forward" in module.__dict__:
+        return True
+    hooks = module._forward_hooks
     return bool(hooks) and any(_module_of(hook) != "transformers.utils.output_capturing" for hook in hooks.values())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hwkern import ops
+from hwkern._no_grad import linear_no_grad
 from hwkern._tracing import compiles_inference
 from hwkern.nn.conv1d import Int8Conv1D
 from hwkern.nn.linear import Int8Linear
@@ -84,7 +85,7 @@ def weight_only(
     # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
     if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)):
         if compiles_inference(x):
-            return torch.ops.hwkern.linear_no_grad.default(x, weight, weight_scale, bias, True)
+            return linear_no_grad(x, weight, weight_scale, bias, True)
         return ops.weight_only_linear(x, weight, weight_scale, bias)
     w = ops.dequantize(weight, weight_scale, 0, dtype)[:, :k]
     return F.linear(x.to(dtype), w, None if bias is None else bias.to(dtype))

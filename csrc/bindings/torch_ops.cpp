@@ -1,0 +1,453 @@
+// The operators of compiled inference (hwkern/_no_grad.py) as kernels of torch's dispatcher. A compiled decoding step is
+// bound by the host, and an operator in Python takes 15–25 µs of it; one of these takes its launches and 3 µs.
+//
+// Nothing of torch is needed to build this: torch 2.10 and newer promise the C functions below not to change (its stable
+// ABI), and they are looked up in the libraries that the process has loaded. A kernel gets its arguments in 64 bits
+// each, owns the tensors among them, and leaves its result in the first place. It runs without the GIL.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/call.h"
+#include "core/status.h"
+
+namespace py = pybind11;
+using namespace hwkern;
+
+namespace {
+
+using Value = uint64_t;  // torch's StableIValue
+struct TorchTensor;
+struct TorchLibrary;
+struct TorchGuard;
+using Kernel = void(Value* arguments, uint64_t inputs, uint64_t outputs);
+constexpr Value kTorchAbi = Value{2} << 56 | Value{10} << 48;  // this file speaks as torch 2.10 did
+
+// Every function returns 0, or an error that has been printed; the few that cannot fail return their result.
+struct Torch {
+  int32_t (*delete_tensor)(TorchTensor*);
+  int32_t (*data_ptr)(TorchTensor*, void**);
+  int32_t (*dim)(TorchTensor*, int64_t*);
+  int32_t (*sizes)(TorchTensor*, int64_t**);
+  int32_t (*strides)(TorchTensor*, int64_t**);
+  int32_t (*dtype)(TorchTensor*, int32_t*);
+  int32_t (*device_type)(TorchTensor*, int32_t*);
+  int32_t (*device_index)(TorchTensor*, int32_t*);
+  int32_t (*is_contiguous)(TorchTensor*, bool*);
+  int32_t (*empty_strided)(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, TorchTensor**);
+  int32_t (*copy)(TorchTensor*, TorchTensor*, int32_t);
+  bool (*grad_mode)();
+  int32_t (*cuda)();
+  int32_t (*int8)();
+  int32_t (*float32)();
+  int32_t (*float16)();
+  int32_t (*bfloat16)();
+  int32_t (*init_impl)(const char*, const char*, const char*, uint32_t, TorchLibrary**);
+  int32_t (*impl)(TorchLibrary*, const char*, Kernel*, uint64_t);
+  int32_t (*stream)(int32_t, void**);
+  int32_t (*create_guard)(int32_t, TorchGuard**);
+  int32_t (*delete_guard)(TorchGuard*);
+  int32_t (*delete_value)(Value*);  // from torch 2.13 on
+} torch;
+
+void check(int32_t error) {
+  if (error) throw std::runtime_error("hwkern: torch refused a call; its own message is on stderr.");
+}
+
+void check(Status status) {
+  if (status.code == StatusCode::kInvalidArgument) throw std::invalid_argument(status.what);
+  if (!status.ok()) throw std::runtime_error(status.what);
+}
+
+void require(bool condition, const char* sentence) {
+  if (!condition) throw std::invalid_argument(sentence);
+}
+
+// ---- tensors ---------------------------------------------------------------------------------------------------------
+
+struct Delete {
+  void operator()(TorchTensor* t) const { torch.delete_tensor(t); }
+  void operator()(TorchGuard* g) const { torch.delete_guard(g); }
+};
+
+// A tensor that this file owns, or none.
+struct Tensor {
+  std::unique_ptr<TorchTensor, Delete> handle;
+  void* data = nullptr;
+  int64_t dim = 0;
+  int64_t* sizes = nullptr;
+  int64_t* strides = nullptr;
+  int32_t dtype = 0, device_type = 0, device = 0;
+  bool contiguous = false;
+
+  Tensor() = default;
+  explicit Tensor(TorchTensor* owned) : handle(owned) {
+    check(torch.data_ptr(owned, &data));
+    check(torch.dim(owned, &dim));
+    check(torch.sizes(owned, &sizes));
+    check(torch.strides(owned, &strides));
+    check(torch.dtype(owned, &dtype));
+    check(torch.device_type(owned, &device_type));
+    check(torch.device_index(owned, &device));
+    check(torch.is_contiguous(owned, &contiguous));
+  }
+  explicit operator bool() const { return handle != nullptr; }
+};
+
+Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, int32_t device) {
+  std::vector<int64_t> strides(dim);
+  for (int64_t i = dim, stride = 1; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  TorchTensor* t;
+  // torch has said on stderr how much it wanted; who catches its error looks for these words.
+  if (torch.empty_strided(dim, sizes, strides.data(), dtype, torch.cuda(), device, &t))
+    throw std::runtime_error("CUDA out of memory. (torch has no room for a result or the workspace of hwkern.)");
+  return Tensor(t);
+}
+
+Tensor copy_of(const Tensor& t) {
+  Tensor copy = empty(t.sizes, t.dim, t.dtype, t.device);
+  check(torch.copy(copy.handle.get(), t.handle.get(), /*non_blocking=*/0));
+  return copy;
+}
+
+DType dtype_of(const Tensor& t) {
+  if (!t || t.dtype == torch.float32()) return DType::kFloat32;
+  if (t.dtype == torch.float16()) return DType::kFloat16;
+  if (t.dtype == torch.bfloat16()) return DType::kBFloat16;
+  throw std::invalid_argument("hwkern takes float32, float16 or bfloat16.");
+}
+
+// The arguments of one call. `kinds` says what they are: t tensor, o optional tensor, v value. Every tensor is owned from
+// the start, so that none leaks when an argument before it is refused.
+class Arguments {
+ public:
+  Arguments(Value* values, const char* kinds) : values_(values) {
+    for (size_t i = 0; kinds[i]; ++i) {
+      if (kinds[i] == 't') owned_[i].reset(reinterpret_cast<TorchTensor*>(values[i]));
+      auto* boxed = kinds[i] == 'o' ? reinterpret_cast<Value*>(values[i]) : nullptr;
+      if (!boxed) continue;
+      owned_[i].reset(reinterpret_cast<TorchTensor*>(*boxed));
+      if (torch.delete_value)
+        torch.delete_value(boxed);
+      else
+        delete boxed;
+    }
+  }
+
+  Tensor tensor() {
+    TorchTensor* t = owned_[index_].release();
+    ++index_;
+    return t ? Tensor(t) : Tensor();
+  }
+  int64_t integer() { return static_cast<int64_t>(values_[index_++]); }
+  bool boolean() { return (values_[index_++] & 0xff) != 0; }
+  float number() {
+    double value;
+    std::memcpy(&value, &values_[index_++], sizeof value);
+    return static_cast<float>(value);
+  }
+
+ private:
+  const Value* values_;
+  size_t index_ = 0;
+  std::array<std::unique_ptr<TorchTensor, Delete>, 16> owned_;
+};
+
+// ---- what the operators are made of ----------------------------------------------------------------------------------
+
+// x [..., K]: rows of unit stride at one distance.
+struct Rows {
+  Tensor t;
+  int64_t m = 1, k = 0, ld = 0;
+
+  explicit Rows(Tensor given) : t(std::move(given)) {
+    require(t.dim > 0, "x is a scalar: hwkern needs at least one dimension, [..., K].");
+    if (!t.contiguous && !(t.dim == 2 && t.strides[1] == 1 && t.strides[0] >= t.sizes[1])) t = copy_of(t);
+    for (int64_t i = 0; i + 1 < t.dim; ++i) m *= t.sizes[i];
+    k = t.sizes[t.dim - 1];
+    ld = t.contiguous ? k : t.strides[0];
+  }
+  // An output of n columns.
+  Tensor output(int64_t n) const {
+    std::vector<int64_t> sizes(t.sizes, t.sizes + t.dim);
+    sizes.back() = n;
+    return empty(sizes.data(), t.dim, t.dtype, t.device);
+  }
+};
+
+void require_vector(const Tensor& t, int64_t n, const Tensor& x) {
+  if (!t) return;
+  require(t.device_type == x.device_type && t.device == x.device, "hwkern needs all tensors on one device.");
+  require(t.dim == 1 && t.sizes[0] == n, "a scale, bias or norm vector does not have one element per row or column.");
+  dtype_of(t);
+}
+
+// One layer's weight [N, K16], scale [N] and bias [N] or none, for an x of k columns; copies where the kernels could not
+// read them as they are.
+struct Layer {
+  Tensor weight, scale, bias;
+  int64_t n, k, columns;
+  bool copied = false;
+
+  Layer(Arguments& arguments, int64_t k, const Tensor& x)
+      : weight(arguments.tensor()),
+        scale(arguments.tensor()),
+        bias(arguments.tensor()),
+        k(k),
+        columns(round_up(k, kRowAlignment)) {
+    require(k >= 1 && k <= kMaxK, "the last dimension K must be in 1 … 2**17 - 1.");
+    require(
+        weight.dtype == torch.int8() && weight.dim == 2 && weight.sizes[1] == columns,
+        "a weight must be int8 [N, K16], K rounded up to 16: check x's last dimension, or use hwkern.ops.pad_weight.");
+    require(weight.device_type == x.device_type && weight.device == x.device,
+            "hwkern needs all tensors on one device.");
+    require(scale.dtype == torch.float32(), "a weight's scale must be float32.");
+    n = weight.sizes[0];
+    require_vector(scale, n, x);
+    require_vector(bias, n, x);
+    copy_unless(weight.contiguous && is_aligned(weight.data, kRowAlignment), weight);
+    copy_unless(scale.contiguous, scale);
+    copy_unless(!bias || bias.contiguous, bias);
+  }
+
+ private:
+  void copy_unless(bool readable, Tensor& t) {
+    if (!readable) t = copy_of(t), copied = true;
+  }
+};
+
+// Whether this weight belonged to an earlier call, so that a kernel may read it before its predecessor ends (hwkern.h,
+// weight_is_constant). One place for each hash of an address: forgetting is safe.
+bool seen(const void* weight) {
+  static std::array<std::atomic<const void*>, 4096> places{};
+  const uint64_t hash = reinterpret_cast<uintptr_t>(weight) * 0x9E3779B97F4A7C15u;
+  return places[hash >> 52].exchange(weight, std::memory_order_relaxed) == weight;
+}
+
+struct NormOf {
+  Tensor weight, bias;
+  Norm kind;
+  float eps, offset;
+
+  NormOf(Arguments& arguments, int64_t k, const Tensor& x)
+      : weight(arguments.tensor()),
+        bias(arguments.tensor()),
+        kind(static_cast<Norm>(arguments.integer())),
+        eps(arguments.number()),
+        offset(arguments.number()) {
+    for (const Tensor* t : {&weight, &bias}) {
+      require_vector(*t, k, x);
+      // A copy would be written by the kernel before the norm's, which that may not read (hwkern.h, NormQuantize).
+      require(!*t || t->contiguous, "a norm's weight and bias must be contiguous.");
+    }
+  }
+};
+
+// The GPU and the stream of a call.
+struct Place {
+  std::unique_ptr<TorchGuard, Delete> guard;
+  Stream stream;
+
+  explicit Place(const Tensor& x) {
+    if (torch.grad_mode())
+      throw std::runtime_error("This operator of hwkern has no gradient: call it under torch.no_grad().");
+    require(x.device_type == torch.cuda(), "hwkern needs all tensors on one device.");
+    TorchGuard* created;
+    check(torch.create_guard(x.device, &created));
+    guard.reset(created);
+    void* current;
+    check(torch.stream(x.device, &current));
+    stream = static_cast<Stream>(current);
+  }
+};
+
+int64_t workspace_of(const Rows& x, const Layer& layer) {
+  return static_cast<int64_t>(linear_workspace_bytes(x.m, layer.k));
+}
+
+Tensor bytes(int64_t count, const Tensor& x) { return empty(&count, 1, torch.int8(), x.device); }
+
+// The product of m quantized rows, which lie in `workspace` as a Linear's do.
+Gemm product(int8_t* workspace, int64_t m, const Layer& layer, void* y, DType dtype) {
+  Gemm p{};
+  p.a = workspace, p.lda = layer.columns;
+  p.scale_m = reinterpret_cast<float*>(workspace + m * layer.columns);
+  p.b = static_cast<int8_t*>(layer.weight.data), p.ldb = layer.columns, p.b_is_constant = true;
+  p.scale_n = static_cast<float*>(layer.scale.data);
+  p.bias = layer.bias.data, p.bias_dtype = dtype_of(layer.bias);
+  p.d = y, p.ldd = layer.n, p.d_dtype = dtype;
+  p.m = m, p.n = layer.n, p.k = layer.k;
+  return p;
+}
+
+// y = layer(norm(h)) of h = x + residual, or of x.
+void norm_product(const Rows& x, const Rows* residual, const NormOf& norm, const Layer& layer, int8_t* workspace,
+                  void* h, void* y, Stream stream) {
+  const DType dtype = dtype_of(x.t);
+  NormQuantize p{};
+  p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype;
+  if (residual) p.residual = residual->t.data, p.ldr = residual->ld;
+  p.weight = norm.weight.data, p.weight_dtype = dtype_of(norm.weight);
+  p.bias = norm.bias.data, p.bias_dtype = dtype_of(norm.bias);
+  p.h = h, p.ldh = p.ldy = x.k;
+  p.q = workspace, p.ldq = layer.columns;
+  p.scale = reinterpret_cast<float*>(workspace + x.m * layer.columns);
+  p.m = x.m, p.k = x.k;
+  p.eps = norm.eps, p.offset = norm.offset, p.norm = norm.kind;
+  check(norm_quantize(p, stream));
+  check(gemm(product(workspace, x.m, layer, y, dtype), kChoose, stream));
+}
+
+// ---- the operators ---------------------------------------------------------------------------------------------------
+
+// linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, bool weight_only) -> Tensor
+Tensor linear_no_grad(Arguments& arguments) {
+  const Rows x(arguments.tensor());
+  const Layer layer(arguments, x.k, x.t);
+  const bool weight_only = arguments.boolean();
+  const Place place(x.t);
+  Tensor y = x.output(layer.n);
+  if (x.m == 0 || layer.n == 0) return y;
+  const auto fill = [&](auto& p) {
+    p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype_of(x.t);
+    p.weight = static_cast<int8_t*>(layer.weight.data), p.ldb = layer.columns;
+    p.weight_scale = static_cast<float*>(layer.scale.data);
+    p.weight_is_constant = !layer.copied && seen(layer.weight.data);
+    p.bias = layer.bias.data, p.bias_dtype = dtype_of(layer.bias);
+    p.y = y.data, p.ldy = layer.n, p.y_dtype = p.x_dtype;
+    p.m = x.m, p.n = layer.n, p.k = x.k;
+  };
+  if (weight_only) {
+    WeightOnlyLinear p{};
+    fill(p);
+    check(weight_only_linear(p, kChoose, place.stream));
+    return y;
+  }
+  Linear p{};
+  fill(p);
+  const int64_t size = workspace_of(x, layer);
+  const Tensor workspace = bytes(size, x.t);
+  check(linear(p, kChoose, workspace.data, static_cast<size_t>(size), place.stream));
+  return y;
+}
+
+// norm_linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight,
+//                     Tensor? norm_bias, int norm, float eps, float offset) -> Tensor
+Tensor norm_linear_no_grad(Arguments& arguments) {
+  const Rows x(arguments.tensor());
+  const Layer layer(arguments, x.k, x.t);
+  const NormOf norm(arguments, x.k, x.t);
+  const Place place(x.t);
+  Tensor y = x.output(layer.n);
+  if (x.m == 0 || layer.n == 0) return y;
+  const Tensor workspace = bytes(workspace_of(x, layer), x.t);
+  norm_product(x, nullptr, norm, layer, static_cast<int8_t*>(workspace.data), nullptr, y.data, place.stream);
+  return y;
+}
+
+// norm_mlp_no_grad(Tensor x, Tensor residual, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight,
+//          Tensor? norm_bias, int norm, float eps, float offset, int activation, bool gated, Tensor last_weight,
+//          Tensor last_scale, Tensor? last_bias) -> Tensor
+Tensor norm_mlp_no_grad(Arguments& arguments) {
+  const Rows x(arguments.tensor()), residual(arguments.tensor());
+  const Layer inputs(arguments, x.k, x.t);
+  const NormOf norm(arguments, x.k, x.t);
+  const auto activation = static_cast<Activation>(arguments.integer());
+  const bool gated = arguments.boolean();
+  const Layer last(arguments, gated ? inputs.n / 2 : inputs.n, x.t);
+  require(residual.t.dtype == x.t.dtype && residual.m == x.m && residual.k == x.k && last.n == x.k &&
+              inputs.n == (gated ? 2 * last.k : last.k),
+          "norm_mlp_no_grad: the residual and the last layer's outputs are of x's shape and dtype, and the first layer "
+          "has as "
+          "many outputs as the last one inputs, or twice as many when gated.");
+  const Place place(x.t);
+  Tensor y = x.output(x.k);
+  if (x.m == 0) return y;
+  // One allocation: what the norm adds up to, the first product, and the rows that are quantized for either product.
+  const DType dtype = dtype_of(x.t);
+  const int64_t row = size_of(dtype);
+  const int64_t sums = round_up(x.m * x.k * row, kRowAlignment), wide = round_up(x.m * inputs.n * row, kRowAlignment);
+  const Tensor scratch = bytes(sums + wide + std::max(workspace_of(x, inputs), workspace_of(x, last)), x.t);
+  auto* h = static_cast<int8_t*>(scratch.data);
+  int8_t *first = h + sums, *workspace = first + wide;
+  norm_product(x, &residual, norm, inputs, workspace, h, first, place.stream);
+  ActivationQuantize p{};
+  p.x = first, p.ldx = p.ldup = inputs.n, p.x_dtype = dtype;
+  p.up = gated ? first + last.k * row : nullptr;
+  p.q = workspace, p.ldq = last.columns;
+  p.scale = reinterpret_cast<float*>(workspace + x.m * last.columns);
+  p.m = x.m, p.k = last.k, p.activation = activation;
+  check(activation_quantize(p, place.stream));
+  Gemm sum = product(workspace, x.m, last, y.data, dtype);
+  sum.residual = h, sum.ldr = x.k, sum.residual_dtype = dtype;
+  check(gemm(sum, kChoose, place.stream));
+  return y;
+}
+
+struct Operator {
+  const char* name;
+  const char* kinds;
+  Tensor (*call)(Arguments&);
+};
+
+constexpr Operator kLinear{"linear_no_grad", "tttov", linear_no_grad};
+constexpr Operator kNormLinear{"norm_linear_no_grad", "tttooovvv", norm_linear_no_grad};
+constexpr Operator kNormMlp{"norm_mlp_no_grad", "ttttooovvvvvtto", norm_mlp_no_grad};
+
+template <const Operator& op>
+void kernel(Value* values, uint64_t, uint64_t) {
+  Arguments arguments(values, op.kinds);
+  values[0] = reinterpret_cast<Value>(op.call(arguments).handle.release());
+}
+
+template <const Operator& op>
+void implement(TorchLibrary* library) {
+  check(torch.impl(library, op.name, kernel<op>, kTorchAbi));
+}
+
+// Looks the functions up in libtorch_cpu and libtorch_cuda, which are loaded; false when this torch has not all of them.
+bool find_torch(const std::string& cpu_path, const std::string& cuda_path) {
+  void* const cpu = dlopen(cpu_path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  void* const cuda = dlopen(cuda_path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (!cpu || !cuda) return false;
+  const auto find = [](void* library, const char* name, auto& function) {
+    return (function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name))) != nullptr;
+  };
+  find(cpu, "torch_delete_stable_ivalue", torch.delete_value);
+  return find(cpu, "aoti_torch_delete_tensor_object", torch.delete_tensor) &&
+         find(cpu, "aoti_torch_get_data_ptr", torch.data_ptr) && find(cpu, "aoti_torch_get_dim", torch.dim) &&
+         find(cpu, "aoti_torch_get_sizes", torch.sizes) && find(cpu, "aoti_torch_get_strides", torch.strides) &&
+         find(cpu, "aoti_torch_get_dtype", torch.dtype) && find(cpu, "aoti_torch_get_device_type", torch.device_type) &&
+         find(cpu, "aoti_torch_get_device_index", torch.device_index) &&
+         find(cpu, "aoti_torch_is_contiguous", torch.is_contiguous) &&
+         find(cpu, "aoti_torch_empty_strided", torch.empty_strided) && find(cpu, "aoti_torch_copy_", torch.copy) &&
+         find(cpu, "aoti_torch_grad_mode_is_enabled", torch.grad_mode) &&
+         find(cpu, "aoti_torch_device_type_cuda", torch.cuda) && find(cpu, "aoti_torch_dtype_int8", torch.int8) &&
+         find(cpu, "aoti_torch_dtype_float32", torch.float32) && find(cpu, "aoti_torch_dtype_float16", torch.float16) &&
+         find(cpu, "aoti_torch_dtype_bfloat16", torch.bfloat16) &&
+         find(cpu, "aoti_torch_library_init_impl", torch.init_impl) && find(cpu, "torch_library_impl", torch.impl) &&
+         find(cuda, "aoti_torch_get_current_cuda_stream", torch.stream) &&
+         find(cuda, "aoti_torch_create_cuda_guard", torch.create_guard) &&
+         find(cuda, "aoti_torch_delete_cuda_guard", torch.delete_guard);
+}
+
+bool register_torch_ops(const std::string& cpu_path, const std::string& cuda_path) {
+  if (!find_torch(cpu_path, cuda_path)) return false;
+  TorchLibrary* library;  // kept for good: its end would take the kernels away
+  check(torch.init_impl("hwkern", "CUDA", "hwkern", 0, &library));
+  implement<kLinear>(library), implement<kNormLinear>(library), implement<kNormMlp>(library);
+  return true;
+}
+
+}  // namespace
+
+void bind_torch_ops(py::module_& m) {
+  m.def("register_torch_ops", &register_torch_ops, py::arg("libtorch_cpu"), py::arg("libtorch_cuda"));
+}
