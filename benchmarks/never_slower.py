@@ -1,7 +1,7 @@
 """Planned models against their originals, over architectures, sizes and batch shapes: no cell may be slower.
 
-    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--limit S]
-                                      [--json FILE] [--merge FILE]
+    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--first opt/small]
+                                      [--limit S] [--json FILE] [--merge FILE]
 
 Random weights from transformers' configs, four layers each. A model is planned once for all of its batch shapes,
 patched, and timed against a second copy of the original, call by call in turn; on a GPU also as CUDA-graph replays.
@@ -11,7 +11,7 @@ its time, so that the quarter that was disturbed least repeats best. (A small mo
 220 cells of 20 rounds: the ratio's standard deviation is 48 % with medians and 3.6 % with quartiles; 180 rounds: 19 and
 0.8 %.) A cell above 1.02 is read again in blocks, each with new copies of both models: where in the memory a model lies
 makes up to 2 % by itself. It goes on until the ratio is two standard errors (from the blocks) away from 1.02, on either
-side, or there are twelve. That second reading counts, whatever it says; both are kept. A plan that swaps nothing leaves
+side, or there are 24. That second reading counts, whatever it says; both are kept. A plan that swaps nothing leaves
 a copy of the model: it is measured like any other, and shows how far two readings of one thing lie apart. The exit code
 is 1 when a cell is above 1.02 or is missing.
 
@@ -37,13 +37,15 @@ import transformers
 
 import hwkern
 from hwkern import _batches
+from hwkern.bench.limits import at_most
 from hwkern.bench.subjects import captured
 
 LIMIT = 1.02
 SHAPES = ((1, 16), (1, 128), (8, 64), (8, 256))
 BATCHES = ((1, 1), (2, 1), (4, 1), (8, 1))  # of images, or of 30 seconds of sound
 LEAST, MOST, SECONDS = 15, 60, 0.08  # rounds of a cell: as many as fill these seconds
-BLOCKS = (4, 12)  # of so many rounds in a second reading: at least, at most
+BLOCKS = (4, 24)  # of so many rounds in a second reading: at least, at most
+MODEL_SECONDS = 60.0  # a model that is not done by then is absent: it must not cost the others their rows
 
 Inputs = dict[str, torch.Tensor]
 Made = tuple[Any, Any, str]  # class, config, kind of input
@@ -296,6 +298,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(models()), help="comma-separated (default: all)")
     parser.add_argument("--sizes", default="base,small", help="base, small or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default 1)")
+    parser.add_argument("--first", default="", help="models to begin with, as in opt/small,whisper/base")
     parser.add_argument("--limit", type=float, help="seconds after which no further model is started")
     parser.add_argument("--merge", type=Path, help="an earlier run's file, to go on from")
     arguments = parser.parse_args()
@@ -315,24 +318,28 @@ def main() -> int:
     done = {(row["model"], row["size"]) for row in rows}
     missing = []
     sizes = arguments.sizes.split(",")
-    for turn in range(len(sizes)):  # first every architecture once, the sizes in turn; then the others
-        for i, name in enumerate(names):
-            size = sizes[(i + turn) % len(sizes)]
-            if (name, size) in done:
-                continue
-            if arguments.limit is not None and time.monotonic() - start > arguments.limit:
-                missing.append(f"{name}/{size}")
-                continue
-            print(f"{name}/{size} after {time.monotonic() - start:.0f} s", flush=True)
-            try:
+    # First every architecture once, the sizes in turn; then the others.
+    order = [(name, sizes[(i + turn) % len(sizes)]) for turn in range(len(sizes)) for i, name in enumerate(names)]
+    first = [tuple(each.split("/")) for each in arguments.first.split(",") if each]
+    if unknown := set(first) - set(order):
+        parser.error(f"--first {', '.join(map('/'.join, unknown))}: not among the models and sizes to be measured")
+    for name, size in [*first, *(each for each in order if each not in first)]:
+        if (name, size) in done:
+            continue
+        if arguments.limit is not None and time.monotonic() - start > arguments.limit:
+            missing.append(f"{name}/{size}")
+            continue
+        print(f"{name}/{size} after {time.monotonic() - start:.0f} s", flush=True)
+        try:
+            with at_most(MODEL_SECONDS if cuda else None):
                 found = cells(name, size, arguments.device, dtype)
-            except Exception as error:  # one model that fails must not cost the rows of the others
-                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
-                found = [{"model": name, "size": size, "shape": "all", "mode": "all", "absent": reason}]
-            for row in found:
-                rows.append(row)
-                show(row)
-            timing.save(arguments.json, timing.result("never_slower", arguments.device, arguments.commit, rows))
+        except Exception as error:  # one model that fails must not cost the rows of the others
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
+            found = [{"model": name, "size": size, "shape": "all", "mode": "all", "absent": reason}]
+        for row in found:
+            rows.append(row)
+            show(row)
+        timing.save(arguments.json, timing.result("never_slower", arguments.device, arguments.commit, rows))
     measured = [row for row in rows if "ratio" in row]
     slower = [row for row in measured if row["ratio"] > LIMIT]
     worst = max((row["ratio"] for row in measured), default=0.0)
