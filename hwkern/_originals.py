@@ -57,11 +57,17 @@ def room_beside(weights: Sequence[Tensor]) -> bool:
     for weight in weights:
         # int8 is at most half of the weights; a quarter more for what quantizing and running take.
         need[weight.device] = need.get(weight.device, 0) + weight.numel() * weight.element_size() * 3 // 4
-    for device, size in need.items():
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if torch.cuda.mem_get_info(device)[0] + unused <= size:
-            return False
-    return True
+    return all(free_on(device) > size for device, size in need.items())
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU that this process's tensors may still take: what is free there and what torch's allocator holds
+    unused, within the share of the GPU that ``torch.cuda.set_per_process_memory_fraction`` leaves it."""
+    free, total = torch.cuda.mem_get_info(device)
+    taken = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - taken
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions set it and do not tell
+    return free if share is None else min(free, int(share(device) * total) - taken)
 
 
 def _number(path: str, key: str = "", unit: int = 1) -> int | None:
