@@ -35,9 +35,11 @@ def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTE
 
 
 def warm_up_stream() -> torch.cuda.Stream:
-    """The current device's stream for calls ahead of a capture, behind all that was enqueued.
+    """The current device's stream for captures and the calls ahead of them, behind all that was enqueued.
 
-    Always the same: cuBLAS keeps 32 MB of the device for every stream that a product ran on, and torch has 32 of them.
+    Always the same, and where it can be the one that ``torch.cuda.graph`` captures on: cuBLAS keeps 32 MB of the device
+    for every stream that a product ran on, for good, because a captured graph may read them. So what measures needs no
+    more of them than a model that runs in CUDA graphs.
     """
     stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
@@ -46,7 +48,10 @@ def warm_up_stream() -> torch.cuda.Stream:
 
 @functools.cache
 def _stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    default = torch.cuda.graph.default_capture_stream
+    if default is None:  # as torch does it in its first capture
+        default = torch.cuda.graph.default_capture_stream = torch.cuda.Stream(device)
+    return default if default.device.index == device else torch.cuda.Stream(device)
 
 
 def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -66,7 +71,7 @@ def capture(calls: Sequence[Call], least: int = GRAPH_CALLS) -> tuple[torch.cuda
     torch.cuda.current_stream().wait_stream(stream)
     rounds = max(1, math.ceil(min(least, GRAPH_SECONDS / seconds) / len(calls)))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.inference_mode():
+    with torch.cuda.graph(graph, stream=stream), torch.inference_mode():
         for _ in range(rounds):
             for call in calls:
                 call()

@@ -414,7 +414,7 @@ def _graph(
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=None if other is None else other.pool()):
+            with torch.cuda.graph(graph, None if other is None else other.pool(), stream):
                 _batches.call(model, batch)
         except RuntimeError:
             return None

@@ -22,6 +22,7 @@ from hwkern import _choose, _measure, _timing, _whole, metrics
 from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
+from hwkern.bench.subjects import captured
 from hwkern.nn import Calibration, Int8Linear, WeightOnlyInt8Linear
 
 planning = importlib.import_module("hwkern.plan")
@@ -875,10 +876,23 @@ def test_a_plan_leaves_no_memory_of_the_gpu_behind() -> None:
     assert taken[2] == taken[0]  # cuBLAS's workspace of a stream, 32 MB, came with the first
 
 
-def test_captures_are_warmed_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+def test_a_plan_takes_no_memory_that_graphs_of_the_model_do_not_take() -> None:
+    """cuBLAS's workspaces, 32 MB for each stream."""
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)).bfloat16().cuda()
+    x = torch.randn(512, 1024, dtype=torch.bfloat16, device="cuda")
+    model(x)
+    captured(lambda: model(x))()
+    before = torch.cuda.memory_allocated()
+    hwkern.plan(model, [x], show=False)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_captures_and_their_warm_up_are_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
         def __init__(self, device: int = 0) -> None:
-            self.device, self.waited = device, 0
+            self.device, self.waited = torch.device("cuda", device), 0
 
         def wait_stream(self, other: object) -> None:
             self.waited += 1
@@ -887,13 +901,15 @@ def test_captures_are_warmed_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
     _timing._stream.cache_clear()
     try:
         first = _timing.warm_up_stream()
-        assert _timing.warm_up_stream() is first
+        assert _timing.warm_up_stream() is first is torch.cuda.graph.default_capture_stream
         assert first.waited == 2
         device = 1
-        assert _timing.warm_up_stream().device == 1
+        assert _timing.warm_up_stream().device.index == 1
+        assert torch.cuda.graph.default_capture_stream is first
     finally:
         _timing._stream.cache_clear()
 
