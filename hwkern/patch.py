@@ -92,7 +92,8 @@ def patch(
         embeddings: make ``nn.Embedding`` tables int8 as well, and the output heads that share a weight with one: table
             and head are then one int8 tensor. ``include`` and ``exclude`` choose among them too. Off by default: it
             brings memory and next to no time, and code that reads ``embedding.weight`` instead of calling the layer
-            would read int8. A plan says of its own which tables are int8.
+            would read int8. A plan says of its own which tables are int8. A head that ``include`` names becomes int8
+            without it too, for its speed: the float table then stays beside it, and the report says so.
 
     Returns:
         A :class:`~hwkern.report.Report`; print it.
@@ -157,7 +158,7 @@ def patch(
         model_bytes_after=_model_bytes(model),
         originals=(originals if originals == "drop" else spool.place) if spool.bytes else "",
         originals_bytes=spool.bytes,
-        note=_note(layers),
+        note=_note(model, layers),
         fusion="".join(fused),
     )
 
@@ -630,12 +631,19 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return n, k
 
 
-def _note(layers: Sequence[Layer]) -> str:
-    already = sum(layer.status == "already" for layer in layers)
-    if not already:
-        return ""
-    nothing = " Nothing was changed." if all(layer.status != "int8" for layer in layers) else ""
-    return f"Already patched: {already} layer{'' if already == 1 else 's'}.{nothing}"
+def _note(model: nn.Module, layers: Sequence[Layer]) -> str:
+    lines = []
+    if already := sum(layer.status == "already" for layer in layers):
+        nothing = " Nothing was changed." if all(layer.status != "int8" for layer in layers) else ""
+        lines.append(f"Already patched: {already} layer{'' if already == 1 else 's'}.{nothing}")
+    tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    lines += [
+        f"{layer.names[0]!r} is int8 beside the float table of {layer.tied_to!r}, whose weight it was: with "
+        "embeddings=True they are one int8 tensor."
+        for layer in layers
+        if layer.status == "int8" and not layer.is_embedding and layer.tied_to in tables
+    ]
+    return " ".join(lines)
 
 
 class _CallableModule(types.ModuleType):
