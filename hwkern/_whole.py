@@ -1,8 +1,10 @@
 """A plan against the clock of the whole model: what layers gain alone must be a gain together, measured.
 
-Two things show only there. Layers that cost host time slow an eager model down though each is faster alone: then layers
-go back to float. And layers that are slower alone can be faster fused with their neighbours (q, k and v as one product,
-the norm before them in the same kernel): that is tried, and taken when the model is faster by it.
+Three things show only there. Layers that cost host time slow an eager model down though each is faster alone: then
+layers go back to float. Layers that are slower alone can be faster fused with their neighbours (q, k and v as one
+product, the norm before them in the same kernel). And layers that are slower in eager calls alone, for the host's sake,
+cost nothing where the model waits for the GPU or the others save the host more. Both are tried, and taken when the model
+is faster by it, and slower in no way of running.
 """
 
 from __future__ import annotations
