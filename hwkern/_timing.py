@@ -8,12 +8,14 @@ The benchmarks and the tuner measure with this and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -110,6 +112,23 @@ def cuda_samples(
             if turn < replays[name]:
                 samples[name].append(replay_seconds(graph) * 1e6 / calls)
     return samples
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """Python's garbage collector does not run inside, for calls whose host time is taken.
+
+    It strikes one of the calls that are compared, and the same one again and again, because the same calls make the
+    same number of objects. (A small model against its own copy, 12 readings: the ratio's standard deviation is 1.6 %
+    with it and 0.8 % without.)
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:

@@ -3,8 +3,8 @@
 Three things show only there. Layers that cost host time slow an eager model down though each is faster alone: then
 layers go back to float. Layers that are slower alone can be faster fused with their neighbours (q, k and v as one
 product, the norm before them in the same kernel). And layers that are slower in eager calls alone, for the host's sake,
-cost nothing where the model waits for the GPU or the others save the host more. Both are tried, and taken when the model
-is faster by it, and slower in no way of running.
+cost nothing where the model waits for the GPU or the others save the host more. Both are tried, and taken when the
+model is faster by it, and slower in no way of running.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hwkern._choose import NOISE as LAYER_NOISE
 from hwkern._console import progress
 from hwkern._observe import evaluating
 from hwkern._recipes import Recipe
-from hwkern._timing import warm_up_stream
+from hwkern._timing import warm_up_stream, without_gc
 
 if TYPE_CHECKING:
     from hwkern.plan import Plan, PlannedLayer
@@ -381,9 +381,10 @@ def _median(call: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    once()
-    rounds = max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / max(once(), 1e-6))))
-    samples = [once() for _ in range(rounds)]
+    with without_gc():
+        once()
+        rounds = max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / max(once(), 1e-6))))
+        samples = [once() for _ in range(rounds)]
     return statistics.median(samples) if device.type == "cuda" else min(samples)
 
 

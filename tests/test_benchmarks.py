@@ -743,8 +743,8 @@ def tiny_bert(size):
 
 def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load, monkeypatch, tmp_path, capsys):
     never_slower = load("never_slower")
-    # The planned model's time in each reading; the original's is 1. A second reading has at least four blocks.
-    readings = iter([1.03, *[1.0] * 4, 1.05, *[1.04] * 4, 0.5, 0.5])
+    # The planned model's time in each reading; the original's is 1. A second reading has at least six blocks.
+    readings = iter([1.03, *[1.0] * 6, 1.05, *[1.04] * 6, 0.5, 0.5])
     asked = []
 
     def samples(calls, cuda, rounds=None):
@@ -763,7 +763,7 @@ def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load
         assert never_slower.main() == 1
     finally:
         torch.set_num_threads(threads)
-    assert asked == [None, 5, 5, 5, 5, None, 5, 5, 5, 5, None, None]
+    assert asked == [None, *[5] * 6, None, *[5] * 6, None, None]
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [(row["first_ratio"], row["ratio"]) for row in rows] == [(1.03, 1.0), (1.05, 1.04), (0.5, 0.5), (0.5, 0.5)]
     assert [row["noise"] for row in rows] == [0.0, 0.0, None, None]
@@ -775,9 +775,9 @@ def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load
 @pytest.mark.parametrize(
     ("ratios", "blocks"),
     [
-        ([1.0, 1.001, 0.999, 1.0], 4),  # clearly below
-        ([1.05, 1.051, 1.049, 1.05], 4),  # clearly above: it ends just as early
-        ([1.0, 1.06, 1.0, 1.06, 0.99, 0.99], 6),
+        ([1.0, 1.001, 0.999, 1.0, 1.0, 1.0], 6),  # clearly below
+        ([1.05, 1.051, 1.049, 1.05, 1.05, 1.05], 6),  # clearly above: it ends just as early
+        ([1.0, 1.06, 1.0, 1.06, 0.99, 0.99, 0.99, 0.99, 0.98, 0.98], 10),
         ([1.02, 1.06] * 12, 24),  # nobody can tell: the most there are
     ],
 )
