@@ -158,10 +158,13 @@ def samples(calls: Calls, cuda: bool, rounds: int | None = None) -> Samples:
             torch.cuda.synchronize()
 
     found: Samples = {name: [] for name in calls}
-    wanted, turn = LEAST if rounds is None else rounds, -2
+    wanted, turn, order = LEAST if rounds is None else rounds, -2, list(calls)
     with torch.no_grad(), without_gc():
         while turn < wanted:
-            for name in RANDOM.sample(list(calls), len(calls)):  # a fixed order can be in step with the host's own beat
+            # Drawn, because a fixed order can be in step with a beat of the host's; then backwards, so that each call is
+            # first as often as the other.
+            order = RANDOM.sample(list(calls), len(calls)) if turn % 2 == 0 else order[::-1]
+            for name in order:
                 wait()
                 start = time.perf_counter()
                 calls[name]()
@@ -291,7 +294,8 @@ def show(row: dict[str, Any]) -> None:
     note = " SLOWER" if row["ratio"] > LIMIT else ""
     twice = "" if row.get("noise") is None else f" ± {row['noise']:.3f} (first {row['first_ratio']:.3f})"
     times = f"{row['original']:9.3f} -> {row['planned']:9.3f} ms, ratio {row['ratio']:.3f}{twice}{note}"
-    layers = f"int8 {row['int8']}/{row['layers']}, error {row['error']:.1%}, plan {row['plan_seconds']:.1f} s"
+    same = "" if row["int8"] else " (a copy of the original)"
+    layers = f"int8 {row['int8']}/{row['layers']}{same}, error {row['error']:.1%}, plan {row['plan_seconds']:.1f} s"
     print(f"{line} {times}, {layers}", flush=True)
 
 
