@@ -161,8 +161,8 @@ def samples(calls: Calls, cuda: bool, rounds: int | None = None) -> Samples:
     wanted, turn, order = LEAST if rounds is None else rounds, -2, list(calls)
     with torch.no_grad(), without_gc():
         while turn < wanted:
-            # Drawn, because a fixed order can be in step with a beat of the host's; then backwards, so that each call is
-            # first as often as the other.
+            # Drawn, because a fixed order can be in step with a beat of the host's; then backwards, so that each call
+            # is first as often as the other.
             order = RANDOM.sample(list(calls), len(calls)) if turn % 2 == 0 else order[::-1]
             for name in order:
                 wait()
