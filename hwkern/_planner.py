@@ -20,7 +20,18 @@ from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
 from hwkern._tables import try_tables, with_their_tables
 from hwkern._whole import check_whole, send_back
-from hwkern.calibrate import OBSERVERS, Judge, TableJudge, candidates, inputs, outliers, smooth, static, unusable
+from hwkern.calibrate import (
+    OBSERVERS,
+    WORTH_DB,
+    Judge,
+    TableJudge,
+    candidates,
+    inputs,
+    outliers,
+    smooth,
+    static,
+    unusable,
+)
 from hwkern.metrics import Function, Metric, as_metric
 from hwkern.nn import Calibration
 from hwkern.nn.conv1d import conv1d_class
@@ -183,6 +194,10 @@ def _candidates(
     return found, groups
 
 
+#: A zero point is tried where it makes the steps finer by what is worth a candidate.
+_FINER = 10 ** (-WORTH_DB / 20)
+
+
 def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
     """The recipes on top of ``base`` (plain, or a folded smoothing)."""
     judge = cast(Judge, unit.judges[0])
@@ -198,8 +213,11 @@ def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
     add(Recipe("w8a16", base))
     ranges = [static(judge.seen, observer, False, base) for observer in OBSERVERS]
     fixed = add(*(Recipe("w8a8-static", calibration) for calibration in ranges))
-    shifted = [static(judge.seen, observer, True, base) for observer in OBSERVERS]
-    shifted = [calibration for calibration in shifted if calibration.zero_point]
+    shifted = [
+        calibration
+        for calibration, even in zip((static(judge.seen, o, True, base) for o in OBSERVERS), ranges, strict=True)
+        if calibration.zero_point and cast(float, calibration.scale) < cast(float, even.scale) * _FINER
+    ]
     if shifted:
         add(*(Recipe("w8a8-asymmetric", calibration) for calibration in shifted))
         if found[-1][1] <= fixed:
