@@ -876,6 +876,9 @@ def test_plan_time_says_how_long_the_first_and_the_second_plan_took(load, monkey
     assert row["first"]["reused"] == row["again"]["measured"] == 0
     assert row["first"]["seconds"] > 0
     assert torch.get_default_dtype() == torch.float32
+    text = load("tables").plan_time({"rows": [row, {**row, "again": None}]})
+    assert text.count("\n| 1 layers, 0.00 billion parameters, ") == 3
+    assert "| seconds of a plan | all | observing | errors | timing layers | the whole model | times measured |" in text
 
 
 def test_a_run_goes_on_where_an_earlier_one_stopped(load, monkeypatch, tmp_path, capsys):
