@@ -156,6 +156,11 @@ class Stored:
             self.tensor = self.tensor.clone()
 
 
+def is_alone(tensor: Tensor | None) -> bool:
+    """Whether nothing else is in the tensor's memory."""
+    return tensor is not None and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def _rows(weight: Tensor) -> Iterator[slice]:
     step = max(1, _CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
     return (slice(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step))
@@ -218,10 +223,16 @@ class Original:
     """The float module of one patched layer: everything but its weight, which is a FloatWeight.
 
     ``copy.deepcopy`` of a patched model copies it, sharing the stored bytes; a pickle leaves it out.
+
+    Attributes:
+        bias_alone: whether the bias had memory of its own. Fusing lays the biases of layers that run as one product
+            side by side; a layer that goes back takes its bias out again.
     """
 
-    def __init__(self, module: nn.Module | None, weight: FloatWeight | None, gone: str = "") -> None:
-        self.module, self.weight, self.gone = module, weight, gone
+    def __init__(
+        self, module: nn.Module | None, weight: FloatWeight | None, gone: str = "", bias_alone: bool = False
+    ) -> None:
+        self.module, self.weight, self.gone, self.bias_alone = module, weight, gone, bias_alone
 
     def forget(self, why: str) -> None:
         """Let the float weight go; ``why`` says what happened, for the error of a later unpatch."""
@@ -230,7 +241,8 @@ class Original:
         self.weight, self.gone = None, why
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
-        return Original(copy.deepcopy(self.module, memo), copy.deepcopy(self.weight, memo), self.gone)
+        module, weight = copy.deepcopy(self.module, memo), copy.deepcopy(self.weight, memo)
+        return Original(module, weight, self.gone, self.bias_alone)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Original, (None, None, self.gone or "the model came out of a pickle, which leaves the float weights out")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 #: Calls in one reading of the model's time: as many as fill the seconds, within these bounds.
 ROUNDS = (5, 40)
-SECONDS = 0.06
+SECONDS = 0.045
 #: The model may be this much slower in a measurement before the plan is doubted.
 NOISE = 0.015
 #: What differs by more than this on the GPU's clock needs no second reading: two of one thing differ by 1.5 % there.

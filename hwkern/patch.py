@@ -37,6 +37,7 @@ from hwkern._originals import (
     Spool,
     free_disk,
     free_memory,
+    is_alone,
     room_beside,
     spool_directory,
 )
@@ -503,7 +504,7 @@ def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal, recipe: Recip
             # A plain recipe (plans give tied layers no other): weight and scale are all there is, and shared.
             new = around(module, recipe, made.weight, made.weight_scale)
         adopt(new, module)
-        new._original = Original(module, stored)
+        new._original = Original(module, stored, bias_alone=is_alone(module._parameters.get("bias")))
         journal.append(functools.partial(_put_back, layer, module, new))
         module._parameters["weight"] = None
         _set(layer, new)
@@ -535,10 +536,13 @@ def _restore(group: Sequence[Layer], journal: _Journal) -> None:
 
 
 def _put_back(layer: Layer, module: nn.Module, int8: PackedLayer) -> None:
-    stored = cast(FloatWeight, cast(Original, int8._original).weight)
+    original = cast(Original, int8._original)
+    stored = cast(FloatWeight, original.weight)
     module._parameters["weight"] = stored.restore(int8.weight.device, int8.float_dtype)
     if "bias" in int8._parameters:
-        module._parameters["bias"] = int8._parameters["bias"]
+        module._parameters["bias"] = bias = int8._parameters["bias"]
+        if bias is not None and original.bias_alone and not is_alone(bias):
+            bias.data = bias.data.clone()
     adopt(module, int8)
     _set(layer, module)
 

@@ -715,6 +715,34 @@ def test_layers_that_are_slower_alone_are_taken_where_the_model_is_faster_with_t
         assert all(recipe.scheme == "keep" for recipe in kept.recipes.values())
 
 
+def test_trials_of_the_whole_model_leave_no_trace_in_it(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the modules, nor in what they hold, nor in how their tensors lie in memory: the very model comes back."""
+    model = bert()
+    original = copy.deepcopy(model)
+    tried = []
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        tried.append(sum(isinstance(module, Int8Linear) for module in model.modules()))
+        return {"eager": [1.2 if tried[-1] else 1.0]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): 10.0 if name == "keep" else 11.0 for name in names for mode in modes
+    })  # fmt: skip
+    found = hwkern.plan(model, IDS, show=False, save=False)
+    assert max(tried) == 7
+    assert not hwkern.patch(model, plan=found).swapped
+    del model.__dict__["_hwkern_plan"]
+    for (name, before), (_, after) in zip(original.named_modules(), model.named_modules(), strict=True):
+        assert type(after) is type(before), name
+        assert list(after.__dict__) == list(before.__dict__), name
+        for hooks in (key for key in before.__dict__ if "hooks" in key):
+            assert after.__dict__[hooks] == before.__dict__[hooks], (name, hooks)
+    for (name, before), (_, after) in zip(original.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(after, before), name
+        assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), name
+
+
 @pytest.mark.parametrize(
     ("fused", "plain", "swapped"),
     [(0.9, 0.8, 7), (0.8, 0.9, 4), (1.05, 0.8, 7), (0.9, 1.05, 4), (1.05, 1.05, 0)],
