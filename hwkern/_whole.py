@@ -228,7 +228,7 @@ def _together(result: Plan, model: nn.Module, wide: bool) -> Plan | None:
 
     ``wide``: also with layers that are float because they take the host longer in eager calls, and that are faster in a
     CUDA graph: whether the host is what the model waits for, and whether the other layers save more than these cost,
-    only the whole model shows. (Two layers of Llama-3-8B's width on an H100, 128 tokens: ``o_proj`` takes 1.20 times the
+    only the whole model shows. (Two layers of Llama-3-8B size, H100, 128 tokens: ``o_proj`` alone takes 1.20 times the
     float layer's time in eager calls and 0.65 times in a graph; the eager model with it takes 0.82 times.)
     """
     from hwkern._fusion import could_fuse
