@@ -1,7 +1,7 @@
 """Planned models against their originals, over architectures, sizes and batch shapes: no cell may be slower.
 
-    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--limit S]
-                                      [--json FILE] [--merge FILE]
+    python benchmarks/never_slower.py [--device cuda] [--models bert,gpt2] [--sizes base] [--first opt/small]
+                                      [--limit S] [--json FILE] [--merge FILE]
 
 Random weights from transformers' configs, four layers each. A model is planned once for all of its batch shapes,
 patched, and timed against a second copy of the original, call by call in turn; on a GPU also as CUDA-graph replays.
@@ -10,10 +10,10 @@ A cell's ratio is that of the two lower quartiles: what disturbs a call (the hos
 its time, so that the quarter that was disturbed least repeats best. (A small model against its own copy on a busy host,
 220 cells of 20 rounds: the ratio's standard deviation is 48 % with medians and 3.6 % with quartiles; 180 rounds: 19 and
 0.8 %.) A cell above 1.02 is read again in blocks, each with new copies of both models: where in the memory a model lies
-makes up to 2 % by itself. It goes on until the ratio is two standard errors (from the blocks) away from 1.02, on either
-side, or there are twelve. That second reading counts, whatever it says; both are kept. A plan that swaps nothing leaves
-a copy of the model: it is measured like any other, and shows how far two readings of one thing lie apart. The exit code
-is 1 when a cell is above 1.02 or is missing.
+makes up to 2 % by itself. It goes on until the ratio is three standard errors (from the blocks) away from 1.02, on
+either side, or there are 24. That second reading counts, whatever it says; both are kept. A plan that swaps nothing
+leaves a copy of the model: it is measured like any other, and shows how far two readings of one thing lie apart. The
+exit code is 1 when a cell is above 1.02 or is missing.
 
 The file is written after each model. --merge takes an earlier file of the same commit and machine, and measures only
 the models that it lacks: a run that was stopped goes on, and one can be split.
@@ -24,6 +24,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import random
 import statistics
 import sys
 import time
@@ -37,13 +38,18 @@ import transformers
 
 import hwkern
 from hwkern import _batches
+from hwkern._timing import without_gc
+from hwkern.bench.limits import at_most
 from hwkern.bench.subjects import captured
 
 LIMIT = 1.02
 SHAPES = ((1, 16), (1, 128), (8, 64), (8, 256))
 BATCHES = ((1, 1), (2, 1), (4, 1), (8, 1))  # of images, or of 30 seconds of sound
 LEAST, MOST, SECONDS = 15, 60, 0.08  # rounds of a cell: as many as fill these seconds
-BLOCKS = (4, 12)  # of so many rounds in a second reading: at least, at most
+BLOCKS = (6, 24)  # of so many rounds in a second reading: at least, at most
+MODEL_SECONDS = 60.0  # a model that is not done by then is absent: it must not cost the others their rows
+
+RANDOM = random.Random(0)
 
 Inputs = dict[str, torch.Tensor]
 Made = tuple[Any, Any, str]  # class, config, kind of input
@@ -145,17 +151,20 @@ Samples = dict[str, list[float]]
 
 
 def samples(calls: Calls, cuda: bool, rounds: int | None = None) -> Samples:
-    """Seconds of each call, in turn and in alternating order: so many rounds, or as many as fill ``SECONDS``."""
+    """Seconds of each call, in turn and in changing order: so many rounds, or as many as fill ``SECONDS``."""
 
     def wait() -> None:
         if cuda:
             torch.cuda.synchronize()
 
     found: Samples = {name: [] for name in calls}
-    wanted, turn = LEAST if rounds is None else rounds, -2
-    with torch.no_grad():
+    wanted, turn, order = LEAST if rounds is None else rounds, -2, list(calls)
+    with torch.no_grad(), without_gc():
         while turn < wanted:
-            for name in calls if turn % 2 == 0 else reversed(list(calls)):
+            # Drawn, because a fixed order can be in step with a beat of the host's; then backwards, so that each call
+            # is first as often as the other.
+            order = RANDOM.sample(list(calls), len(calls)) if turn % 2 == 0 else order[::-1]
+            for name in order:
                 wait()
                 start = time.perf_counter()
                 calls[name]()
@@ -200,7 +209,7 @@ def again(fresh: Callable[[], Calls], cuda: bool, rounds: int) -> tuple[Samples,
         ratios.append(ratio(block))
         if len(ratios) >= BLOCKS[0]:
             error = statistics.stdev(ratios) / len(ratios) ** 0.5
-            if len(ratios) >= BLOCKS[1] or abs(ratio(found) - LIMIT) > 2 * error:
+            if len(ratios) >= BLOCKS[1] or abs(ratio(found) - LIMIT) > 3 * error:
                 return found, error
 
 
@@ -285,7 +294,8 @@ def show(row: dict[str, Any]) -> None:
     note = " SLOWER" if row["ratio"] > LIMIT else ""
     twice = "" if row.get("noise") is None else f" ± {row['noise']:.3f} (first {row['first_ratio']:.3f})"
     times = f"{row['original']:9.3f} -> {row['planned']:9.3f} ms, ratio {row['ratio']:.3f}{twice}{note}"
-    layers = f"int8 {row['int8']}/{row['layers']}, error {row['error']:.1%}, plan {row['plan_seconds']:.1f} s"
+    same = "" if row["int8"] else " (a copy of the original)"
+    layers = f"int8 {row['int8']}/{row['layers']}{same}, error {row['error']:.1%}, plan {row['plan_seconds']:.1f} s"
     print(f"{line} {times}, {layers}", flush=True)
 
 
@@ -296,6 +306,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(models()), help="comma-separated (default: all)")
     parser.add_argument("--sizes", default="base,small", help="base, small or both (default)")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU (default 1)")
+    parser.add_argument("--first", default="", help="models to begin with, as in opt/small,whisper/base")
     parser.add_argument("--limit", type=float, help="seconds after which no further model is started")
     parser.add_argument("--merge", type=Path, help="an earlier run's file, to go on from")
     arguments = parser.parse_args()
@@ -315,24 +326,28 @@ def main() -> int:
     done = {(row["model"], row["size"]) for row in rows}
     missing = []
     sizes = arguments.sizes.split(",")
-    for turn in range(len(sizes)):  # first every architecture once, the sizes in turn; then the others
-        for i, name in enumerate(names):
-            size = sizes[(i + turn) % len(sizes)]
-            if (name, size) in done:
-                continue
-            if arguments.limit is not None and time.monotonic() - start > arguments.limit:
-                missing.append(f"{name}/{size}")
-                continue
-            print(f"{name}/{size} after {time.monotonic() - start:.0f} s", flush=True)
-            try:
+    # First every architecture once, the sizes in turn; then the others.
+    order = [(name, sizes[(i + turn) % len(sizes)]) for turn in range(len(sizes)) for i, name in enumerate(names)]
+    first = [tuple(each.split("/")) for each in arguments.first.split(",") if each]
+    if unknown := set(first) - set(order):
+        parser.error(f"--first {', '.join(map('/'.join, unknown))}: not among the models and sizes to be measured")
+    for name, size in [*first, *(each for each in order if each not in first)]:
+        if (name, size) in done:
+            continue
+        if arguments.limit is not None and time.monotonic() - start > arguments.limit:
+            missing.append(f"{name}/{size}")
+            continue
+        print(f"{name}/{size} after {time.monotonic() - start:.0f} s", flush=True)
+        try:
+            with at_most(MODEL_SECONDS if cuda else None):
                 found = cells(name, size, arguments.device, dtype)
-            except Exception as error:  # one model that fails must not cost the rows of the others
-                reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
-                found = [{"model": name, "size": size, "shape": "all", "mode": "all", "absent": reason}]
-            for row in found:
-                rows.append(row)
-                show(row)
-            timing.save(arguments.json, timing.result("never_slower", arguments.device, arguments.commit, rows))
+        except Exception as error:  # one model that fails must not cost the rows of the others
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no text'])[0]}"
+            found = [{"model": name, "size": size, "shape": "all", "mode": "all", "absent": reason}]
+        for row in found:
+            rows.append(row)
+            show(row)
+        timing.save(arguments.json, timing.result("never_slower", arguments.device, arguments.commit, rows))
     measured = [row for row in rows if "ratio" in row]
     slower = [row for row in measured if row["ratio"] > LIMIT]
     worst = max((row["ratio"] for row in measured), default=0.0)

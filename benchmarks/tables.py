@@ -490,6 +490,20 @@ def llama(document: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def plan_time(document: dict[str, Any]) -> str:
+    """benchmarks/plan_time.py: the seconds of each plan, and what they went to."""
+    cells = []
+    for row in document["rows"]:
+        for name in ("first", "again"):
+            if (found := row.get(name)) is None:
+                continue
+            what = f"{row['layers']} layers, {row['parameters'] / 1e9:.2f} billion parameters, {name}"
+            phases = [f"{seconds:.1f}" for seconds in found["phases"].values()]
+            cells.append([what, f"{found['seconds']:.1f}", *phases, str(found["measured"]), str(found["reused"])])
+    phases = list(document["rows"][0]["first"]["phases"])
+    return markdown(["seconds of a plan", "all", *phases, "times measured", "known"], cells)
+
+
 def never_slower(document: dict[str, Any]) -> str:
     """benchmarks/never_slower.py: a row for each model and mode, a column for each batch shape."""
     rows = [row for row in document["rows"] if "ratio" in row]
@@ -527,6 +541,7 @@ RENDER: dict[str, Callable[[dict[str, Any]], str]] = {
     "kernels": kernels,
     "accuracy": accuracy,
     "llama": llama,
+    "plan_time": plan_time,
     "never_slower": never_slower,
     "tensorrt": tensorrt_tables.tables,
 }

@@ -61,19 +61,9 @@ def back_off(
 
     def value(kept: int) -> float:
         if kept not in measured:
-            measured[kept] = before if kept == len(order) else _with(model, without(order[:kept]))
+            measured[kept] = before if kept == len(order) else value_with(model, without(order[:kept]), metric, batches)
             step()
         return measured[kept]
-
-    def _with(target: nn.Module, chosen: dict[str, Recipe]) -> float:
-        from hwkern.patch import patch, unpatch
-
-        patch(target, originals=trial_place(target), plan=_Recipes(chosen))
-        try:
-            return metric(target, batches)
-        finally:
-            if swapped := [name for name in _swapped(target) if name in chosen]:
-                unpatch(target, include=swapped)
 
     def holds(kept: int) -> bool:
         return metric.drop(before, value(kept)) <= max_drop
@@ -90,6 +80,18 @@ def back_off(
                 low = middle
         kept = high
     return without(order[:kept]), BackOff(metric.name, before, first, value(kept) if order else before, order[:kept])
+
+
+def value_with(model: nn.Module, recipes: dict[str, Recipe], metric: Metric, batches: Sequence[Any]) -> float:
+    """The metric of ``model`` under ``recipes``. It comes back as it was."""
+    from hwkern.patch import patch, unpatch
+
+    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
+    try:
+        return metric(model, batches)
+    finally:
+        if swapped := [name for name in _swapped(model) if name in recipes]:
+            unpatch(model, include=swapped)
 
 
 def trial_place(model: nn.Module) -> Literal["host", "device"]:

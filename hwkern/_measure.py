@@ -23,6 +23,7 @@ import hwkern
 from hwkern import hardware
 from hwkern._cache import Cache, device_stamp
 from hwkern._recipes import Recipe, make
+from hwkern._timing import rotations, without_gc
 from hwkern.calibrate import OUTLIERS
 from hwkern.nn import Calibration
 from hwkern.nn.conv1d import conv1d_class
@@ -175,8 +176,6 @@ def measure(
         if shape.kind == "Embedding":  # the rows of one call would be in the caches for the next
             xs += [shape.inputs(m, device) for _ in range(LOOKUPS - 1)]
         if device.type == "cuda":
-            from hwkern._timing import rotations
-
             gpu = hardware.gpu(torch.cuda.current_device() if device.index is None else device.index)
             sets = min(GPU_SETS, rotations(weight_bytes / 2, gpu.l2_bytes))
         else:
@@ -189,7 +188,8 @@ def measure(
         }
         found: dict[tuple[str, str], float] = {}
         if "eager" in modes:
-            found |= {(name, "eager"): us for name, us in eager_us(peers, device).items()}
+            with without_gc():
+                found |= {(name, "eager"): us for name, us in eager_us(peers, device).items()}
         if "graph" in modes:
             from hwkern._timing import cuda_us
 

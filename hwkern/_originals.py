@@ -57,11 +57,17 @@ def room_beside(weights: Sequence[Tensor]) -> bool:
     for weight in weights:
         # int8 is at most half of the weights; a quarter more for what quantizing and running take.
         need[weight.device] = need.get(weight.device, 0) + weight.numel() * weight.element_size() * 3 // 4
-    for device, size in need.items():
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        if torch.cuda.mem_get_info(device)[0] + unused <= size:
-            return False
-    return True
+    return all(free_on(device) > size for device, size in need.items())
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes of a GPU that this process's tensors may still take: what is free there and what torch's allocator holds
+    unused, within the share of the GPU that ``torch.cuda.set_per_process_memory_fraction`` leaves it."""
+    free, total = torch.cuda.mem_get_info(device)
+    taken = torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - taken
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # older versions set it and do not tell
+    return free if share is None else min(free, int(share(device) * total) - taken)
 
 
 def _number(path: str, key: str = "", unit: int = 1) -> int | None:
@@ -150,6 +156,11 @@ class Stored:
             self.tensor = self.tensor.clone()
 
 
+def is_alone(tensor: Tensor | None) -> bool:
+    """Whether nothing else is in the tensor's memory."""
+    return tensor is not None and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def _rows(weight: Tensor) -> Iterator[slice]:
     step = max(1, _CHUNK_BYTES // (weight.shape[1] * weight.element_size()))
     return (slice(start, min(start + step, weight.shape[0])) for start in range(0, weight.shape[0], step))
@@ -212,10 +223,16 @@ class Original:
     """The float module of one patched layer: everything but its weight, which is a FloatWeight.
 
     ``copy.deepcopy`` of a patched model copies it, sharing the stored bytes; a pickle leaves it out.
+
+    Attributes:
+        bias_alone: whether the bias had memory of its own. Fusing lays the biases of layers that run as one product
+            side by side; a layer that goes back takes its bias out again.
     """
 
-    def __init__(self, module: nn.Module | None, weight: FloatWeight | None, gone: str = "") -> None:
-        self.module, self.weight, self.gone = module, weight, gone
+    def __init__(
+        self, module: nn.Module | None, weight: FloatWeight | None, gone: str = "", bias_alone: bool = False
+    ) -> None:
+        self.module, self.weight, self.gone, self.bias_alone = module, weight, gone, bias_alone
 
     def forget(self, why: str) -> None:
         """Let the float weight go; ``why`` says what happened, for the error of a later unpatch."""
@@ -224,7 +241,8 @@ class Original:
         self.weight, self.gone = None, why
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
-        return Original(copy.deepcopy(self.module, memo), copy.deepcopy(self.weight, memo), self.gone)
+        module, weight = copy.deepcopy(self.module, memo), copy.deepcopy(self.weight, memo)
+        return Original(module, weight, self.gone, self.bias_alone)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Original, (None, None, self.gone or "the model came out of a pickle, which leaves the float weights out")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hwkern import _batches, _fold, _native
-from hwkern._back_off import back_off
+from hwkern._back_off import back_off, value_with
 from hwkern._choose import Candidate, Mode, Policy, threshold
 from hwkern._console import progress
 from hwkern._layers import Layer, Selector, tied
@@ -20,7 +20,18 @@ from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
 from hwkern._tables import try_tables, with_their_tables
 from hwkern._whole import check_whole, send_back
-from hwkern.calibrate import OBSERVERS, Judge, TableJudge, candidates, inputs, outliers, smooth, static, unusable
+from hwkern.calibrate import (
+    OBSERVERS,
+    WORTH_DB,
+    Judge,
+    TableJudge,
+    candidates,
+    inputs,
+    outliers,
+    smooth,
+    static,
+    unusable,
+)
 from hwkern.metrics import Function, Metric, as_metric
 from hwkern.nn import Calibration
 from hwkern.nn.conv1d import conv1d_class
@@ -93,7 +104,17 @@ def make_plan(
         _hold_task(result, model, task, found, accuracy.max_metric_drop, show)
         watch.lap("the task")
     if verify:
-        check_whole(result, model, found, clock.modes, show)
+        bound = accuracy.max_metric_drop
+
+        def holds(trial: Plan) -> bool:
+            """Whether the task holds with it too; its account then says with what."""
+            if task is None or bound is None or trial.task is None:
+                return True
+            after = value_with(model, trial.recipes, task, found)
+            trial.task = replace(trial.task, after=after)
+            return task.drop(trial.task.before, after) <= bound
+
+        check_whole(result, model, found, clock.modes, show, holds)
         watch.lap("the whole model")
     result.phases, result.seconds = watch.laps, round(sum(watch.laps.values()), 3)
     result.measured, result.reused = clock.measured, clock.reused
@@ -173,6 +194,10 @@ def _candidates(
     return found, groups
 
 
+#: A zero point is tried where it makes the steps finer by what is worth a candidate.
+_FINER = 10 ** (-WORTH_DB / 20)
+
+
 def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
     """The recipes on top of ``base`` (plain, or a folded smoothing)."""
     judge = cast(Judge, unit.judges[0])
@@ -188,8 +213,11 @@ def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
     add(Recipe("w8a16", base))
     ranges = [static(judge.seen, observer, False, base) for observer in OBSERVERS]
     fixed = add(*(Recipe("w8a8-static", calibration) for calibration in ranges))
-    shifted = [static(judge.seen, observer, True, base) for observer in OBSERVERS]
-    shifted = [calibration for calibration in shifted if calibration.zero_point]
+    shifted = [
+        calibration
+        for calibration, even in zip((static(judge.seen, o, True, base) for o in OBSERVERS), ranges, strict=True)
+        if calibration.zero_point and cast(float, calibration.scale) < cast(float, even.scale) * _FINER
+    ]
     if shifted:
         add(*(Recipe("w8a8-asymmetric", calibration) for calibration in shifted))
         if found[-1][1] <= fixed:

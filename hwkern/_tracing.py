@@ -23,6 +23,12 @@ def exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False) or not torch.compiler.is_dynamo_compiling()
 
 
+def cast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast makes of ``x`` where it is on, else x's own dtype. (There is no autocast on the meta device.)"""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if not x.is_meta and torch.is_autocast_enabled(kind) else x.dtype
+
+
 def compiles_inference(x: Tensor) -> bool:
     """Whether torch.compile traces a call in which no gradient is recorded and no dtype is cast."""
     return (

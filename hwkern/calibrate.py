@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -57,6 +57,22 @@ def snr_db(exact: Tensor, found: Tensor) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
 
 
+def token_db(exact: Tensor, found: Tensor) -> float:
+    """Like :func:`snr_db`, with a noise-to-signal ratio for each token, of which the mean counts: ``[M, N]`` each.
+
+    What a layer adds to the residual stream, and what the norm behind it makes of the sum, is of one size in all
+    tokens; so a large token's noise counts relative to the token, and a small one's relative to the mean token:
+    ``noise / (signal + mean signal)``. In a plain SNR the few tokens that are 20 times as large as the others outweigh
+    all the rest. (all-MiniLM-L6-v2 lost more with an α chosen by that for the layers behind a GELU than with none.)
+    """
+    exact, found = exact.detach().double(), found.detach().double()
+    noise, signal = (exact - found).square().sum(-1), exact.square().sum(-1)
+    ratio = float((noise / (signal + signal.mean()).clamp_min(torch.finfo(torch.float64).tiny)).mean())
+    if not math.isfinite(ratio):
+        return -math.inf
+    return math.inf if ratio == 0 else -10 * math.log10(ratio)
+
+
 class Judge:
     """Measures candidates of one layer against the float layer, on the rows it saw."""
 
@@ -68,8 +84,8 @@ class Judge:
         bias = module._parameters.get("bias")
         self.exact = F.linear(self.sample.float(), rows.float(), None if bias is None else bias.detach().float())
 
-    def __call__(self, recipe: Recipe) -> float:
-        """SNR in dB of the layer under ``recipe``; inf for "keep"."""
+    def __call__(self, recipe: Recipe, figure: Callable[[Tensor, Tensor], float] = snr_db) -> float:
+        """SNR in dB of the layer under ``recipe``, or another ``figure`` of (exact, found); inf for "keep"."""
         if recipe.scheme == "keep":
             return math.inf
         with torch.no_grad():
@@ -82,7 +98,7 @@ class Judge:
                 x = (x.float() / divisors).to(x.dtype)
             if recipe.scheme == "w8a16/w8a8":  # the worse of its two ways
                 layer = make(self.module, replace(recipe, scheme="w8a8", max_tokens=None))
-            return snr_db(self.exact, layer(x))
+            return figure(self.exact, layer(x))
 
 
 class TableJudge:
@@ -188,21 +204,41 @@ def divisors(absmax: Tensor, weights: Sequence[Tensor], alpha: float) -> tuple[f
     return tuple(s.clamp(2.0**-20, 2.0**20).tolist())
 
 
-def smooth(judges: Sequence[Judge], folded: bool, alphas: Iterable[float] = ALPHAS) -> tuple[Calibration, float]:
+def smooth(
+    judges: Sequence[Judge], folded: bool, observer: Observer | None = None, asymmetric: bool = False
+) -> tuple[Calibration, float]:
     """The best smoothing for layers that share an input, and its α; a plain calibration and 0.0 where none helps.
 
-    The α whose worst layer is best wins; without smoothing counts as a candidate.
+    The α whose worst layer is best wins, by :func:`token_db` of the scheme that the layers are to have: one scale for
+    all tokens asks for another α than a scale for each. Without smoothing counts as a candidate.
     """
     absmax = judges[0].seen.absmax
     weights = [float_rows(judge.module) for judge in judges]
+
+    def of_the_worst(base: Calibration) -> float:
+        return min(
+            max(judge(recipe, token_db) for recipe in schemes(judge.seen, base, observer, asymmetric))
+            for judge in judges
+        )
+
     best, best_alpha = Calibration(), 0.0
-    least = min(judge(Recipe("w8a8")) for judge in judges) + WORTH_DB
-    for alpha in alphas:
+    least = of_the_worst(best) + WORTH_DB
+    for alpha in ALPHAS:
         found = Calibration(smooth=divisors(absmax, weights, alpha), folded=folded)
-        worst = min(judge(Recipe("w8a8", found)) for judge in judges)
+        worst = of_the_worst(found)
         if worst > least:
             best, best_alpha, least = found, alpha, worst
     return best, best_alpha
+
+
+def schemes(seen: Seen, base: Calibration, observer: Observer | None, asymmetric: bool) -> list[Recipe]:
+    """W8A8 on top of ``base``: dynamic without an observer, else static, and with a zero point where it has one."""
+    if observer is None:
+        return [Recipe("w8a8", base)]
+    found = [Recipe("w8a8-static", static(seen, observer, False, base))]
+    if asymmetric and (shifted := static(seen, observer, True, base)).zero_point:
+        found.append(Recipe("w8a8-asymmetric", shifted))
+    return found
 
 
 def outliers(judge: Judge, base: Calibration, count: int = OUTLIERS) -> Calibration:
@@ -288,7 +324,9 @@ def calibrate(
     for readers, folded in inputs(model, usable):
         names = [layer.names[0] for layer in readers]
         judges = [Judge(layer.module, seen[name]) for layer, name in zip(readers, names, strict=True)]
-        base, alpha = smooth(judges, folded) if smoothing and _alone(readers, layers) else (Calibration(), 0.0)
+        base, alpha = Calibration(), 0.0
+        if smoothing and _alone(readers, layers):
+            base, alpha = smooth(judges, folded, observer, asymmetric)
         for name, judge_layer in zip(names, judges, strict=True):
             recipe, snr = _best(judge_layer, base, observer, asymmetric, outlier_columns, min_snr_db)
             result.plain_snr[name] = judge_layer(Recipe("w8a8"))
@@ -328,14 +366,7 @@ def _best(
     min_snr_db: float | None,
 ) -> tuple[Recipe, float]:
     def of(calibration: Calibration) -> list[Recipe]:
-        if observer is None:
-            return [Recipe("w8a8", calibration)]
-        fixed = [Recipe("w8a8-static", static(judge_layer.seen, observer, False, calibration))]
-        if asymmetric:
-            shifted = static(judge_layer.seen, observer, True, calibration)
-            if shifted.zero_point:
-                fixed.append(Recipe("w8a8-asymmetric", shifted))
-        return fixed
+        return schemes(judge_layer.seen, calibration, observer, asymmetric)
 
     measured = [(judge_layer(recipe), i, recipe) for i, recipe in enumerate(of(base))]
     snr, _, recipe = max(measured, key=lambda entry: entry[:2])

@@ -37,6 +37,7 @@ from hwkern._originals import (
     Spool,
     free_disk,
     free_memory,
+    is_alone,
     room_beside,
     spool_directory,
 )
@@ -92,7 +93,8 @@ def patch(
         embeddings: make ``nn.Embedding`` tables int8 as well, and the output heads that share a weight with one: table
             and head are then one int8 tensor. ``include`` and ``exclude`` choose among them too. Off by default: it
             brings memory and next to no time, and code that reads ``embedding.weight`` instead of calling the layer
-            would read int8. A plan says of its own which tables are int8.
+            would read int8. A plan says of its own which tables are int8. A head that ``include`` names becomes int8
+            without it too, for its speed: the float table then stays beside it, and the report says so.
 
     Returns:
         A :class:`~hwkern.report.Report`; print it.
@@ -157,7 +159,7 @@ def patch(
         model_bytes_after=_model_bytes(model),
         originals=(originals if originals == "drop" else spool.place) if spool.bytes else "",
         originals_bytes=spool.bytes,
-        note=_note(layers),
+        note=_note(model, layers),
         fusion="".join(fused),
     )
 
@@ -502,7 +504,7 @@ def _swap(group: Sequence[Layer], spool: Spool, journal: _Journal, recipe: Recip
             # A plain recipe (plans give tied layers no other): weight and scale are all there is, and shared.
             new = around(module, recipe, made.weight, made.weight_scale)
         adopt(new, module)
-        new._original = Original(module, stored)
+        new._original = Original(module, stored, bias_alone=is_alone(module._parameters.get("bias")))
         journal.append(functools.partial(_put_back, layer, module, new))
         module._parameters["weight"] = None
         _set(layer, new)
@@ -534,10 +536,13 @@ def _restore(group: Sequence[Layer], journal: _Journal) -> None:
 
 
 def _put_back(layer: Layer, module: nn.Module, int8: PackedLayer) -> None:
-    stored = cast(FloatWeight, cast(Original, int8._original).weight)
+    original = cast(Original, int8._original)
+    stored = cast(FloatWeight, original.weight)
     module._parameters["weight"] = stored.restore(int8.weight.device, int8.float_dtype)
     if "bias" in int8._parameters:
-        module._parameters["bias"] = int8._parameters["bias"]
+        module._parameters["bias"] = bias = int8._parameters["bias"]
+        if bias is not None and original.bias_alone and not is_alone(bias):
+            bias.data = bias.data.clone()
     adopt(module, int8)
     _set(layer, module)
 
@@ -630,12 +635,19 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return n, k
 
 
-def _note(layers: Sequence[Layer]) -> str:
-    already = sum(layer.status == "already" for layer in layers)
-    if not already:
-        return ""
-    nothing = " Nothing was changed." if all(layer.status != "int8" for layer in layers) else ""
-    return f"Already patched: {already} layer{'' if already == 1 else 's'}.{nothing}"
+def _note(model: nn.Module, layers: Sequence[Layer]) -> str:
+    lines = []
+    if already := sum(layer.status == "already" for layer in layers):
+        nothing = " Nothing was changed." if all(layer.status != "int8" for layer in layers) else ""
+        lines.append(f"Already patched: {already} layer{'' if already == 1 else 's'}.{nothing}")
+    tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    lines += [
+        f"{layer.names[0]!r} is int8 beside the float table of {layer.tied_to!r}, whose weight it was: with "
+        "embeddings=True they are one int8 tensor."
+        for layer in layers
+        if layer.status == "int8" and not layer.is_embedding and layer.tied_to in tables
+    ]
+    return " ".join(lines)
 
 
 class _CallableModule(types.ModuleType):

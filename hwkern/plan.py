@@ -428,7 +428,8 @@ def plan(
     and every int8 scheme for each distinct size once (the times are kept for later processes); measures each
     scheme's error on the layer's own inputs; and chooses. A layer stays float unless a scheme within the bound is
     faster by measurement, at every number of tokens that matters and, on a GPU, both eager and in a CUDA graph; or
-    unless the whole model, measured likewise, is faster with the layer fused to its neighbours.
+    unless the whole model, measured likewise, is faster with it: with the layer fused to its neighbours, or with one
+    that only costs the host more time in eager calls.
 
     Args:
         batches: what the model is called with: tensors, tuples of arguments, or dicts. Their numbers of tokens are

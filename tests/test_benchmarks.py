@@ -907,8 +907,8 @@ def tiny_bert(size):
 
 def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load, monkeypatch, tmp_path, capsys):
     never_slower = load("never_slower")
-    # The planned model's time in each reading; the original's is 1. A second reading has at least four blocks.
-    readings = iter([1.03, *[1.0] * 4, 1.05, *[1.04] * 4, 0.5, 0.5])
+    # The planned model's time in each reading; the original's is 1. A second reading has at least six blocks.
+    readings = iter([1.03, *[1.0] * 6, 1.05, *[1.04] * 6, 0.5, 0.5])
     asked = []
 
     def samples(calls, cuda, rounds=None):
@@ -927,7 +927,7 @@ def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load
         assert never_slower.main() == 1
     finally:
         torch.set_num_threads(threads)
-    assert asked == [None, 5, 5, 5, 5, None, 5, 5, 5, 5, None, None]
+    assert asked == [None, *[5] * 6, None, *[5] * 6, None, None]
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [(row["first_ratio"], row["ratio"]) for row in rows] == [(1.03, 1.0), (1.05, 1.04), (0.5, 0.5), (0.5, 0.5)]
     assert [row["noise"] for row in rows] == [0.0, 0.0, None, None]
@@ -939,10 +939,10 @@ def test_a_cell_above_the_limit_is_read_again_and_the_second_reading_counts(load
 @pytest.mark.parametrize(
     ("ratios", "blocks"),
     [
-        ([1.0, 1.001, 0.999, 1.0], 4),  # clearly below
-        ([1.05, 1.051, 1.049, 1.05], 4),  # clearly above: it ends just as early
-        ([1.0, 1.06, 1.0, 1.06, 0.99, 0.99], 6),
-        ([1.02, 1.06] * 6, 12),  # nobody can tell: the most there are
+        ([1.0, 1.001, 0.999, 1.0, 1.0, 1.0], 6),  # clearly below
+        ([1.05, 1.051, 1.049, 1.05, 1.05, 1.05], 6),  # clearly above: it ends just as early
+        ([1.0, 1.06, 1.0, 1.06, 0.99, 0.99, 0.99, 0.99, 0.98, 0.98], 10),
+        ([1.02, 1.06] * 12, 24),  # nobody can tell: the most there are
     ],
 )
 def test_a_second_reading_ends_when_its_noise_tells_it_from_the_limit(load, monkeypatch, ratios, blocks):
@@ -1001,6 +1001,48 @@ def test_a_model_that_fails_is_a_row_without_times_and_the_others_go_on(load, mo
     said = capsys.readouterr().out
     assert "absent: RuntimeError: out of memory" in said
     assert "1 cells of 1 models, 0 above 1.02, worst 0.500, 1 absent" in said
+
+
+def test_the_models_to_begin_with_come_first_and_the_others_in_turn(load, monkeypatch, capsys):
+    never_slower = load("never_slower")
+    measured = []
+
+    def cells(name, size, device, dtype):
+        measured.append(f"{name}/{size}")
+        return []
+
+    monkeypatch.setattr(never_slower, "cells", cells)
+    common = ["never_slower.py", "--device", "cpu", "--models", "t5,opt,phi"]
+    threads = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(sys, "argv", [*common, "--first", "phi/small,t5/small"])
+        assert never_slower.main() == 0
+        assert measured == ["phi/small", "t5/small", "t5/base", "opt/small", "phi/base", "opt/base"]
+        monkeypatch.setattr(sys, "argv", [*common, "--first", "whisper/base"])
+        with pytest.raises(SystemExit):
+            never_slower.main()
+        assert "whisper/base: not among the models" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_plan_time_says_how_long_the_first_and_the_second_plan_took(load, monkeypatch, tmp_path):
+    plan_time = load("plan_time")
+    monkeypatch.setenv("HWKERN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan_time, "SHAPES", ((2, 4), (1, 1)))
+    path = tmp_path / "rows.json"
+    options = ["--device", "cpu", "--layers", "1", "--hidden", "128", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["plan_time.py", *options])
+    assert plan_time.main() == 0
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (row["layers"], row["hidden"]) == (1, 128)
+    assert row["first"]["measured"] == row["again"]["reused"] > 0
+    assert row["first"]["reused"] == row["again"]["measured"] == 0
+    assert row["first"]["seconds"] > 0
+    assert torch.get_default_dtype() == torch.float32
+    text = load("tables").plan_time({"rows": [row, {**row, "again": None}]})
+    assert text.count("\n| 1 layers, 0.00 billion parameters, ") == 3
+    assert "| seconds of a plan | all | observing | errors | timing layers | the whole model | times measured |" in text
 
 
 def test_a_run_goes_on_where_an_earlier_one_stopped(load, monkeypatch, tmp_path, capsys):

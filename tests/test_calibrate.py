@@ -173,6 +173,41 @@ def test_smoothing_recovers_what_planted_outliers_cost() -> None:
     assert snr(layer(fresh), make(layer, Recipe("w8a8", found))(fresh)) > plain + 10
 
 
+def test_the_figure_that_smoothing_is_chosen_by_counts_every_token() -> None:
+    exact = torch.ones(4, 8, dtype=torch.float64)
+    small, large = exact.clone(), exact.clone()
+    small[:3] += 0.1
+    large[3] += 0.1
+    assert calibration.token_db(exact, exact) == math.inf
+    assert calibration.token_db(exact, exact * 1.01) == pytest.approx(40 + 10 * math.log10(2))  # both halves the signal
+    assert calibration.token_db(exact, large) == pytest.approx(calibration.token_db(exact, small) + 10 * math.log10(3))
+    exact[3] *= 30  # one token outweighs all others in the plain figure, and counts for no more than itself here
+    small, large = exact.clone(), exact.clone()
+    small[:3] *= 1.1
+    large[3] *= 1.03
+    assert calibration.snr_db(exact, small) > calibration.snr_db(exact, large) + 10
+    # noise / (signal + mean signal): 3 · 0.01 / (1 + 225.75) against 0.0009 · 900 / (900 + 225.75)
+    mean = (3 + 900) / 4
+    assert calibration.token_db(exact, small) == pytest.approx(-10 * math.log10(3 * 0.01 / (1 + mean) / 4))
+    assert calibration.token_db(exact, large) == pytest.approx(-10 * math.log10(0.81 / (900 + mean) / 4))
+    assert calibration.token_db(exact, exact * math.nan) == -math.inf
+    assert calibration.token_db(exact * 0, exact * 0) == math.inf
+
+
+def test_smoothing_does_not_serve_one_wild_token_at_the_cost_of_all_others() -> None:
+    """Half of the columns are large, in one token only: their weights would be made large for it in all tokens."""
+    layer, x = nn.Linear(K, N, bias=False), torch.randn(256, K)
+    x[0, ::2] *= 30
+    judge = calibration.Judge(layer, seen_of(x))
+    found, _ = calibration.smooth([judge], folded=False)
+    rest = torch.randn(256, K)
+
+    def db(calibration_: Calibration) -> float:
+        return snr(layer(rest), make(layer, Recipe("w8a8", calibration_))(rest))
+
+    assert db(found) > db(Calibration()) - 0.5
+
+
 def test_smoothing_leaves_an_even_input_alone() -> None:
     judge = calibration.Judge(nn.Linear(K, N), seen_of(torch.randn(128, K)))
     assert calibration.smooth([judge], folded=False) == (Calibration(), 0.0)

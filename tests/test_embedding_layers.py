@@ -267,6 +267,23 @@ def test_a_table_whose_head_stays_float_stays_float(ids: torch.Tensor) -> None:
     )
 
 
+def test_a_head_alone_leaves_the_float_table_beside_it_and_the_report_says_so(ids: torch.Tensor) -> None:
+    model = Net(True)
+    before, table = model_bytes(model), model.embed.weight
+    report = hwkern.patch(model, include=["lm_head", "body"])
+    assert isinstance(model.lm_head, Int8Linear)
+    assert model.embed.weight is table
+    said = "'lm_head' is int8 beside the float table of 'embed'"
+    assert said in str(report)
+    assert "embeddings=True" in report.note
+    head, body = ROWS * (ops.padded(WIDTH) + 4), 500 * WIDTH * 4 - 500 * (ops.padded(WIDTH) + 4)
+    assert report.model_bytes_after == before + head - body
+    hwkern.unpatch(model)
+    assert model.lm_head.weight is model.embed.weight is table
+    assert said not in str(hwkern.patch(model, embeddings=True))
+    assert said not in str(hwkern.patch(Net(False), include="lm_head"))
+
+
 def test_half_of_a_pair_may_go_back_alone(ids: torch.Tensor) -> None:
     model = Net(True)
     exact = model.embed.weight.detach().clone()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from hwkern import ops, reference
-from hwkern.nn import Int8Conv1D, Int8Linear
+from hwkern._recipes import Recipe, make
+from hwkern.nn import Calibration, Int8Conv1D, Int8Linear
 from hwkern.nn.pack import quantize_weight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -348,12 +349,24 @@ def test_compiles_without_graph_breaks() -> None:
     assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
-def test_a_layer_without_values_exports() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "dtype", "operator"),
+    [
+        (Recipe("w8a8"), torch.float32, "int8_linear.default"),
+        (Recipe("w8a16"), torch.bfloat16, "weight_only_linear.default"),
+        (Recipe("w8a16"), torch.float32, "dequantize.default"),  # no kernel takes float32 as it is
+        (Recipe("w8a16/w8a8", max_tokens=2), torch.float32, "int8_linear.default"),
+        (Recipe("w8a8-static", Calibration(scale=0.05)), torch.float32, "int8_linear_static.default"),
+    ],
+)
+def test_a_layer_without_values_exports(recipe: Recipe, dtype: torch.dtype, operator: str) -> None:
     """On the meta device, which autocast does not know."""
-    layer = nn.Sequential(Int8Linear(32, 48, device="meta"))
+    layer = nn.Sequential(make(nn.Linear(32, 48, dtype=dtype), recipe).to("meta"))
+    x = torch.randn(4, 32, device="meta", dtype=dtype)
     with torch.no_grad():
-        exported = torch.export.export(layer, (torch.randn(4, 32, device="meta"),))
-    assert "int8_linear" in str(exported.graph)
+        exported = torch.export.export(layer, (x,))
+        assert (layer(x).shape, layer(x).dtype) == ((4, 48), dtype)
+    assert f"torch.ops.hwkern.{operator}" in str(exported.graph)
 
 
 def test_exports() -> None:

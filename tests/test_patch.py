@@ -709,6 +709,22 @@ def test_drop_on_a_gpu_with_room_copies_nothing_to_the_host(monkeypatch: pytest.
     assert places[1] != "device"
 
 
+@pytest.mark.parametrize(("share", "room"), [(1.0, 40), (0.5, 30), (0.2, 0), (None, 40)])
+def test_room_on_a_gpu_is_what_torch_may_take_of_it(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, room: int
+) -> None:
+    """100 bytes, of which others hold 40 and this process 30: 20 in tensors, 10 unused. Half of the GPU is 50."""
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    if share is None:  # a torch that does not tell
+        monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction", raising=False)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share, raising=False)
+    assert _originals.free_on(device) == room
+
+
 @pytest.mark.gpu
 def test_dropped_weights_leave_the_gpu_and_never_see_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False, dtype=torch.bfloat16, device="cuda") for _ in range(4)))

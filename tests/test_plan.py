@@ -22,6 +22,7 @@ from hwkern import _choose, _measure, _timing, _whole, metrics
 from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
+from hwkern.bench.subjects import captured
 from hwkern.nn import Calibration, Int8Linear, WeightOnlyInt8Linear
 
 planning = importlib.import_module("hwkern.plan")
@@ -624,7 +625,7 @@ def test_a_whole_model_that_is_not_faster_keeps_its_layers(device: Device, monke
 
 
 def test_one_slow_reading_of_the_whole_model_is_not_believed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([1.0, 1.03, 1.0, 1.0, 0.9, 1.0])  # float, int8, float; again
+    readings = iter([1.0, 1.03, 1.0, 0.9, 1.0])  # float, int8, float, int8, float
 
     monkeypatch.setattr(_whole, "seconds", lambda *_: {"eager": [next(readings)]})
     found = make(Net(), verify=True)
@@ -639,8 +640,8 @@ def test_one_slow_reading_of_the_whole_model_is_not_believed(device: Device, mon
     [
         (1.1, 1.0, [0, 3]),  # slower on the GPU's clock
         (0.9, 0.9, [0, 3]),  # faster everywhere
-        (0.9, 1.1, [0, 3, 0] * 2),  # the host may have been held up
-        (None, 1.1, [0, 3, 0] * 2),
+        (0.9, 1.1, [0, 3, 0, 3, 0]),  # the host may have been held up
+        (None, 1.1, [0, 3, 0, 3, 0]),
         (None, 0.9, [0, 3, 0]),
     ],
 )
@@ -724,6 +725,34 @@ def test_layers_that_are_slower_alone_are_taken_where_the_model_is_faster_with_t
         assert all(recipe.scheme == "keep" for recipe in kept.recipes.values())
 
 
+def test_trials_of_the_whole_model_leave_no_trace_in_it(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the modules, nor in what they hold, nor in how their tensors lie in memory: the very model comes back."""
+    model = bert()
+    original = copy.deepcopy(model)
+    tried = []
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        tried.append(sum(isinstance(module, Int8Linear) for module in model.modules()))
+        return {"eager": [1.2 if tried[-1] else 1.0]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): 10.0 if name == "keep" else 11.0 for name in names for mode in modes
+    })  # fmt: skip
+    found = hwkern.plan(model, IDS, show=False, save=False)
+    assert max(tried) == 7
+    assert not hwkern.patch(model, plan=found).swapped
+    del model.__dict__["_hwkern_plan"]
+    for (name, before), (_, after) in zip(original.named_modules(), model.named_modules(), strict=True):
+        assert type(after) is type(before), name
+        assert list(after.__dict__) == list(before.__dict__), name
+        for hooks in (key for key in before.__dict__ if "hooks" in key):
+            assert after.__dict__[hooks] == before.__dict__[hooks], (name, hooks)
+    for (name, before), (_, after) in zip(original.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(after, before), name
+        assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), name
+
+
 @pytest.mark.parametrize(
     ("fused", "plain", "swapped"),
     [(0.9, 0.8, 7), (0.8, 0.9, 4), (1.05, 0.8, 7), (0.9, 1.05, 4), (1.05, 1.05, 0)],
@@ -751,6 +780,70 @@ def test_w8a8_throughout_is_taken_where_the_whole_model_is_fastest_with_it(
     if swapped == 7:
         assert "W8A8 throughout" in found.explain("encoder.layer.0.output.dense")
         assert hwkern.Plan.from_dict(found.to_dict()).recipes == found.recipes
+
+
+@pytest.mark.parametrize(
+    ("eager", "graph", "taken"),
+    [(0.9, 0.8, True), (1.004, 0.8, True), (1.01, 0.8, False), (1.2, 0.8, False), (0.9, 1.05, False)],
+)
+def test_layers_that_cost_the_host_time_are_taken_where_the_whole_model_is_slower_in_neither_way(
+    monkeypatch: pytest.MonkeyPatch, eager: float, graph: float, taken: bool
+) -> None:
+    """Each is slower in eager calls and faster in a CUDA graph; only the whole model shows which of them matters."""
+    times = {"keep": (10.0, 10.0), "w8a16": (12.0, 6.0)}  # eager, graph
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        int8 = any(isinstance(module, Int8Linear) for module in model.modules())
+        return {"eager": [eager if int8 else 1.0], "graph": [graph if int8 else 1.0]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "modes_of", lambda device, mode="any": ("eager", "graph"))
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): times.get(name, (30.0, 30.0))[mode == "graph"] for name in names for mode in modes
+    })  # fmt: skip
+    found = make(Net(), verify=True)
+    assert {recipe.scheme for recipe in found.recipes.values()} == {"w8a16" if taken else "keep"}
+    if taken:
+        assert "1.20× the float layer's time alone, but the whole model is faster with it" in found.explain("a")
+    alone = make(Net(), verify=False)
+    assert {recipe.scheme for recipe in alone.recipes.values()} == {"keep"}
+
+
+def test_a_faster_plan_for_the_whole_model_must_hold_the_task_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' own choices hold it, W8A8 throughout is faster and does not."""
+
+    def kinds(model: nn.Module) -> set[str]:
+        return {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        return {"eager": [1.0 if not kinds(model) else 0.7 if kinds(model) == {"Int8Linear"} else 0.8]}
+
+    def task(model: nn.Module, batches: Any) -> float:
+        return 0.5 if kinds(model) == {"Int8Linear"} else 1.0
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    held = make(Net(), verify=True, metric=task, accuracy=hwkern.Accuracy(max_metric_drop=0.1))
+    assert {recipe.name for recipe in held.recipes.values()} == {"w8a16"}
+    assert held.task is not None
+    assert held.task.after == 1.0
+    loose = make(Net(), verify=True, metric=task, accuracy=hwkern.Accuracy(max_metric_drop=0.6))
+    assert {recipe.name for recipe in loose.recipes.values()} == {"w8a8"}
+    assert loose.task is not None
+    assert loose.task.after == 0.5
+
+
+def test_a_plan_that_takes_nothing_leaves_the_very_model(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.speed = {"keep": 1.0, "w8a8": 2.0}
+    monkeypatch.setattr(_whole, "seconds", lambda *_: {"eager": [1.0]})
+    model = Net()
+    before, modules = Snapshot(model), [(type(module), id(module)) for module in model.modules()]
+    found = make(model, verify=True)
+    assert not hwkern.patch(model, plan=found, originals="drop").swapped
+    before.assert_same(model)
+    assert [(type(module), id(module)) for module in model.modules()] == modules
 
 
 def test_w8a8_throughout_is_held_against_the_layers_own_choices(
@@ -821,10 +914,23 @@ def test_a_plan_leaves_no_memory_of_the_gpu_behind() -> None:
     assert taken[2] == taken[0]  # cuBLAS's workspace of a stream, 32 MB, came with the first
 
 
-def test_captures_are_warmed_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.gpu
+def test_a_plan_takes_no_memory_that_graphs_of_the_model_do_not_take() -> None:
+    """cuBLAS's workspaces, 32 MB for each stream."""
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 1024)).bfloat16().cuda()
+    x = torch.randn(512, 1024, dtype=torch.bfloat16, device="cuda")
+    model(x)
+    captured(lambda: model(x))()
+    before = torch.cuda.memory_allocated()
+    hwkern.plan(model, [x], show=False)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_captures_and_their_warm_up_are_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
         def __init__(self, device: int = 0) -> None:
-            self.device, self.waited = device, 0
+            self.device, self.waited = torch.device("cuda", device), 0
 
         def wait_stream(self, other: object) -> None:
             self.waited += 1
@@ -833,13 +939,15 @@ def test_captures_are_warmed_up_on_one_stream(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
     _timing._stream.cache_clear()
     try:
         first = _timing.warm_up_stream()
-        assert _timing.warm_up_stream() is first
+        assert _timing.warm_up_stream() is first is torch.cuda.graph.default_capture_stream
         assert first.waited == 2
         device = 1
-        assert _timing.warm_up_stream().device == 1
+        assert _timing.warm_up_stream().device.index == 1
+        assert torch.cuda.graph.default_capture_stream is first
     finally:
         _timing._stream.cache_clear()
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hwkern import ops
 from hwkern._static import int8_linear_static, zero_shift
+from hwkern._tracing import cast_dtype
 from hwkern.nn.conv1d import Int8Conv1D
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.pack import all_finite, nonfinite_rows, quantize_weight, row_chunks, weight_problem
@@ -228,10 +229,8 @@ class CalibratedInt8Linear(Int8Linear):
             shift = buffers["shift"]
             if shift is not None:
                 bias = shift if bias is None else shift + bias  # type: ignore[assignment]
-            enabled = torch.is_autocast_enabled(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type) if enabled else x.dtype
             output_scale: Any = buffers["output_scale"]
-            y = int8_linear_static(x, weight, output_scale, input_scale, self.zero_point, bias, dtype)
+            y = int8_linear_static(x, weight, output_scale, input_scale, self.zero_point, bias, cast_dtype(x))
         else:
             scaled = x if multiplier is None else x * multiplier.to(x.dtype)
             scale: Any = buffers["weight_scale"]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hwkern import ops
 from hwkern._no_grad import linear_no_grad
-from hwkern._tracing import compiles_inference
+from hwkern._tracing import cast_dtype, compiles_inference
 from hwkern.nn.conv1d import Int8Conv1D
 from hwkern.nn.linear import Int8Linear
 
@@ -81,7 +81,7 @@ def weight_only(
     """
     if (y := ops.eager_weight_only(x, weight, weight_scale, bias, k, cell, FEW_TOKENS)) is not None:
         return y
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    dtype = cast_dtype(x)
     # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
     if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)):
         if compiles_inference(x):
