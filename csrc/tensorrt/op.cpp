@@ -33,7 +33,8 @@ struct Entry {
 };
 
 constexpr int32_t kNormed = static_cast<int32_t>(Kind::kNormLinearInt8);
-constexpr int32_t kLinears = static_cast<int32_t>(Kind::kLinearInt8) | kNormed;
+constexpr int32_t kGated = static_cast<int32_t>(Kind::kGatedLinearInt8);
+constexpr int32_t kLinears = static_cast<int32_t>(Kind::kLinearInt8) | kNormed | kGated;
 
 constexpr Entry kEntries[] = {
     {"in_features", kLinears, &Op::in_features},
@@ -52,6 +53,7 @@ constexpr Entry kEntries[] = {
     {"has_skip", kNormed, &Op::has_skip},
     {"has_norm_output", kNormed, &Op::has_norm_output},
     {"has_sum_output", kNormed, &Op::has_sum_output},
+    {"gate", kGated, &Op::gate, nullptr, kActivations},
 };
 
 bool serves(const Entry& entry, Kind kind) { return (entry.kinds & static_cast<int32_t>(kind)) != 0; }
@@ -103,7 +105,6 @@ bool read_name(const Field& field, const char* const* names, int32_t* value) {
 bool is_flag(int32_t v) { return v == 0 || v == 1; }
 
 bool validate_norm(const Op& op) {
-  if (op.scheme == kW8A16) return refuse("NormLinearInt8 quantizes x: its scheme cannot be w8a16");
   if (!(op.epsilon >= 0) || !std::isfinite(op.epsilon) || !std::isfinite(op.norm_offset))
     return refuse("NormLinearInt8: epsilon %g and norm_offset %g must be finite, epsilon not negative", op.epsilon,
                   op.norm_offset);
@@ -138,6 +139,8 @@ bool validate(const Op& op) {
   if (op.config != kChoose && !config_fits(op, op.config))
     return refuse("config %d is no config id of this hwkern for %s with the scheme %s; -1 lets the cost model choose",
                   op.config, name(op.kind), scheme);
+  if (op.kind != Kind::kLinearInt8 && op.scheme == kW8A16)
+    return refuse("%s quantizes x: its scheme cannot be w8a16", name(op.kind));
   return op.kind != Kind::kNormLinearInt8 || validate_norm(op);
 }
 
@@ -155,12 +158,18 @@ const char* dtype_name(DType t) {
 }  // namespace
 
 const char* name(Kind kind) {
-  return kind == Kind::kLinearInt8 ? "LinearInt8" : kind == Kind::kQuantize ? "Quantize" : "NormLinearInt8";
+  switch (kind) {
+    case Kind::kLinearInt8: return "LinearInt8";
+    case Kind::kQuantize: return "Quantize";
+    case Kind::kNormLinearInt8: return "NormLinearInt8";
+    case Kind::kGatedLinearInt8: return "GatedLinearInt8";
+  }
+  return "another op";
 }
 
 const Kind* kinds(int* count) {
-  static constexpr Kind kAll[] = {Kind::kLinearInt8, Kind::kQuantize, Kind::kNormLinearInt8};  // the last may be absent
-  *count = is_built(Kind::kNormLinearInt8) ? 3 : 2;
+  static constexpr Kind kAll[] = {Kind::kLinearInt8, Kind::kQuantize, Kind::kGatedLinearInt8, Kind::kNormLinearInt8};
+  *count = is_built(Kind::kNormLinearInt8) ? 4 : 3;  // the last may be absent
   return kAll;
 }
 
@@ -197,9 +206,9 @@ bool parse(Kind kind, const Field* fields, int32_t count, Op* out) {
 namespace {
 
 constexpr char kMagic[4] = {'H', 'W', 'K', 'T'};
-constexpr uint32_t kStateVersion = 2;
+constexpr uint32_t kStateVersion = 3;
 constexpr size_t kOpOffset = 8, kSumOffset = kOpOffset + sizeof(Op);
-static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 17 * 4, "an Op has no padding");
+static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 18 * 4, "an Op has no padding");
 
 uint32_t fnv1a(const unsigned char* bytes, size_t count) {
   uint32_t hash = 2166136261u;
@@ -237,11 +246,12 @@ bool load(Kind kind, const void* data, size_t bytes, Op* out) {
   std::memcpy(&op, state + kOpOffset, sizeof op);
   if (op.kind != kind)
     return refuse("%s: the engine's data is that of another op (%d)", name(kind), static_cast<int>(op.kind));
-  if (!within(op.scheme, kSchemes) || !within(op.activation, kActivations) || !within(op.norm, kNorms))
+  if (!within(op.scheme, kSchemes) || !within(op.activation, kActivations) || !within(op.norm, kNorms) ||
+      !within(op.gate, kActivations))
     return refuse(
-        "%s: the engine asks for scheme %d, activation %d and norm %d, which this hwkern does not know; load "
+        "%s: the engine asks for scheme %d, activation %d, norm %d and gate %d, which this hwkern does not know; load "
         "the hwkern that built it",
-        name(kind), op.scheme, op.activation, op.norm);
+        name(kind), op.scheme, op.activation, op.norm, op.gate);
   if (!validate(op)) return false;
   *out = op;
   return true;
@@ -299,7 +309,7 @@ int input_count(const Op& op) {
 
 int output_count(const Op& op) {
   if (op.kind == Kind::kQuantize) return 2;
-  return op.kind == Kind::kLinearInt8 ? 1 : 1 + op.has_norm_output + op.has_sum_output;
+  return op.kind == Kind::kNormLinearInt8 ? 1 + op.has_norm_output + op.has_sum_output : 1;
 }
 
 DType output_type(const Op& op, int output, DType x) {
@@ -402,9 +412,10 @@ bool check_shapes(const Op& op, const Tensor* inputs, int count) {
   if (k == 0) return refuse("%s: the last dimension of x is 0", name(op.kind));
   if (op.kind == Kind::kQuantize) return true;
 
-  if (differ(k, op.in_features))
-    return refuse("%s: the last dimension of x is %" PRId64 ", but in_features is %d", name(op.kind), k,
-                  op.in_features);
+  const int64_t columns = (op.kind == Kind::kGatedLinearInt8 ? 2 : 1) * int64_t{op.in_features};
+  if (differ(k, columns))
+    return refuse("%s: the last dimension of x is %" PRId64 ", but in_features %d needs %" PRId64, name(op.kind), k,
+                  op.in_features, columns);
   const Tensor& weight = inputs[position(op, Input::kWeight)];
   if (weight.rank != 2)
     return refuse("%s: weight must have two dimensions, [N, K16], not %d", name(op.kind), weight.rank);
@@ -421,10 +432,10 @@ bool check_shapes(const Op& op, const Tensor* inputs, int count) {
     return refuse("%s: weight has %" PRId64 " rows, but out_features is %d", name(op.kind), n, op.out_features);
   if (op.has_input_scale) {
     const Tensor& scale = inputs[position(op, Input::kInputScale)];
-    const int64_t columns = op.kind == Kind::kLinearInt8 ? op.in_features : 1;
-    if (scale.rank > 1 || (scale.rank == 1 && differ(scale.dims[0], 1) && differ(scale.dims[0], columns)))
+    const int64_t most = op.kind == Kind::kLinearInt8 ? columns : 1;
+    if (scale.rank > 1 || (scale.rank == 1 && differ(scale.dims[0], 1) && differ(scale.dims[0], most)))
       return refuse("%s: input_scale must hold one float32%s", name(op.kind),
-                    columns > 1 ? ", or one for each column of x" : "");
+                    most > 1 ? ", or one for each column of x" : "");
   }
   constexpr const char* kRows = "the rows of weight are";
   constexpr const char* kColumns = "the columns of x are";

@@ -23,6 +23,10 @@
 //   outputs   y as above, normed [..., K] if has_norm_output, sum [..., K] if has_sum_output, both of x's type
 //   norm:     layer, rms or rms_rounded (see Norm in hwkern.h), with epsilon and norm_offset (1 for Gemma)
 //
+// GatedLinearInt8: LinearInt8 of round(round(gate(x[..., :K])) · x[..., K:]), in the pass that quantizes it
+//   inputs    x [..., 2K], the halves of a gate-and-up product, then weight … residual as above; input_scale is [1]
+//   gate:     an activation (see ActivationQuantize in hwkern.h)
+//
 // Quantize: x [..., K] → q [..., K] int8, scale [...] float32, one scale per row, the dynamic scheme of hwkern.h.
 #pragma once
 
@@ -36,7 +40,8 @@ namespace hwkern::trt {
 constexpr char kNamespace[] = "hwkern";
 constexpr char kPluginVersion[] = "1";
 
-enum class Kind : int32_t { kLinearInt8 = 1, kQuantize = 2, kNormLinearInt8 = 4 };  // bits: a field serves several
+// Bits: a field serves several.
+enum class Kind : int32_t { kLinearInt8 = 1, kQuantize = 2, kNormLinearInt8 = 4, kGatedLinearInt8 = 8 };
 enum LinearScheme : int32_t { kW8A8Dynamic = 0, kW8A8Static = 1, kW8A16 = 2 };
 
 // Plain 32-bit members only: an Op is saved as it lies in memory.
@@ -52,6 +57,7 @@ struct Op {
   int32_t norm = 0;  // Norm, in NormLinearInt8
   int32_t has_norm_bias = 0, has_skip = 0, has_norm_output = 0, has_sum_output = 0;
   float epsilon = 0, norm_offset = 0;
+  int32_t gate = 0;  // Activation, in GatedLinearInt8
 };
 
 const char* name(Kind kind);

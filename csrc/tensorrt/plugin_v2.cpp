@@ -121,8 +121,9 @@ class Creator final : public IPluginCreator {
 };
 
 IPluginCreator* const* creators(int32_t* count) {
-  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), norm_linear(Kind::kNormLinearInt8);
-  static IPluginCreator* const all[] = {&linear, &quantize, &norm_linear};  // as in kinds()
+  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), gated_linear(Kind::kGatedLinearInt8),
+      norm_linear(Kind::kNormLinearInt8);
+  static IPluginCreator* const all[] = {&linear, &quantize, &gated_linear, &norm_linear};  // as in kinds()
   kinds(count);
   return all;
 }

@@ -154,8 +154,10 @@ class Creator final : public IPluginCreatorV3One {
 extern "C" HWKERN_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   using hwkern::trt::Creator;
   using hwkern::trt::Kind;
-  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), norm_linear(Kind::kNormLinearInt8);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &norm_linear};  // as in kinds()
+  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), gated_linear(Kind::kGatedLinearInt8),
+      norm_linear(Kind::kNormLinearInt8);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &gated_linear,
+                                                                &norm_linear};  // as in kinds()
   hwkern::trt::kinds(&count);
   return creators;
 }

@@ -182,6 +182,18 @@ Status run_norm(const Call& c, int config, Stream stream) {
 Status run_norm(const Call&, int, Stream) { return invalid("this build of hwkern has no fused norm"); }
 #endif
 
+Status run_gated(const Call& c, int config, Stream stream) {
+  ActivationQuantize p{};
+  p.x = c.inputs[0];
+  p.up = static_cast<const char*>(p.x) + c.k() * size_of(c.x_type());
+  p.q = c.q(), p.scale = c.x_scale(), p.is_static = c.op.scheme == kW8A8Static;
+  p.ldx = p.ldup = 2 * c.k(), p.ldq = c.k16();
+  p.m = c.m(), p.k = c.k(), p.x_dtype = c.x_type();
+  p.activation = static_cast<Activation>(c.op.gate);
+  const Status status = activation_quantize(p, stream);
+  return status.ok() ? multiply(c, config, stream) : status;
+}
+
 // Linear and WeightOnlyLinear have the same members.
 template <class Problem>
 Problem linear_problem(const Call& c) {
@@ -201,6 +213,7 @@ Problem linear_problem(const Call& c) {
 Status run_linear(const Call& c, int32_t tactic, Stream stream) {
   const int config = config_for(c.op, tactic, c.m());
   if (c.op.kind == Kind::kNormLinearInt8) return run_norm(c, config, stream);
+  if (c.op.kind == Kind::kGatedLinearInt8) return run_gated(c, config, stream);
   if (c.op.scheme == kW8A8Static) return run_static(c, config, stream);
 #if HWKERN_WEIGHT_ONLY
   if (c.op.scheme == kW8A16) return weight_only_linear(linear_problem<WeightOnlyLinear>(c), config, stream);

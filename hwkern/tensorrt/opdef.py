@@ -16,6 +16,9 @@ y               ``[..., N]`` of x's dtype
 ``normed = LayerNorm(x + skip)``: the norm's own pass quantizes it. ``skip``, ``normed`` and
 ``sum = x + skip`` are ``[..., K]`` of x's dtype; ``norm_weight`` and ``norm_bias`` ``[K]`` of any float type.
 
+``GatedLinearInt8(x, weight, … as above) -> y`` is LinearInt8 of ``gate(x[..., :K]) · x[..., K:]``: x is ``[..., 2K]``, the
+halves of a gate-and-up product.
+
 Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell
 which are there. The mathematics is ``hwkern/reference.py``'s.
 
@@ -41,6 +44,8 @@ NAMESPACE = "hwkern"
 PLUGIN_VERSION = "1"
 OP = "LinearInt8"
 NORM_OP = "NormLinearInt8"
+GATED_OP = "GatedLinearInt8"
+OPS = (OP, NORM_OP, GATED_OP)
 CHOOSE = -1  # hwkern.h kChoose: the kernels' cost model (or TensorRT's timing) picks the config
 SCHEMES = ("w8a8_dynamic", "w8a8_static", "w8a16")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -110,9 +115,12 @@ class Variant:
     has_residual: bool = False
     int32_weight: bool = False
     norm: Norm | None = None
+    gate: str = ""  # the activation of a GatedLinearInt8
 
     @property
     def op(self) -> str:
+        if self.gate:
+            return GATED_OP
         return OP if self.norm is None else NORM_OP
 
     @property
@@ -126,6 +134,7 @@ class Variant:
         parts += [self.activation] * (self.activation != "none")
         parts += ["residual"] * self.has_residual
         parts += ["int32"] * self.int32_weight
+        parts += [f"gated_{self.gate}"] * bool(self.gate)
         if self.norm is not None:
             parts += ["norm" if self.norm.kind == "layer" else self.norm.kind, *self.norm.inputs, *self.norm.outputs]
         return ".".join(parts)
@@ -142,6 +151,8 @@ class Variant:
 
     @property
     def attributes(self) -> tuple[str, ...]:
+        if self.gate:
+            return (*_ATTRIBUTES, "gate")
         return _ATTRIBUTES if self.norm is None else (*_ATTRIBUTES, *_NORM_ATTRIBUTES)
 
 
@@ -160,6 +171,8 @@ def make_node(
         fields = {"norm": norm.kind, "epsilon": epsilon, "norm_offset": 0.0}
         fields |= {"has_norm_bias": int(norm.has_bias), "has_skip": int(norm.has_skip)}
         fields |= {"has_norm_output": int(norm.has_output), "has_sum_output": int(norm.has_sum)}
+    if variant.gate:
+        fields = {"gate": variant.gate}
     return helper.make_node(
         variant.op,
         list(inputs),
@@ -182,8 +195,7 @@ def make_node(
 
 
 def is_hwkern(node: NodeProto) -> bool:
-    known = node.op_type in (OP, NORM_OP)
-    return known and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
+    return node.op_type in OPS and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
 
 
 def inputs(node: NodeProto) -> dict[str, str]:
@@ -207,8 +219,9 @@ def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Varia
         has_bias=bool(found["has_bias"]),
         has_residual=bool(found["has_residual"]),
         int32_weight=int32_weight,
+        gate=found.get("gate", ""),
         norm=None
-        if node.op_type == OP
+        if node.op_type != NORM_OP
         else Norm(
             has_bias=bool(found["has_norm_bias"]),
             has_skip=bool(found["has_skip"]),
@@ -323,6 +336,8 @@ def function(variant: Variant, opset: int) -> FunctionProto:
     x = "x" if is_float else body.cast("x", TensorProto.FLOAT)
     if variant.norm is not None:
         x = _normed(body, variant, x)
+    if variant.gate:
+        x = _gated(body, variant, x)
     weight = _int8_weight(body, variant)
     if variant.scheme == "w8a16":
         w = body.cast(body.op("Transpose", weight, perm=[1, 0]), TensorProto.FLOAT)
@@ -383,6 +398,22 @@ def _normed(body: _Body, variant: Variant, x: str) -> str:
     return rounded(y, "normed", variant.norm.has_output)
 
 
+def _gated(body: _Body, variant: Variant, x: str) -> str:
+    """gate(first half of float32 ``x``) · second half, each stored in x's type."""
+
+    def stored(value: str) -> str:
+        if variant.dtype == TensorProto.FLOAT:
+            return value
+        return body.cast(body.cast(value, variant.dtype), TensorProto.FLOAT)
+
+    k, last = body.in_features(), body.integers(-1)
+    first = body.op("Slice", x, body.integers(0), k, last)
+    second = body.op("Slice", x, k, body.op("Add", k, k), last)
+    if variant.gate != "none":
+        first = stored(_activation(body, variant.gate, first))
+    return stored(body.op("Mul", first, second))
+
+
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
@@ -422,7 +453,7 @@ def add_functions(model: ModelProto, variants: Sequence[Variant]) -> None:
 
 def strip_functions(model: ModelProto) -> None:
     """Remove the bodies: TensorRT 10.0 … 10.2 would import a body in the plugin's place."""
-    kept = [f for f in model.functions if not (f.name in (OP, NORM_OP) and f.domain.startswith(NAMESPACE + "."))]
+    kept = [f for f in model.functions if not (f.name in OPS and f.domain.startswith(NAMESPACE + "."))]
     del model.functions[:]
     model.functions.extend(kept)
 

@@ -68,6 +68,7 @@ class NodeReport:
     output: str = ""  # name of the tensor that the hwkern node (or its part of a merged one) gives
     merged: tuple[str, ...] = ()  # nodes that share this one's product, itself included
     norm: str = ""  # the LayerNormalization that went into the node
+    gate: str = ""  # the activation of gate and up, whose product went into the node
 
 
 @dataclass
@@ -102,7 +103,7 @@ class RewriteReport:
             extra = [node.scheme] if node.scheme else []
             extra += ["bias"] * node.bias + [node.activation] * (node.activation != "none")
             extra += ["residual"] * node.residual + [f"one of {len(node.merged)}"] * bool(node.merged)
-            extra += ["norm"] * bool(node.norm)
+            extra += ["norm"] * bool(node.norm) + [f"gated ({node.gate})"] * bool(node.gate)
             rows.append((node.name, node.op, size, node.status, node.reason or ", ".join(extra)))
         title = (
             f"{len(self.swapped)} of {len(self.nodes)} matrix multiplies are int8 now; constants "
@@ -144,7 +145,9 @@ def rewrite(
             ``make_plan``). Nodes that it does not name stay float.
         scheme: ``"w8a8_dynamic"`` (x quantized per token), ``"w8a16"`` (int8 weights only). In Q/DQ models a static
             symmetric scale of x is kept as ``"w8a8_static"`` and int8 weights are taken as they are.
-        fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node.
+        fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node. Where
+            ``activation(gate) · up`` of two products of the same x leads to a third product alone, it goes into that
+            one, and gate and up become one product.
         fuse_residual: so does an addition of a tensor of the same shape.
         fuse_norm: a LayerNormalization or RMS norm (and the addition before it) whose result the product reads goes
             into the node, which gives the normalized tensor and the sum to whoever else reads them. "between": only
@@ -311,6 +314,8 @@ class _Linear:
     bias_factor: float = 1.0
     activation: str = "none"
     residual: str = ""
+    gate: str = ""  # x is the product of gate and up, before this activation
+    up: _Linear | None = None  # of a gate: what makes one product with it, for another linear to split
 
     @property
     def product(self) -> NodeProto:
@@ -326,8 +331,9 @@ class _Linear:
 
     def variant(self, int32_weight: bool) -> Variant:
         return Variant(
-            self.dtype, self.scheme, self.activation, self.bias is not None, bool(self.residual), int32_weight
-        )
+            self.dtype, self.scheme, self.activation, self.bias is not None, bool(self.residual), int32_weight,
+            gate=self.gate,
+        )  # fmt: skip
 
 
 @dataclass
@@ -424,6 +430,8 @@ class _Rewriter:
                 found.append(linear)
         if not found:
             return
+        if self.fuse_activation and self.merge:
+            self._fuse_gates(found, scope, reads)
         self.made = {linear.output for linear in found}
         removed: list[NodeProto] = []
         placed: dict[int, list[NodeProto]] = {}  # id of a node → the nodes that come in its place
@@ -624,6 +632,32 @@ class _Rewriter:
             self.taken.add(id(node))
             linear.output = node.output[0]
 
+    def _fuse_gates(self, found: list[_Linear], scope: Scope, reads: _Reads) -> None:
+        """activation(gate) · up into the product that alone reads it, which splits the product of both then."""
+        by_output = {linear.output: linear for linear in found}
+        for down in found:
+            node = scope.producers.get(down.x)
+            if node is None or node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
+                continue
+            a, b = (by_output.get(name) for name in node.input)
+            if a is None or b is None or a is b or down.scheme == "w8a16" or down.k != a.n or a.n != b.n:
+                continue
+            gate, up = (a, b) if b.activation == "none" else (b, a)
+            alone = all(reads.only_consumer(linear.output) is node for linear in (a, b))
+            if (
+                alone
+                and reads.only_consumer(down.x) is down.product
+                and up.activation == "none"
+                and self._kind(gate) == self._kind(up)
+                and down.dtype == gate.dtype
+                and not (gate.residual or up.residual or gate.gate or up.gate)
+            ):
+                down.gate = down.report.gate = gate.activation
+                gate.up, gate.activation, gate.report.activation = up, "none", "none"
+                gate.nodes.append(node)
+                down.x = gate.output = up.output = self._unique(f"{gate.product.output[0]}_gate_up")
+                gate.report.output = up.report.output = down.x
+
     def _norm(self, group: list[_Linear], scope: Scope, reads: _Reads, taken: set[int]) -> _Norm | None:
         """The norm over the last dimension that gives x, in the same graph."""
         first = group[0]
@@ -763,15 +797,23 @@ class _Rewriter:
     def _groups(self, found: list[_Linear]) -> list[list[_Linear]]:
         """Linears of the same x and kind together, the rest alone; in graph order."""
         groups: dict[Any, list[_Linear]] = {}
+        ups = [linear.up for linear in found if linear.up is not None]
         for linear in found:
-            can = self.merge and linear.activation == "none" and not linear.residual
-            kind = (linear.x, linear.scheme, linear.dtype, linear.bias is not None, linear.input_scale, linear.k)
-            groups.setdefault(kind if can else id(linear), []).append(linear)
+            if linear.up is not None:
+                groups[id(linear)] = [linear, linear.up]
+            elif not any(linear is up for up in ups):
+                can = self.merge and linear.activation == "none" and not linear.residual
+                groups.setdefault(self._kind(linear) if can else id(linear), []).append(linear)
         for group in groups.values():
             if len(group) > 1:
                 for linear in group:
                     linear.report.merged = tuple(other.report.name for other in group)
         return list(groups.values())
+
+    @staticmethod
+    def _kind(linear: _Linear) -> tuple[Any, ...]:
+        """What linears have in common that may be one product."""
+        return (linear.x, linear.scheme, linear.dtype, linear.bias is not None, linear.input_scale, linear.k)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -793,7 +835,9 @@ class _Rewriter:
         split: list[NodeProto] = []
         outputs, n, at = [first.output], first.n, first.nodes[-1]
         if len(group) > 1:
-            outputs, n, at = [self._unique(f"{first.output}_merged")], sum(linear.n for linear in group), first.product
+            n, at = sum(linear.n for linear in group), first.product
+        if len(group) > 1 and first.up is None:
+            outputs = [self._unique(f"{first.output}_merged")]
             sizes = self._store(
                 ("sizes", *(linear.n for linear in group)),
                 "split_sizes",
