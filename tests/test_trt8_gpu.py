@@ -311,6 +311,7 @@ def test_quantize_op() -> None:
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")  # as hwkern.h counts them
 NORMS = ("layer", "rms", "rms_rounded")
+INPUTS = {"x": K, "skip": K, "halves": 2 * K, "residual": N}
 
 
 class Buffer:
@@ -336,7 +337,8 @@ def code(dtype: Any) -> int:
 
 
 class Ops:
-    """One graph with every op on x and skip [B, S, K] and residual [B, S, N], and what the entry points make of it."""
+    """One graph with every op on x and skip [B, S, K], halves [B, S, 2K] and residual [B, S, N], and what the entry
+    points make of it."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype, self.layer = dtype, Layer()
@@ -358,6 +360,7 @@ class Ops:
         self.norms = [
             (norm, static, skip) for norm in range(len(NORMS)) for static in (False, True) for skip in (False, True)
         ]
+        self.gates = [(gate, static) for gate in range(len(ACTIVATIONS)) for static in (False, True)]
         for number, (scheme, activation, residual) in enumerate(self.linears):
             static = scheme == "w8a8_static"
             names = ["x", "w", "s", "b", *(["i"] if static else []), *(["residual"] if residual else [])]
@@ -376,6 +379,13 @@ class Ops:
                 has_skip=int(skip), has_norm_output=1, has_sum_output=int(skip),
             )  # fmt: skip
 
+        for number, (gate, static) in enumerate(self.gates):
+            self._node(
+                "GatedLinearInt8", f"gated{number}", ["halves", "w", "s", "b", *(["i"] if static else [])], [("y", N)],
+                scheme="w8a8_static" if static else "w8a8_dynamic", activation="none", has_input_scale=int(static),
+                has_residual=0, gate=ACTIVATIONS[gate],
+            )  # fmt: skip
+
     def _node(self, op: str, name: str, inputs: list[str], outputs: list[tuple[str, int]], **fields: Any) -> None:
         common = {"in_features": K, "out_features": N, "config": -1, "constant_weights": 1, "has_bias": 1}
         common |= {"domain": "hwkern", "plugin_namespace": "hwkern", "plugin_version": "1"}
@@ -390,7 +400,7 @@ class Ops:
             return onnx.helper.make_tensor_value_info(name, element, ["B", "S", size])
 
         graph = onnx.helper.make_graph(
-            self.nodes, "g", [info("x", K), info("skip", K), info("residual", N)],
+            self.nodes, "g", [info(*each) for each in INPUTS.items()],
             [info(*output) for output in self.outputs],
             [onnx.numpy_helper.from_array(value, name) for name, value in self.constants.items()],
         )  # fmt: skip
@@ -441,11 +451,17 @@ class Ops:
             found[f"norm{number}.normed"] = normed.get()
             if skip:
                 found[f"norm{number}.sum"] = total.get()
+        halves = int(at["halves"])
+        for number, (gate, static) in enumerate(self.gates):
+            native.activation_quantize(
+                halves, 2 * K, d, halves + K * np.dtype(self.dtype).itemsize, 2 * K, int(q), k16,
+                int(at["i"] if static else row_scale), static, m, K, gate, 0,
+            )  # fmt: skip
+            found[f"gated{number}.y"] = product(0, False, 0 if static else int(row_scale))
         return found
 
     def feed(self, b: int, s: int) -> dict[str, Any]:
-        sizes = {"x": K, "skip": K, "residual": N}
-        return {name: random(b, s, size, dtype=self.dtype, seed=i) for i, (name, size) in enumerate(sizes.items())}
+        return {name: random(b, s, size, dtype=self.dtype, seed=i) for i, (name, size) in enumerate(INPUTS.items())}
 
     def run(self, engine: Any, feed: dict[str, Any]) -> dict[str, Any]:
         context, stream = engine.create_execution_context(), cuda.Stream()

@@ -330,6 +330,25 @@ def test_norm_linear(
     plugin.destroy()
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("gate", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES[:3])
+def test_gated_linear(harness: Harness, dtype: torch.dtype, gate: str, static: bool, m: int, n: int, k: int) -> None:
+    layer = Layer(m, n, k, dtype, torch.float32)
+    x = torch.randn(m, 2 * k, device="cuda").to(dtype)
+    scale = torch.full((1,), 0.03, device="cuda") if static else None
+    fields = [text("scheme", "w8a8_static"), integer("has_input_scale", 1)] if static else []
+    plugin = created(harness, "GatedLinearInt8", *layer.fields(), text("gate", gate), *fields)
+    y = poisoned(m, n, dtype=dtype)
+    run(plugin, [x, *layer.inputs()[1:], *([] if scale is None else [scale])], [y])
+    q, row_scale = ops.activation_quantize(x, scale=scale, activation=gate, gated=True)
+    a, row_scale = ops.pad_weight(q), None if static else row_scale
+    assert same_bits(y, ops.int8_matmul(a, layer.weight, row_scale, layer.scale, layer.bias, dtype))
+    plugin.destroy()
+
+
 # ---- Many rows, contexts, streams, graphs ----------------------------------------------------------------------------
 
 

@@ -110,8 +110,8 @@ def rounds_us(
     subjects: Sequence[Callable[[], tuple[Sequence[Callable[[int], None]], Callable[[], None]]]],
     seconds: float = SECONDS, rounds: int = ROUNDS,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """:func:`graphs_us` of several in turn, again and again with new memory: where buffers lie moves a kernel of 8 µs by
-    some percent, and a reading of one placement says nothing about the next.
+    """:func:`graphs_us` of several in turn, again and again with new memory: where buffers lie moves a kernel of 8 µs
+    by some percent, and a reading of one placement says nothing about the next.
 
     ``subjects``: each makes its calls, and what frees their memory. ``seconds``: for each of all rounds together.
     ``rounds`` in the result: the median of each.

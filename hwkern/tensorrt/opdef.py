@@ -16,8 +16,8 @@ y               ``[..., N]`` of x's dtype
 ``normed = LayerNorm(x + skip)``: the norm's own pass quantizes it. ``skip``, ``normed`` and
 ``sum = x + skip`` are ``[..., K]`` of x's dtype; ``norm_weight`` and ``norm_bias`` ``[K]`` of any float type.
 
-``GatedLinearInt8(x, weight, … as above) -> y`` is LinearInt8 of ``gate(x[..., :K]) · x[..., K:]``: x is ``[..., 2K]``, the
-halves of a gate-and-up product.
+``GatedLinearInt8(x, weight, … as above) -> y`` is LinearInt8 of ``gate(x[..., :K]) · x[..., K:]``: x is ``[..., 2K]``,
+the halves of a gate-and-up product.
 
 Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell
 which are there. The mathematics is ``hwkern/reference.py``'s.
