@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 
 #include "core/status.h"
 #include "tensorrt/log.h"
@@ -34,6 +35,7 @@ struct Entry {
 
 constexpr int32_t kNormed = static_cast<int32_t>(Kind::kNormLinearInt8);
 constexpr int32_t kGated = static_cast<int32_t>(Kind::kGatedLinearInt8);
+constexpr int32_t kAttention = static_cast<int32_t>(Kind::kAttention);
 constexpr int32_t kLinears = static_cast<int32_t>(Kind::kLinearInt8) | kNormed | kGated;
 
 constexpr Entry kEntries[] = {
@@ -54,6 +56,13 @@ constexpr Entry kEntries[] = {
     {"has_norm_output", kNormed, &Op::has_norm_output},
     {"has_sum_output", kNormed, &Op::has_sum_output},
     {"gate", kGated, &Op::gate, nullptr, kActivations},
+    {"heads", kAttention, &Op::heads},
+    {"kv_heads", kAttention, &Op::kv_heads},
+    {"head_dim", kAttention, &Op::head_dim},
+    {"scale", kAttention, nullptr, &Op::scale},
+    {"causal", kAttention, &Op::causal},
+    {"has_rotary", kAttention, &Op::has_rotary},
+    {"has_mask", kAttention, &Op::has_mask},
 };
 
 bool serves(const Entry& entry, Kind kind) { return (entry.kinds & static_cast<int32_t>(kind)) != 0; }
@@ -117,9 +126,23 @@ bool validate_norm(const Op& op) {
   return true;
 }
 
+constexpr int32_t kMaxHeads = 65535;  // a grid's second dimension
+
+bool validate_attention(const Op& op) {
+  if (op.heads < 1 || op.kv_heads < 1 || op.heads % op.kv_heads != 0 || op.heads > kMaxHeads)
+    return refuse("Attention: heads %d must be a multiple of kv_heads %d, 1 to %d", op.heads, op.kv_heads, kMaxHeads);
+  if (op.head_dim != 64 && op.head_dim != 128)
+    return refuse("Attention: head_dim is %d; the kernel has 64 and 128", op.head_dim);
+  if (!(op.scale > 0) || !std::isfinite(op.scale)) return refuse("Attention: scale %g must be positive", op.scale);
+  if (!is_flag(op.causal) || !is_flag(op.has_rotary) || !is_flag(op.has_mask))
+    return refuse("causal, has_rotary and has_mask must be 0 or 1");
+  return !(op.causal && op.has_mask) || refuse("Attention: causal or with a mask, not both");
+}
+
 // The one place where an op is judged, whether it came from fields or from an engine.
 bool validate(const Op& op) {
   if (op.kind == Kind::kQuantize) return true;
+  if (op.kind == Kind::kAttention) return validate_attention(op);
   if (op.in_features == 0)
     return refuse("%s needs the field in_features: K, the number of columns of x", name(op.kind));
   if (op.in_features < 1 || op.in_features > kMaxK)
@@ -163,13 +186,15 @@ const char* name(Kind kind) {
     case Kind::kQuantize: return "Quantize";
     case Kind::kNormLinearInt8: return "NormLinearInt8";
     case Kind::kGatedLinearInt8: return "GatedLinearInt8";
+    case Kind::kAttention: return "Attention";
   }
   return "another op";
 }
 
 const Kind* kinds(int* count) {
-  static constexpr Kind kAll[] = {Kind::kLinearInt8, Kind::kQuantize, Kind::kGatedLinearInt8, Kind::kNormLinearInt8};
-  *count = is_built(Kind::kNormLinearInt8) ? 4 : 3;  // the last may be absent
+  static constexpr Kind kAll[] = {Kind::kLinearInt8, Kind::kQuantize, Kind::kGatedLinearInt8, Kind::kAttention,
+                                  Kind::kNormLinearInt8};
+  *count = is_built(Kind::kNormLinearInt8) ? 5 : 4;  // the last may be absent
   return kAll;
 }
 
@@ -208,7 +233,7 @@ namespace {
 constexpr char kMagic[4] = {'H', 'W', 'K', 'T'};
 constexpr uint32_t kStateVersion = 3;
 constexpr size_t kOpOffset = 8, kSumOffset = kOpOffset + sizeof(Op);
-static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 18 * 4, "an Op has no padding");
+static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 25 * 4, "an Op has no padding");
 
 uint32_t fnv1a(const unsigned char* bytes, size_t count) {
   uint32_t hash = 2166136261u;
@@ -277,6 +302,9 @@ namespace {
 bool has(const Op& op, Input input) {
   if (input == Input::kX) return true;
   if (op.kind == Kind::kQuantize) return false;
+  if (input == Input::kCosine || input == Input::kSine) return op.has_rotary;
+  if (input == Input::kMask) return op.has_mask;
+  if (op.kind == Kind::kAttention) return false;
   const bool normed = op.kind == Kind::kNormLinearInt8;
   switch (input) {
     case Input::kSkip: return normed && op.has_skip;
@@ -289,8 +317,9 @@ bool has(const Op& op, Input input) {
   }
 }
 
-constexpr const char* kInputNames[kMaxInputs] = {
-    "x", "skip", "norm_weight", "norm_bias", "weight", "weight_scale", "bias", "input_scale", "residual"};
+constexpr const char* kInputNames[kMaxInputs] = {"x",        "skip",         "norm_weight", "norm_bias",
+                                                 "weight",   "weight_scale", "bias",        "input_scale",
+                                                 "residual", "cosine",       "sine",        "mask"};
 
 }  // namespace
 
@@ -319,6 +348,7 @@ DType output_type(const Op& op, int output, DType x) {
 
 LastDimension last_dimension(const Op& op, int output) {
   if (op.kind == Kind::kQuantize) return output == 0 ? LastDimension::kK : LastDimension::kNone;
+  if (op.kind == Kind::kAttention) return LastDimension::kHeads;
   return output == 0 ? LastDimension::kN : LastDimension::kK;
 }
 
@@ -331,7 +361,9 @@ bool supports(const Op& op, int index, const DType* types) {
   for (int i = 0; i < kMaxInputs; ++i)
     if (position(op, static_cast<Input>(i)) == index) input = static_cast<Input>(i);
   switch (input) {
-    case Input::kX: return is_float(type) && !(op.scheme == kW8A16 && type == DType::kFloat32);
+    case Input::kX:
+      return is_float(type) && !((op.scheme == kW8A16 || op.kind == Kind::kAttention) && type == DType::kFloat32);
+    case Input::kMask:
     case Input::kSkip:
     case Input::kResidual: return type == types[0];
     case Input::kNormWeight:
@@ -339,6 +371,8 @@ bool supports(const Op& op, int index, const DType* types) {
     case Input::kBias: return is_float(type);
     case Input::kWeight: return type == DType::kInt8 || type == DType::kInt32;
     case Input::kWeightScale:
+    case Input::kCosine:
+    case Input::kSine:
     case Input::kInputScale: return type == DType::kFloat32;
   }
   return false;
@@ -380,6 +414,34 @@ bool check_like_x(const Op& op, const Tensor* inputs, Input input, int64_t last)
                       kInputNames[static_cast<int>(input)], last);
 }
 
+// x [B, L, …]; the tables' last two dimensions, and a mask's that are not 1.
+bool check_attention(const Op& op, const Tensor* inputs) {
+  const Tensor& x = inputs[0];
+  const int64_t columns = (int64_t{op.heads} + 2 * op.kv_heads) * op.head_dim;
+  if (x.rank != 3 || differ(x.dims[2], columns))
+    return refuse("Attention: x must be [B, L, %" PRId64 "]: heads %d, kv_heads %d twice, of %d", columns, op.heads,
+                  op.kv_heads, op.head_dim);
+  for (const Input input : {Input::kCosine, Input::kSine}) {
+    const int i = position(op, input);
+    if (i < 0) continue;
+    const Tensor& t = inputs[i];
+    bool ok = t.rank >= 2 && !differ(t.dims[t.rank - 1], op.head_dim) && !differ(t.dims[t.rank - 2], x.dims[1]);
+    for (int d = 0; ok && d + 2 < t.rank; ++d) ok = !differ(t.dims[d], 1);
+    if (!ok) return refuse("Attention: %s must be [L, %d]", kInputNames[static_cast<int>(input)], op.head_dim);
+  }
+  if (const int i = position(op, Input::kMask); i >= 0) {
+    const Tensor& t = inputs[i];
+    const int64_t whole[4] = {x.dims[0], op.heads, x.dims[1], x.dims[1]};
+    bool ok = t.rank >= 1 && t.rank <= 4;
+    for (int d = 0; ok && d < t.rank; ++d) {
+      const int64_t wanted = whole[4 - t.rank + d];
+      ok = !differ(t.dims[d], wanted) || (t.dims[d] == 1 && d + 1 < t.rank);
+    }
+    if (!ok) return refuse("Attention: mask must have the dimensions of [B, heads, L, L], or 1 but for the last");
+  }
+  return true;
+}
+
 }  // namespace
 
 bool check_count(const Op& op, int count) {
@@ -411,6 +473,7 @@ bool check_shapes(const Op& op, const Tensor* inputs, int count) {
   const int64_t k = x.dims[x.rank - 1];
   if (k == 0) return refuse("%s: the last dimension of x is 0", name(op.kind));
   if (op.kind == Kind::kQuantize) return true;
+  if (op.kind == Kind::kAttention) return check_attention(op, inputs);
 
   const int64_t columns = (op.kind == Kind::kGatedLinearInt8 ? 2 : 1) * int64_t{op.in_features};
   if (differ(k, columns))

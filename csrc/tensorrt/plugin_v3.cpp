@@ -54,9 +54,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
-                          int32_t output_count_, IExprBuilder&) noexcept override {
+                          int32_t output_count_, IExprBuilder& builder) noexcept override {
     for (int i = 0; i < output_count_; ++i)
-      if (!output_shape(op_, i, inputs, count, &outputs[i])) return kFailureCode;
+      if (!output_shape(op_, i, inputs, count, builder, &outputs[i])) return kFailureCode;
     return kSuccessCode;
   }
 
@@ -155,8 +155,8 @@ extern "C" HWKERN_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(i
   using hwkern::trt::Creator;
   using hwkern::trt::Kind;
   static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), gated_linear(Kind::kGatedLinearInt8),
-      norm_linear(Kind::kNormLinearInt8);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &gated_linear,
+      attention(Kind::kAttention), norm_linear(Kind::kNormLinearInt8);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &gated_linear, &attention,
                                                                 &norm_linear};  // as in kinds()
   hwkern::trt::kinds(&count);
   return creators;

@@ -26,7 +26,7 @@ def hello() -> dict[str, Any]:
 
 
 #: The ways to build one engine where TensorRT 8.6 leaves a choice; the fastest engine is taken. See ``ways``.
-WHOLE, LAYERS, NORMS = "whole", "layers", "norms"
+WHOLE, LAYERS, NORMS, ATTENTION = "whole", "layers", "norms", "attention"
 
 
 def ways(model: Any, rewrite: bool) -> list[str]:
@@ -34,12 +34,13 @@ def ways(model: Any, rewrite: bool) -> list[str]:
 
     That hands a part of a model to its compiler only for the sake of a layer that nothing else runs: a
     LayerNormalization or an Einsum. engines.py puts Einsum nodes into a model without the former: ``whole`` builds it
-    so, ``layers`` without. With hwkern's nodes the attention between them is compiled in any case, and the norms go
-    into the products that read them (``norms``) or not (``layers``). No way is always the fastest.
+    so, ``layers`` without. With hwkern's nodes the attention between them is compiled, or becomes a node too
+    (``attention``), and the norms go into the products that read them (so there, and with ``norms``) or not
+    (``layers``). No way is always the fastest.
     """
     if not any(node.op_type == "Einsum" for node in model.graph.node):
         return [WHOLE]
-    return [NORMS, LAYERS] if rewrite else [WHOLE, LAYERS]
+    return [ATTENTION, NORMS, LAYERS] if rewrite else [WHOLE, LAYERS]
 
 
 def variant(model: Any, way: str, rewrite: bool) -> Any:
@@ -47,7 +48,8 @@ def variant(model: Any, way: str, rewrite: bool) -> Any:
     if rewrite:
         import hwkern.tensorrt as ht
 
-        return ht.rewrite(model, fuse_norm=True if way == NORMS else None).model
+        fuse_norm = True if way in (ATTENTION, NORMS) else None
+        return ht.rewrite(model, fuse_norm=fuse_norm, fuse_attention=way == ATTENTION).model
     if way != LAYERS:
         return model
     made = type(model)()

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 import hwkern
 from hwkern._console import plain_table
-from hwkern.tensorrt import activations, einsums, opdef
+from hwkern.tensorrt import activations, attention, einsums, opdef
 from hwkern.tensorrt.graph import (
     Array,
     Constant,
@@ -76,6 +77,7 @@ class RewriteReport:
     """What :func:`rewrite` did; ``print(report)`` shows a table."""
 
     nodes: list[NodeReport] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)  # what the attentions that became one node each give
     bytes_before: int = 0  # all constants
     bytes_after: int = 0
     model: ModelProto | None = field(default=None, repr=False)  # with dst=None: the new model
@@ -91,7 +93,8 @@ class RewriteReport:
     def to_dict(self) -> dict[str, Any]:
         totals = {"swapped": len(self.swapped), "left": len(self.left)}
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return {**totals, **sizes, "nodes": [asdict(node) for node in self.nodes]}
+        attentions = {"attentions": self.attentions} if self.attentions else {}
+        return {**totals, **sizes, **attentions, "nodes": [asdict(node) for node in self.nodes]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -108,7 +111,7 @@ class RewriteReport:
         title = (
             f"{len(self.swapped)} of {len(self.nodes)} matrix multiplies are int8 now; constants "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
-        )
+        ) + f"; {len(self.attentions)} attentions are one node each" * bool(self.attentions)
         return plain_table(title, ("node", "op", "in x out", "status", "how or why not"), rows, left=5)
 
 
@@ -123,6 +126,7 @@ def rewrite(
     fuse_activation: bool = True,
     fuse_residual: bool = False,
     fuse_norm: FuseNorm | None = None,
+    fuse_attention: bool = False,
     merge: bool | None = None,
     functions: bool = True,
     int32_weights: bool = False,
@@ -152,6 +156,9 @@ def rewrite(
         fuse_norm: a LayerNormalization or RMS norm (and the addition before it) whose result the product reads goes
             into the node, which gives the normalized tensor and the sum to whoever else reads them. "between": only
             when what is normalized comes from an int8 product too. None: as the plan says, else no.
+        fuse_attention: an attention whose q, k and v become one int8 product goes into a node of its own, with rotary
+            embeddings, shared heads, scale and mask (a constant causal one is not read at all), where its heads have 64
+            or 128 columns. TensorRT runs that node in 16 bits: not for ``precision="fp32"``.
         merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
@@ -182,6 +189,7 @@ def rewrite(
         norms = norms if fuse_norm is None else fuse_norm
         merge = merges if merge is None else merge
         job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
+        job.fuse_attention = fuse_attention
         job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
         if target is not None:
@@ -315,7 +323,7 @@ class _Linear:
     activation: str = "none"
     residual: str = ""
     gate: str = ""  # x is the product of gate and up, before this activation
-    up: _Linear | None = None  # of a gate: what makes one product with it, for another linear to split
+    rest: tuple[_Linear, ...] = ()  # what makes one product with it, for another node to split
 
     @property
     def product(self) -> NodeProto:
@@ -357,6 +365,7 @@ class _Norm:
 
 class _Rewriter:
     choice: _Choice
+    fuse_attention: bool = False
     taken: set[int]  # ids of this graph's additions that are in a product as its residual
     made: set[str]  # what this graph's int8 products give
 
@@ -381,7 +390,7 @@ class _Rewriter:
         self.names = self._all_names()
         self.packed: dict[tuple[Any, ...], tuple[str, str]] = {}
         self.stored: dict[tuple[Any, ...], str] = {}
-        self.variants: list[Variant] = []
+        self.variants: list[Variant | opdef.Attention] = []
         self.gathered: set[str] = set()
         self.report = RewriteReport()
 
@@ -430,11 +439,13 @@ class _Rewriter:
                 found.append(linear)
         if not found:
             return
-        if self.fuse_activation and self.merge:
-            self._fuse_gates(found, scope, reads)
-        self.made = {linear.output for linear in found}
         removed: list[NodeProto] = []
         placed: dict[int, list[NodeProto]] = {}  # id of a node → the nodes that come in its place
+        if self.fuse_activation and self.merge:
+            self._fuse_gates(found, scope, reads)
+        if self.fuse_attention and self.merge:
+            removed += self._fuse_attentions(found, scope, reads, placed)
+        self.made = {linear.output for linear in found}
         normed: set[str] = set()  # a norm goes into one product
         taken = {id(node) for linear in found for node in linear.nodes}
         for group in self._groups(found):
@@ -650,13 +661,63 @@ class _Rewriter:
                 and up.activation == "none"
                 and self._kind(gate) == self._kind(up)
                 and down.dtype == gate.dtype
-                and not (gate.residual or up.residual or gate.gate or up.gate)
+                and not (gate.residual or up.residual)
             ):
                 down.gate = down.report.gate = gate.activation
-                gate.up, gate.activation, gate.report.activation = up, "none", "none"
+                gate.activation = gate.report.activation = "none"
                 gate.nodes.append(node)
-                down.x = gate.output = up.output = self._unique(f"{gate.product.output[0]}_gate_up")
-                gate.report.output = up.report.output = down.x
+                down.x = self._one_product([gate, up], "gate_up")
+
+    def _fuse_attentions(
+        self, found: list[_Linear], scope: Scope, reads: _Reads, placed: dict[int, list[NodeProto]]
+    ) -> list[NodeProto]:
+        """Attention between products as a node each, which come into ``placed``; returns the nodes that go."""
+
+        def private(nodes: list[NodeProto], last: str) -> bool:
+            inside = {id(node) for node in nodes}
+            names = [name for node in nodes for name in node.output if name and name != last]
+            return all(
+                not reads.escapes(name) and all(id(n) in inside for n in reads.consumers.get(name, ()))
+                for name in names
+            )
+
+        by_output = {linear.output: linear for linear in found}
+        order = {id(node): i for i, node in enumerate(scope.graph.node)}
+        removed: list[NodeProto] = []
+        for each in attention.Finder(scope, self.types, self.constants, reads.only_consumer, private).find():
+            linears = [by_output.get(name) for name in (each.q, each.k, each.v)]
+            group = [linear for linear in linears if linear is not None]
+            tables = [self.constants.find(name, scope) for name in (each.cosine, each.sine) if name]
+            if (
+                len({id(linear) for linear in group}) != 3
+                or len({self._kind(linear) for linear in group}) != 1
+                or any(linear.activation != "none" or linear.residual or linear.rest for linear in group)
+                or not all(reads.only_consumer(linear.output) for linear in group)
+                or None in tables
+            ):
+                continue
+            dtype = group[0].dtype
+            variant = opdef.Attention(
+                dtype, each.heads, each.kv_heads, each.dim, each.causal, bool(tables), bool(each.mask)
+            )
+            inputs = [self._one_product(group, "qkv")]
+            for table in filter(None, tables):
+                inputs.append(self._store(("table", table.key), f"{table.root}_table", partial(_float32, table)))
+            inputs += [each.mask] * bool(each.mask)
+            last = max(each.nodes, key=lambda node: order[id(node)])
+            placed[id(last)] = [variant.node(inputs, each.y, self._unique(f"{each.y}_attention"), each.scale)]
+            self.variants.append(variant)
+            self.report.attentions.append(each.y)
+            removed += each.nodes
+        return removed
+
+    def _one_product(self, group: list[_Linear], name: str) -> str:
+        """The name of the product of these, in this order, which is not split."""
+        output = self._unique(f"{group[0].output}_{name}")
+        for linear in group:
+            linear.output = linear.report.output = output
+        group[0].rest = tuple(group[1:])
+        return output
 
     def _norm(self, group: list[_Linear], scope: Scope, reads: _Reads, taken: set[int]) -> _Norm | None:
         """The norm over the last dimension that gives x, in the same graph."""
@@ -797,11 +858,11 @@ class _Rewriter:
     def _groups(self, found: list[_Linear]) -> list[list[_Linear]]:
         """Linears of the same x and kind together, the rest alone; in graph order."""
         groups: dict[Any, list[_Linear]] = {}
-        ups = [linear.up for linear in found if linear.up is not None]
+        rest = {id(other) for linear in found for other in linear.rest}
         for linear in found:
-            if linear.up is not None:
-                groups[id(linear)] = [linear, linear.up]
-            elif not any(linear is up for up in ups):
+            if linear.rest:
+                groups[id(linear)] = [linear, *linear.rest]
+            elif id(linear) not in rest:
                 can = self.merge and linear.activation == "none" and not linear.residual
                 groups.setdefault(self._kind(linear) if can else id(linear), []).append(linear)
         for group in groups.values():
@@ -836,7 +897,7 @@ class _Rewriter:
         outputs, n, at = [first.output], first.n, first.nodes[-1]
         if len(group) > 1:
             n, at = sum(linear.n for linear in group), first.product
-        if len(group) > 1 and first.up is None:
+        if len(group) > 1 and not first.rest:
             outputs = [self._unique(f"{first.output}_merged")]
             sizes = self._store(
                 ("sizes", *(linear.n for linear in group)),
@@ -966,6 +1027,10 @@ def _is_bias(constant: Constant, n: int, rank: int) -> bool:
     if len(shape) > rank or any(d != 1 for d in shape[:-1]):
         return False
     return not shape or shape[-1] in (1, n)
+
+
+def _float32(constant: Constant) -> Array:
+    return constant.load().astype(np.float32)
 
 
 def _bias_vector(linear: _Linear) -> Array:
