@@ -148,6 +148,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {"include": "*"},
     "norm": {"fuse_norm": True},
     "between": {"fuse_norm": "between"},
+    "attention": {"fuse_attention": True},
     "residual": {"fuse_residual": True},
     "unmerged": {"merge": False},
     "plain": {"fuse_activation": False},
@@ -161,11 +162,12 @@ def candidate(variant: str) -> str | None:
     if variant == "fp16":
         return planner.FLOAT
     counts = {part for part in parts if part.startswith("largest")}
-    if not parts <= {"hwkern", "norm", "between", *counts}:
+    if not parts <= {"hwkern", "norm", "between", "attention", *counts}:
         return None
     count = min(counts, default="all").removeprefix("largest")
     name = count if count == "all" else "largest" if count == "1" else f"{count} largest"
-    return name + (", norms fused" if "norm" in parts else ", norms fused between" if "between" in parts else "")
+    name += ", norms fused" if "norm" in parts else ", norms fused between" if "between" in parts else ""
+    return name + ", attention fused" * ("attention" in parts)
 
 
 # ---- linears -------------------------------------------------------------------------------------------------------
@@ -667,8 +669,8 @@ def main() -> int:
     parser.add_argument("--m", default=M, help="rows of the linears: groups with an engine each, a;b, of rows, 1,2")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of fp32, fp16, qdq, hwkern")
     parser.add_argument(
-        "--model-variants", default="fp16,qdq,hwkern,norm,plan",
-        help="also fp32, and ways to rewrite: residual, unmerged, plain, half, largest1 …, joined by +",
+        "--model-variants", default="fp16,qdq,norm,norm+attention,plan",
+        help="also fp32, and ways to rewrite: attention, residual, unmerged, plain, half, largest1 …, joined by +",
     )  # fmt: skip
     parser.add_argument("--linears", default=";".join(f"{n}x{k}" for n, k in LINEARS), help="N x K")
     parser.add_argument("--requests", default=",".join(f"{b}x{s}" for b, s in REQUESTS), help="batch x length")

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 VARIANTS = {
     "fp32": "TensorRT FP32", "fp16": "TensorRT FP16", "qdq": "TensorRT INT8 (Q/DQ)", "hwkern": "rewritten, all linears",
     "norm": "rewritten, norms fused", "residual": "rewritten, residuals fused", "unmerged": "rewritten, not merged",
-    "between": "rewritten, norms fused between int8",
+    "between": "rewritten, norms fused between int8", "attention": "rewritten, attention fused",
     "plain": "rewritten, activations apart", "half": "rewritten, the model in float16", "plan": "rewritten by plan",
 }  # fmt: skip
 COLOURS = {"hwkern": "#000000", "qdq": "#E69F00", "fp32": "#999999"}

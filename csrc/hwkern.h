@@ -288,7 +288,7 @@ struct Attention {
   const void* mask;  // of dtype, or null; its last dimension is dense
   void* y;  // [batch, length, heads, dim] of dtype
   int64_t mask_batch, mask_head, mask_row;  // elements from one batch, head, query to the next; 0 where they share it
-  int64_t batch, length, heads, kv_heads, dim;  // dim: 64 or 128; heads is a multiple of kv_heads
+  int64_t batch, length, heads, kv_heads, dim;  // dim: 32, 64 or 128; heads is a multiple of kv_heads
   float scale;
   DType dtype;  // kFloat16 or kBFloat16
   bool causal;  // query i sees keys 0 … i; without a mask

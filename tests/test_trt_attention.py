@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx_helpers import ELEMENTS, evaluate, node, normal, run  # noqa: E402
 
 import hwkern.tensorrt as ht  # noqa: E402
-from hwkern.tensorrt import attention, opdef  # noqa: E402
+from hwkern.tensorrt import attention, opdef, planner  # noqa: E402
 from hwkern.tensorrt.precision import convert  # noqa: E402
 
 BATCH, LENGTH, WIDTH, DIM = 2, 10, 48, 64
@@ -222,7 +223,7 @@ def test_without_being_asked_the_attention_stays() -> None:
 
 
 def _head_size() -> Graph:
-    graph = Graph(dim=32)
+    graph = Graph(dim=48)
     graph.attend(*(graph.heads_of(name, 4) for name in "qkv"))
     return graph
 
@@ -260,7 +261,7 @@ def _softmax_over_queries(graph: Graph) -> None:
         _head_size(), _edited(_also_read), _edited(_other_half), _edited(_values_scaled),
         _edited(_softmax_over_queries),
     ],
-    ids=["heads of 32", "the weights are read", "other halves", "values are scaled", "softmax over queries"],
+    ids=["heads of 48", "the weights are read", "other halves", "values are scaled", "softmax over queries"],
 )  # fmt: skip
 def test_what_is_another_attention_stays(graph: Graph) -> None:
     report = ht.rewrite(graph.model(), include="*", fuse_attention=True)
@@ -275,6 +276,22 @@ def test_what_is_another_attention_stays(graph: Graph) -> None:
 )  # fmt: skip
 def test_einsums_that_are_products(equation: str, is_product: bool) -> None:
     assert attention._is_product(equation) == is_product
+
+
+def test_a_plan_says_whether_attentions_are_fused(tmp_path: Path) -> None:
+    made = plain().model()
+    candidates = planner.Candidates(made, include="*")
+    assert candidates.has_attentions
+    name, plan = candidates.plan(fuse_attention=True)
+    assert name == "all, attention fused"
+    plan.save(tmp_path / "plan.json")
+    for given in (plan, tmp_path / "plan.json"):
+        assert ht.rewrite(made, plan=given).attentions == ["heads"]
+        assert ht.rewrite(made, plan=given, fuse_attention=False).attentions == []
+    assert ht.rewrite(made, plan=candidates.plan()[1]).attentions == []
+    small = Graph()
+    small.attend(*(small.heads_of(name, 4) for name in "qkv"))
+    assert not planner.Candidates(small.model(y=small.op("Relu", "heads")), exclude="*").has_attentions
 
 
 def test_a_float_product_among_the_three_leaves_the_attention() -> None:

@@ -146,7 +146,7 @@ def test_builds_in_half_have_no_float32_to_choose(tmp_path: Path) -> None:
 
 
 def test_creators(harness: Harness) -> None:
-    always = {"LinearInt8", "Quantize", "GatedLinearInt8"}
+    always = {"LinearInt8", "Quantize", "GatedLinearInt8", "Attention"}
     assert set(harness.creators()) == always | ({"NormLinearInt8"} if HAS_NORM else set())
     for i in harness.creators().values():
         assert harness.lib.h_creator_version(harness.library, i) == b"1"
@@ -487,17 +487,67 @@ def test_different_gates_have_different_timing_cache_ids(create: Create) -> None
     assert len(set(ids)) == len(ids)
 
 
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_fields(**values: int) -> list[Field]:
+    fields = {"heads": 4, "kv_heads": 2, "head_dim": 64} | values
+    return [*(integer(name, value) for name, value in fields.items()), real("scale", 0.125)]
+
+
+def test_attention_takes_a_merged_product_tables_and_a_mask(harness: Harness, create: Create) -> None:
+    plugin = create(*attention_fields(has_rotary=1, has_mask=1), op="Attention")
+    x, table = T(HALF, (2, 10, 512)), T(FLOAT, (1, 1, 10, 64))
+    tensors = [x, table, table, T(HALF, (2, 1, 1, 10)), T(HALF, (2, 10, 256))]
+    assert plugin.output_types([t.type for t in tensors[:4]]) == [HALF]
+    assert plugin.output_shapes(tensors[:4]) == [(2, 10, 256)]
+    assert all(plugin.supports(i, tensors) for i in range(5))
+    for i, wrong in ((0, FLOAT), (1, HALF), (3, FLOAT), (4, FLOAT)):
+        assert not plugin.supports(i, replaced(i, T(wrong, tensors[i].dims))(tensors)), i
+    assert plugin.on_shape_change(tensors), harness.sentences
+    assert plugin.workspace(tensors) == 2 * 10 * 2 * 64 * 2  # rotated keys
+    assert plugin.tactics() == []
+    for i, dims, sentence in (
+        (0, (2, 10, 500), "x must be"), (0, (20, 512), "x must be"), (1, (1, 1, 9, 64), "cosine must be"),
+        (2, (2, 1, 10, 64), "sine must be"), (3, (3, 1, 1, 10), "mask must have"), (3, (10, 1), "mask must have"),
+    ):  # fmt: skip
+        assert not plugin.on_shape_change(replaced(i, T(tensors[i].type, dims))(tensors))
+        assert sentence in harness.sentences[-1]
+    for dims in ((10,), (10, 10), (1, 4, 10, 10)):
+        assert plugin.on_shape_change(replaced(3, T(HALF, dims))(tensors)), harness.sentences
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ([], "heads 0 must be a multiple"),
+        (attention_fields(kv_heads=3), "heads 4 must be a multiple of kv_heads 3"),
+        (attention_fields(heads=2**17), "1 to 65535"),
+        (attention_fields(head_dim=80), "head_dim is 80"),
+        ([*attention_fields(), real("scale", -1.0)], "scale -1 must be positive"),
+        ([*attention_fields(), real("scale", math.inf)], "must be positive"),
+        (attention_fields(causal=1, has_mask=1), "causal or with a mask"),
+        (attention_fields(has_rotary=2), "must be 0 or 1"),
+        (attention_fields(in_features=4), 'no field "in_features"'),
+    ],
+)
+def test_bad_attentions_are_refused_with_a_sentence(harness: Harness, fields: list[Field], sentence: str) -> None:
+    assert harness.create("Attention", *fields) is None
+    assert sentence in harness.sentences[0]
+
+
 # ---- State -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "op", ["LinearInt8", "Quantize", "GatedLinearInt8", pytest.param("NormLinearInt8", marks=needs_norm)]
+    "op", ["LinearInt8", "Quantize", "GatedLinearInt8", "Attention", pytest.param("NormLinearInt8", marks=needs_norm)]
 )
 def test_state_makes_the_same_plugin_again(harness: Harness, create: Create, op: str) -> None:
     linear = [integer("has_bias", 1), text("activation", "silu"), integer("config", 3)]
     normed = [integer("in_features", 100), real("epsilon", 1e-6), text("norm", "rms"), *linear]
     gated = [integer("in_features", 100), text("gate", "gelu"), *linear]
-    fields = {"LinearInt8": linear, "NormLinearInt8": normed, "GatedLinearInt8": gated}.get(op, [])
+    known = {"LinearInt8": linear, "NormLinearInt8": normed, "GatedLinearInt8": gated, "Attention": attention_fields()}
+    fields = known.get(op, [])
     plugin = create(*fields, op=op)
     name, state = plugin.serialize()
     for copy in (harness.restore(op, state, name), plugin.clone(), plugin.attach()):

@@ -15,7 +15,8 @@ static Status validate(const Attention& p, const void* workspace, size_t bytes) 
   if (p.length > INT32_MAX / 2 || p.batch > 65535 || p.heads > 65535)  // the grid's y and z
     return invalid("attention: length must be below 2**30, batch and heads below 2**16");
   if (p.heads % p.kv_heads != 0) return invalid("attention: heads must be a multiple of kv_heads");
-  if (p.dim != 64 && p.dim != 128) return invalid("attention: heads of 64 or 128 are what the kernel has");
+  if (p.dim != 32 && p.dim != 64 && p.dim != 128)
+    return invalid("attention: heads of 32, 64 or 128 are what the kernel has");
   if (p.dtype != DType::kFloat16 && p.dtype != DType::kBFloat16)
     return invalid("attention: qkv must be float16 or bfloat16");
   if (!p.qkv || !p.y || !p.cosine != !p.sine)

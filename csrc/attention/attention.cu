@@ -68,13 +68,16 @@ __global__ void __launch_bounds__(256) rotate_keys_kernel(const Attention p, uin
 // Rows of DIM values in shared memory; chunks are swapped within a row, so that eight rows of one chunk lie in all banks.
 template <int DIM>
 __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-  return static_cast<uint32_t>(row * DIM * 2 + ((chunk ^ (row & 7)) << 4));
+  const int swap = DIM == 32 ? (row >> 1) & 3 : row & 7;  // two rows of 32 fill the banks once
+  return static_cast<uint32_t>(row * DIM * 2 + ((chunk ^ swap) << 4));
 }
 
-// `keys`: as qkv's, or rotated.
+// `keys`: as qkv's, or rotated. `mask_pairs`: two neighbours of the mask from an even column on are one aligned word.
 template <typename T, int DIM, bool CAUSAL, bool MASKED>
-__global__ void __launch_bounds__(THREADS, DIM == 64 && !MASKED ? 3 : 2)
-    attention_kernel(const Attention p, const T* keys, const int64_t key_pitch) {
+__global__ void __launch_bounds__(THREADS, DIM == 128            ? 2
+                                           : DIM == 64 && MASKED ? 2
+                                                                 : 3)
+    attention_kernel(const Attention p, const T* keys, const int64_t key_pitch, const bool mask_pairs) {
   constexpr int CHUNKS = DIM / CHUNK, STEPS = DIM / 16, TILE_BYTES = BLOCK_N * DIM * 2;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t smem_q = ptx::shared_address(shared), smem_k = smem_q + BLOCK_M * DIM * 2;
@@ -148,15 +151,23 @@ __global__ void __launch_bounds__(THREADS, DIM == 64 && !MASKED ? 3 : 2)
 
     const int n0 = t * BLOCK_N;
     if constexpr (MASKED) {
+      const T* mask = static_cast<const T*>(p.mask) + blockIdx.z * p.mask_batch + head * p.mask_head;
 #pragma unroll
-      for (int j = 0; j < BLOCK_N / 8; ++j)
+      for (int h = 0; h < 2; ++h) {
+        const T* row = mask + min(row0 + h * 8, length - 1) * p.mask_row;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = min(row0 + (e >> 1) * 8, length - 1),
-                    column = min(n0 + j * 8 + column0 + (e & 1), length - 1);
-          const T* mask = static_cast<const T*>(p.mask) + blockIdx.z * p.mask_batch + head * p.mask_head;
-          score[j][e] = score[j][e] * scale + to_float(mask[row * p.mask_row + column]) * LOG2E;
+        for (int j = 0; j < BLOCK_N / 8; ++j) {
+          const int column = min(n0 + j * 8 + column0, length - (mask_pairs ? 2 : 1));
+          float added[2];
+          if (mask_pairs) {
+            Word<T>::unpack(*reinterpret_cast<const uint32_t*>(row + column), added);
+          } else {
+            added[0] = to_float(row[column]), added[1] = to_float(row[min(column + 1, length - 1)]);
+          }
+#pragma unroll
+          for (int e = 0; e < 2; ++e) score[j][2 * h + e] = score[j][2 * h + e] * scale + added[e] * LOG2E;
         }
+      }
     }
     const float factor = MASKED ? 1.0f : scale;  // of the scores as they are now
     if ((CAUSAL && n0 + BLOCK_N > m0) || n0 + BLOCK_N > length) {
@@ -246,19 +257,22 @@ Status launch_dim(const Attention& p, void* workspace, const Device& device, Str
   const dim3 grid(static_cast<unsigned>(ceil_div(p.length, BLOCK_M)), static_cast<unsigned>(p.heads),
                   static_cast<unsigned>(p.batch));
   const Launch at{grid, dim3(THREADS), SHARED_BYTES, 1, overlap};
-  if (p.causal) return launch<attention_kernel<T, DIM, true, false>>(at, stream, p, keys, key_pitch);
-  return p.mask ? launch<attention_kernel<T, DIM, false, true>>(at, stream, p, keys, key_pitch)
-                : launch<attention_kernel<T, DIM, false, false>>(at, stream, p, keys, key_pitch);
+  const bool pairs = is_aligned(p.mask, 4) && (p.length | p.mask_batch | p.mask_head | p.mask_row) % 2 == 0;
+  if (p.causal) return launch<attention_kernel<T, DIM, true, false>>(at, stream, p, keys, key_pitch, pairs);
+  return p.mask ? launch<attention_kernel<T, DIM, false, true>>(at, stream, p, keys, key_pitch, pairs)
+                : launch<attention_kernel<T, DIM, false, false>>(at, stream, p, keys, key_pitch, pairs);
 }
 
 }  // namespace
 
 Status launch_attention(const Attention& p, void* workspace, const Device& device, Stream stream) {
-  if (p.dtype == DType::kFloat16)
-    return p.dim == 64 ? launch_dim<__half, 64>(p, workspace, device, stream)
-                       : launch_dim<__half, 128>(p, workspace, device, stream);
-  return p.dim == 64 ? launch_dim<__nv_bfloat16, 64>(p, workspace, device, stream)
-                     : launch_dim<__nv_bfloat16, 128>(p, workspace, device, stream);
+  const auto with = [&](auto zero) {
+    using T = decltype(zero);
+    return p.dim == 32   ? launch_dim<T, 32>(p, workspace, device, stream)
+           : p.dim == 64 ? launch_dim<T, 64>(p, workspace, device, stream)
+                         : launch_dim<T, 128>(p, workspace, device, stream);
+  };
+  return p.dtype == DType::kFloat16 ? with(__half{}) : with(__nv_bfloat16{});
 }
 
 }  // namespace hwkern

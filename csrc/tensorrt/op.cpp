@@ -131,8 +131,8 @@ constexpr int32_t kMaxHeads = 65535;  // a grid's second dimension
 bool validate_attention(const Op& op) {
   if (op.heads < 1 || op.kv_heads < 1 || op.heads % op.kv_heads != 0 || op.heads > kMaxHeads)
     return refuse("Attention: heads %d must be a multiple of kv_heads %d, 1 to %d", op.heads, op.kv_heads, kMaxHeads);
-  if (op.head_dim != 64 && op.head_dim != 128)
-    return refuse("Attention: head_dim is %d; the kernel has 64 and 128", op.head_dim);
+  if (op.head_dim != 32 && op.head_dim != 64 && op.head_dim != 128)
+    return refuse("Attention: head_dim is %d; the kernel has 32, 64 and 128", op.head_dim);
   if (!(op.scale > 0) || !std::isfinite(op.scale)) return refuse("Attention: scale %g must be positive", op.scale);
   if (!is_flag(op.causal) || !is_flag(op.has_rotary) || !is_flag(op.has_mask))
     return refuse("causal, has_rotary and has_mask must be 0 or 1");

@@ -117,12 +117,17 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     found: dict[str, Any] = {"engine": message["engine"], "engine_us": {}}
     problems = []
+    built: list[list[Any]] = []
     for way in choice:
+        made = variant(model, way, message["rewrite"])
+        if list(made.graph.node) in built:  # a model without an attention or a norm that can be fused
+            continue
+        built.append(list(made.graph.node))
         cache = None if api.rtx else message["cache"].replace(".timing", f"-{way}.timing")  # TensorRT-RTX has none
         half = prefer_half(api.module) if way != WHOLE and message["precision"] == "fp16" else {}
         try:
             engine = ht.build(
-                variant(model, way, message["rewrite"]), profiles or None, message["precision"], timing_cache=cache,
+                made, profiles or None, message["precision"], timing_cache=cache,
                 optimization_level=message["level"], **half,
             )  # fmt: skip
         except RuntimeError as error:

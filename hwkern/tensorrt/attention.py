@@ -16,7 +16,7 @@ from onnx import NodeProto
 from hwkern.tensorrt.graph import Array, Constants, Scope, attribute
 
 Types = Mapping[str, tuple[int, "tuple[int | str | None, ...] | None"]]
-DIMS = (64, 128)  # of a head, that the kernel has
+DIMS = (32, 64, 128)  # of a head, that the kernel has
 _HIDDEN = -1e4  # what exporters add to a score that is not to be seen, or less
 
 

@@ -126,7 +126,7 @@ def rewrite(
     fuse_activation: bool = True,
     fuse_residual: bool = False,
     fuse_norm: FuseNorm | None = None,
-    fuse_attention: bool = False,
+    fuse_attention: bool | None = None,
     merge: bool | None = None,
     functions: bool = True,
     int32_weights: bool = False,
@@ -157,8 +157,9 @@ def rewrite(
             into the node, which gives the normalized tensor and the sum to whoever else reads them. "between": only
             when what is normalized comes from an int8 product too. None: as the plan says, else no.
         fuse_attention: an attention whose q, k and v become one int8 product goes into a node of its own, with rotary
-            embeddings, shared heads, scale and mask (a constant causal one is not read at all), where its heads have 64
-            or 128 columns. TensorRT runs that node in 16 bits: not for ``precision="fp32"``.
+            embeddings, shared heads, scale and mask (a constant causal one is not read at all), where its heads have
+            32, 64 or 128 columns. TensorRT runs that node in 16 bits: not for ``precision="fp32"``. None: as the plan
+            says, else no.
         merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
@@ -185,11 +186,11 @@ def rewrite(
             raise ValueError("This model keeps its weights outside its file (or is over 1.8 GB): give dst, a path.")
         data = DataFile(target.with_name(target.name + ".data"))
     try:
-        nodes, norms, merges = _plan(plan)
+        nodes, norms, attentions, merges = _plan(plan)
         norms = norms if fuse_norm is None else fuse_norm
         merge = merges if merge is None else merge
         job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
-        job.fuse_attention = fuse_attention
+        job.fuse_attention = attentions if fuse_attention is None else fuse_attention
         job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
         if target is not None:
@@ -220,10 +221,11 @@ def _at_least_opset_13(model: ModelProto) -> ModelProto:
 # ---- which nodes ---------------------------------------------------------------------------------------------------
 
 
-def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, FuseNorm, bool]:
-    """(node name → scheme, whether norms are fused, whether products of the same x are merged)."""
+def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, FuseNorm, bool, bool]:
+    """(node name → scheme, whether norms are fused, whether attentions are, whether products of the same x are
+    merged)."""
     if plan is None:
-        return None, False, True
+        return None, False, False, True
     if isinstance(plan, (str, os.PathLike)):
         plan = json.loads(Path(plan).read_text(encoding="utf-8"))
     if not isinstance(plan, Mapping):
@@ -231,18 +233,18 @@ def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | 
     entries = plan.get("nodes", plan)
     if not isinstance(entries, Mapping):
         raise ValueError('A plan is a mapping of node names to schemes, or a JSON object with one under "nodes".')
-    norms, merge = (
-        (getattr(plan, "fuse_norm", False), getattr(plan, "merge", True))
-        if entries is plan
-        else (plan.get("fuse_norm", False), plan.get("merge", True))
-    )
+
+    def option(name: str, default: bool) -> Any:
+        return getattr(plan, name, default) if entries is plan else plan.get(name, default)
+
+    norms = option("fuse_norm", False)
     for name, scheme in entries.items():
         if scheme not in (*opdef.SCHEMES, "float"):
             raise ValueError(f"plan: {name!r} → {scheme!r}: it must be 'float' or one of {', '.join(opdef.SCHEMES)}.")
     if norms not in (True, False, "between"):
         raise ValueError(f'plan: fuse_norm is {norms!r}: it must be true, false or "between".')
     chosen: FuseNorm = "between" if norms == "between" else bool(norms)
-    return dict(entries), chosen, bool(merge)
+    return dict(entries), chosen, bool(option("fuse_attention", False)), bool(option("merge", True))
 
 
 class _Choice:
