@@ -90,8 +90,10 @@ class Finder:
             raise _Other
         (found.heads, found.dim), found.kv_heads = q, k[0]
         found.cosine, found.sine = rotary_q or ("", "")
-        wide = self._dims(found.y)
-        if len(wide) != 3 or wide[2] != found.heads * found.dim or not found.scale > 0:
+        wide, columns = self._dims(found.y), found.heads * found.dim
+        if len(wide) != 3 or wide[:2] != self._dims(found.q)[:2] or wide[2] not in (columns, *_unknown(wide[2])):
+            raise _Other
+        if not found.scale > 0:
             raise _Other
         found.nodes = list({id(node): node for node in found.nodes}.values())
         if not self.private(found.nodes, found.y):
@@ -174,11 +176,14 @@ class Finder:
                 rotary, name = self._rotary(found, node)
             name = self._by(found, self._scaled(found, name), "Transpose", perm=[0, 2, 1, 3]).input[0]
         node = self._by(found, name, "Reshape")
-        dims = self._dims(name)
-        if len(dims) != 4 or len(self._dims(node.input[0])) != 3:
+        dims, wide = self._dims(name), self._dims(node.input[0])
+        if len(dims) != 4 or len(wide) != 3 or dims[:2] != wide[:2]:
             raise _Other
-        heads, dim = dims[2:]
-        if not isinstance(heads, int) or not isinstance(dim, int) or self._dims(node.input[0])[2] != heads * dim:
+        dim, columns = dims[3], wide[2]
+        if not isinstance(dim, int) or not isinstance(columns, int) or columns % dim:
+            raise _Other
+        heads = columns // dim
+        if dims[2] not in (heads, *_unknown(dims[2])):
             raise _Other
         return (heads, dim), rotary, node.input[0]
 
@@ -262,6 +267,11 @@ class Finder:
             raise _Other
         found.nodes.append(node)
         return node
+
+
+def _unknown(size: int | str | None) -> tuple[str | None, ...]:
+    """The size, where it is not known: a Reshape to -1 through computed shapes."""
+    return () if isinstance(size, int) else (size,)
 
 
 def _is_product(equation: str) -> bool:
