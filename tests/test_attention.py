@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hwkern import _native
+from hwkern import _native, reference
 
 FLOATS = [torch.float16, torch.bfloat16]
 DTYPES = {torch.float16: 1, torch.bfloat16: 2}  # as hwkern.h counts them
@@ -17,7 +17,7 @@ DTYPES = {torch.float16: 1, torch.bfloat16: 2}  # as hwkern.h counts them
 
 def call(
     qkv: Tensor, heads: int, kv_heads: int, *, causal: bool = False, mask: Tensor | None = None,
-    tables: tuple[Tensor, Tensor] | None = None, scale: float | None = None,
+    tables: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """y, with a guard behind it that must stay as it is."""
     batch, length, width = qkv.shape
@@ -31,7 +31,7 @@ def call(
         strides = [0 if mask.shape[i] == 1 else mask.stride(i) for i in range(3)]
     _native.extension().attention(
         qkv.data_ptr(), *((t.data_ptr() for t in tables) if tables else (0, 0)), 0 if mask is None else mask.data_ptr(),
-        y.data_ptr(), *strides, batch, length, heads, kv_heads, dim, scale or dim**-0.5, DTYPES[qkv.dtype], causal,
+        y.data_ptr(), *strides, batch, length, heads, kv_heads, dim, dim**-0.5, DTYPES[qkv.dtype], causal,
         workspace.data_ptr(), size, torch.cuda.current_stream().cuda_stream,
     )  # fmt: skip
     torch.cuda.synchronize()
@@ -40,36 +40,18 @@ def call(
     return y[:-guard].view(batch, length, heads, dim)
 
 
-def rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [B, L, H, D] as it is stored: rounded to its type once."""
-    half = x.shape[-1] // 2
-    crossed = torch.cat([-x[..., half:], x[..., :half]], -1)
-    return (x.float() * cosine[:, None] + crossed.float() * sine[:, None]).to(x.dtype)
-
-
-def check(
-    y: Tensor, qkv: Tensor, heads: int, kv_heads: int, *, causal: bool = False, mask: Tensor | None = None,
-    tables: tuple[Tensor, Tensor] | None = None, scale: float | None = None,
-) -> None:  # fmt: skip
-    batch, length, width = qkv.shape
-    dim = width // (heads + 2 * kv_heads)
-    q, k, v = qkv.view(batch, length, -1, dim).split([heads, kv_heads, kv_heads], 2)
-    if tables:
-        q, k = rotated(q, *tables), rotated(k, *tables)
-    q, k, v = (t.transpose(1, 2).double() for t in (q, k, v))
-    k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
-    scores = q @ k.mT * (scale or dim**-0.5)
-    if mask is not None:
-        scores = scores + mask.double()
-    if causal:
-        scores = scores.masked_fill(torch.ones(length, length, device=qkv.device).triu(1).bool(), -torch.inf)
-    p = scores.softmax(-1)
-    want, size, eps = (p @ v).transpose(1, 2), (p @ v.abs()).transpose(1, 2), torch.finfo(qkv.dtype).eps
+def check(y: Tensor, qkv: Tensor, heads: int, kv_heads: int, **options: Any) -> None:
+    parts = qkv.unflatten(-1, (heads + 2 * kv_heads, -1))
+    scale = parts.shape[-1] ** -0.5
+    tables = options.pop("tables", None) or (None, None)
+    want = reference.attention(parts, heads, kv_heads, scale, cosine=tables[0], sine=tables[1], **options)
+    magnitudes = torch.cat([parts[:, :, :-kv_heads], parts[:, :, -kv_heads:].abs()], 2)
+    size = reference.attention(magnitudes, heads, kv_heads, scale, cosine=tables[0], sine=tables[1], **options)
     # A weight is rounded to the type once (eps / 2 of it) before it meets v, and y once. Scores and exponentials are
     # float32: |score| below 40 with D = 128 terms is off by 40·128·2⁻²⁴ = 3e-4 at most, of the size of the weight.
     # Rotated: another order of two operations rounds q or k to the neighbour now and then, eps of one term of a score
     # of some units.
-    tolerance = eps * (2 if tables is None else 6) * size + 3e-4 * size
+    tolerance = (torch.finfo(qkv.dtype).eps * (2 if tables[0] is None else 6) + 3e-4) * size
     worst = ((y.double() - want).abs() / tolerance).max()
     assert bool(worst <= 1), float(worst)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed", exc_type=ImportError)
 
@@ -15,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx_helpers import ELEMENTS, evaluate, node, normal, run  # noqa: E402
 
 import hwkern.tensorrt as ht  # noqa: E402
+from hwkern import reference  # noqa: E402
 from hwkern.tensorrt import attention, opdef, planner  # noqa: E402
 from hwkern.tensorrt.precision import convert  # noqa: E402
 
@@ -206,6 +208,30 @@ def test_in_half_precision_models(dtype: str) -> None:
     wanted = evaluate(single, feeds(single))[0]
     # bfloat16 keeps 8 bits of x, the scores and the heads; int8 7 of what is multiplied: some percent of the whole.
     assert np.linalg.norm(y - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "mask"])
+def test_the_nodes_body_is_the_reference(kind: str) -> None:
+    heads, kv_heads, dim, length = 6, 2, 32, 9
+    causal, mask = kind == "causal", kind == "mask"
+    variant = opdef.Attention(TensorProto.FLOAT, heads, kv_heads, dim, causal, has_rotary=causal, has_mask=mask)
+    shapes = {
+        "x": [2, length, 10 * dim],
+        "cosine": [length, dim],
+        "sine": [length, dim],
+        "mask": [2, 1, length, length],
+    }
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shapes[n]) for n in variant.inputs]
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, length, heads * dim])
+    graph = helper.make_graph([variant.node(variant.inputs, "y", "a", 0.3)], "g", infos, [y])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    opdef.add_functions(made, [variant])
+    feed = {name: normal(*shapes[name], seed=i) for i, name in enumerate(variant.inputs)}
+    options = {name: torch.from_numpy(feed[name]) for name in variant.inputs[1:]}
+    parts = torch.from_numpy(feed["x"]).unflatten(-1, (-1, dim))
+    want = reference.attention(parts, heads, kv_heads, 0.3, causal, **options).flatten(2).numpy()
+    for found in (evaluate(made, feed)[0], run(made, feed)[0]):
+        np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_conversion_to_half_keeps_the_tables_of_the_rotary_embedding() -> None:

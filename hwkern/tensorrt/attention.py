@@ -172,8 +172,8 @@ class Finder:
         rotary = None
         if not is_split:
             name = self._repeated(found, name)
-            if (node := self._maybe(name, "Add")) is not None:
-                rotary, name = self._rotary(found, node)
+            if (added := self._maybe(name, "Add")) is not None:
+                rotary, name = self._rotary(found, added)
             name = self._by(found, self._scaled(found, name), "Transpose", perm=[0, 2, 1, 3]).input[0]
         node = self._by(found, name, "Reshape")
         dims, wide = self._dims(name), self._dims(node.input[0])

@@ -192,7 +192,7 @@ def make_plan(
         between: FuseNorm = "between" if candidates.has_norms else False
         tried += [(count, between, False) for count in range(1, len(candidates.sizes)) if not quick]
     # Engines that are there cost no build, and with one of them nothing has to be built when the time is short.
-    tried.sort(key=lambda each: candidates.plan(*each[:2], fuse_attention=each[2])[0] not in engines)
+    tried.sort(key=lambda each: candidates.plan(each[0], each[1], fuse_attention=each[2])[0] not in engines)
     with keep_builder():
         for candidate in tried:
             measured(*candidate)
