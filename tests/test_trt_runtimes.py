@@ -99,7 +99,7 @@ def test_rtx_gets_sentences_and_no_crash_from_absurd_models(folder: Path, tmp_pa
     needs_onnx(folder)
     said = rtx(folder, tmp_path, "refusals")
     for sentence in (
-        "last dimension of x is 100, but in_features is 116",
+        "last dimension of x is 100, but in_features 116 needs 116",
         "in_features is -3",
         "has 4 inputs, but its fields speak of 3",
         "weight has 64 rows, but out_features is 65",

@@ -23,10 +23,9 @@ static Status validate(const Attention& p, const void* workspace, size_t bytes) 
     return invalid("attention: qkv and y must not be null, cosine and sine must come together");
   if (!(p.scale > 0)) return invalid("attention: scale must be positive");
   if (p.causal && p.mask) return invalid("attention: causal or with a mask, not both");
-  if (!is_aligned(p.qkv, 16) || !is_aligned(p.y, 16))
-    return invalid("attention: qkv and y must start at multiples of 16 bytes");
-  if (!is_aligned(p.mask, 2) || !is_aligned(p.cosine, 4) || !is_aligned(p.sine, 4))
-    return invalid("attention: mask, cosine or sine is not aligned to its own elements");
+  if (!is_aligned(p.qkv, 16) || !is_aligned(p.y, 16) || !is_aligned(p.cosine, 16) || !is_aligned(p.sine, 16))
+    return invalid("attention: qkv, y, cosine and sine must start at multiples of 16 bytes");
+  if (!is_aligned(p.mask, 2)) return invalid("attention: mask is not aligned to its own elements");
   if (bytes < attention_workspace_bytes(p) || (p.cosine && (!workspace || !is_aligned(workspace, 16))))
     return invalid("attention: the workspace is too small or not aligned to 16 bytes");
   return kSuccess;

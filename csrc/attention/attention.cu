@@ -5,7 +5,7 @@
 // shared heads once each. Here scores stay in registers (FlashAttention's recurrence), and q, k and v are read where the
 // product wrote them.
 //
-// A block owns BLOCK_M queries of one head, a warp 16 or 32 of them; keys and values come in tiles of BLOCK_N through two
+// A block owns BLOCK_M queries of one head, a warp 16 of them; keys and values come in tiles of BLOCK_N through two
 // buffers each. Keys are rotated once, by a kernel before (they serve heads / kv_heads · L / BLOCK_M blocks), queries by
 // their block.
 #include "attention/attention.h"
@@ -20,30 +20,33 @@
 namespace hwkern {
 namespace {
 
-constexpr int BLOCK_N = 64, WARPS = 4, THREADS = WARPS * 32, MMA_M = 16;
+constexpr int BLOCK_N = 64, WARP_M = 16, WARPS = 4, BLOCK_M = WARP_M * WARPS, THREADS = WARPS * 32;
 constexpr int CHUNK = 8;  // 16-bit values of 16 bytes: one cp.async, one row of an ldmatrix matrix
 constexpr float LOG2E = 1.4426950408889634f;
-
-// Fragments of 16 queries that a warp has: two halve its reads of k and v, where the registers hold them.
-template <int DIM, bool MASKED>
-constexpr int FRAGMENTS = DIM == 128 || MASKED ? 1 : 2;
 
 // Chunk c of a row's first half and its like of the second, turned as transformers' apply_rotary_pos_emb does:
 // (a·cosine - b·sine, b·cosine + a·sine), the tables in float32.
 template <typename T, int DIM>
 __device__ __forceinline__ void rotate(const Attention& p, int64_t row, int c, uint4& first, uint4& second) {
+  struct alignas(16) Eight {
+    float v[CHUNK];
+  };
+  const auto load = [&](const float* table, int half) {
+    return *reinterpret_cast<const Eight*>(table + row * DIM + half * DIM / 2 + c * CHUNK);
+  };
+  const Eight cosine[2] = {load(p.cosine, 0), load(p.cosine, 1)}, sine[2] = {load(p.sine, 0), load(p.sine, 1)};
   uint32_t* a = reinterpret_cast<uint32_t*>(&first);
   uint32_t* b = reinterpret_cast<uint32_t*>(&second);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int64_t at = row * DIM + c * CHUNK + i * 2;
     float x[2], y[2], low[2], high[2];
     Word<T>::unpack(a[i], x);
     Word<T>::unpack(b[i], y);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      low[e] = x[e] * p.cosine[at + e] - y[e] * p.sine[at + e];
-      high[e] = y[e] * p.cosine[at + DIM / 2 + e] + x[e] * p.sine[at + DIM / 2 + e];
+      const int at = 2 * i + e;
+      low[e] = x[e] * cosine[0].v[at] - y[e] * sine[0].v[at];
+      high[e] = y[e] * cosine[1].v[at] + x[e] * sine[1].v[at];
     }
     a[i] = Word<T>::pack(low);
     b[i] = Word<T>::pack(high);
@@ -78,10 +81,11 @@ __device__ __forceinline__ uint32_t offset(int row, int chunk) {
 
 // `keys`: as qkv's, or rotated. `mask_pairs`: two neighbours of the mask from an even column on are one aligned word.
 template <typename T, int DIM, bool CAUSAL, bool MASKED>
-__global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, DIM == 128            ? 2
+                                           : DIM == 64 && MASKED ? 2
+                                                                 : 3)
     attention_kernel(const Attention p, const T* keys, const int64_t key_pitch, const bool mask_pairs) {
   constexpr int CHUNKS = DIM / CHUNK, STEPS = DIM / 16, TILE_BYTES = BLOCK_N * DIM * 2;
-  constexpr int FRAGMENTS_M = FRAGMENTS<DIM, MASKED>, WARP_M = FRAGMENTS_M * MMA_M, BLOCK_M = WARPS * WARP_M;
   extern __shared__ __align__(128) unsigned char shared[];
   const uint32_t smem_q = ptx::shared_address(shared), smem_k = smem_q + BLOCK_M * DIM * 2;
   const uint32_t smem_v = smem_k + 2 * TILE_BYTES;
@@ -94,8 +98,8 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
   const T* q = static_cast<const T*>(p.qkv) + first * pitch + head * DIM;
   const T* v = static_cast<const T*>(p.qkv) + first * pitch + (p.heads + p.kv_heads + kv_head) * DIM;
   const T* k = keys + first * key_pitch + kv_head * DIM;
-  // BLOCK_N rows; those past the end are zeros.
-  auto load = [&](uint32_t smem, const T* rows, int64_t row_pitch, int row0) {
+  auto load = [&](uint32_t smem, const T* rows, int64_t row_pitch, int row0) {  // 64 rows; those past the end are zeros
+    static_assert(BLOCK_M == BLOCK_N, "one loader for all tiles");
 #pragma unroll
     for (int i = threadIdx.x; i < BLOCK_N * CHUNKS; i += THREADS) {
       const int row = i / CHUNKS, c = i % CHUNKS;
@@ -109,9 +113,8 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
   ptx::grid_wait();
   ptx::grid_release();
   const int all_tiles = (length + BLOCK_N - 1) / BLOCK_N;
-  const int tiles = CAUSAL ? min(all_tiles, (m0 + BLOCK_M - 1) / BLOCK_N + 1) : all_tiles;
-#pragma unroll
-  for (int part = 0; part < BLOCK_M / BLOCK_N; ++part) load(smem_q + part * TILE_BYTES, q, pitch, m0 + part * BLOCK_N);
+  const int tiles = CAUSAL ? min(all_tiles, m0 / BLOCK_N + 1) : all_tiles;
+  load(smem_q, q, pitch, m0);
   load(smem_k, k, key_pitch, 0);
   ptx::cp_async_commit();
   load(smem_v, v, pitch, 0);
@@ -125,18 +128,13 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
     }
     __syncwarp();
   }
-  uint32_t fragment_q[FRAGMENTS_M][STEPS][4];
+  uint32_t fragment_q[STEPS][4];
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS_M; ++f)
-#pragma unroll
-    for (int s = 0; s < STEPS; ++s)
-      ptx::ldmatrix_x4(fragment_q[f][s],
-                       smem_q + offset<DIM>(warp * WARP_M + f * MMA_M + (lane & 15), s * 2 + (lane >> 4)));
+  for (int s = 0; s < STEPS; ++s)
+    ptx::ldmatrix_x4(fragment_q[s], smem_q + offset<DIM>(warp * WARP_M + (lane & 15), s * 2 + (lane >> 4)));
 
-  // Of each fragment a lane has rows r and r + 8 (index h below), r = lane / 4, and of 8 columns two: 2·(lane % 4), + 1.
-  float out[FRAGMENTS_M][DIM / 8][4] = {}, largest[FRAGMENTS_M][2], total[FRAGMENTS_M][2] = {};
-#pragma unroll
-  for (int f = 0; f < FRAGMENTS_M; ++f) largest[f][0] = largest[f][1] = -INFINITY;
+  // A lane has rows r and r + 8 of its warp's 16 (index h below), r = lane / 4, and of 8 columns two: 2·(lane % 4), + 1.
+  float out[DIM / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
   const int row0 = m0 + warp * WARP_M + lane / 4, column0 = (lane % 4) * 2;
   const float scale = p.scale * LOG2E;  // exp2 is what the hardware has
 
@@ -146,7 +144,7 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
     if (t + 1 < tiles) load(smem_k + next, k, key_pitch, (t + 1) * BLOCK_N);
     ptx::cp_async_commit();
 
-    float score[FRAGMENTS_M][BLOCK_N / 8][4] = {};
+    float score[BLOCK_N / 8][4] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; ++s)
 #pragma unroll
@@ -154,65 +152,59 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
         uint32_t b[4];
         ptx::ldmatrix_x4(
             b, smem_k + tile + offset<DIM>(n * 16 + (lane & 7) + ((lane >> 4) << 3), s * 2 + ((lane >> 3) & 1)));
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS_M; ++f) {
-          ptx::mma_m16n8k16(T{}, score[f][2 * n], fragment_q[f][s], b[0], b[1]);
-          ptx::mma_m16n8k16(T{}, score[f][2 * n + 1], fragment_q[f][s], b[2], b[3]);
-        }
+        ptx::mma_m16n8k16(T{}, score[2 * n], fragment_q[s], b[0], b[1]);
+        ptx::mma_m16n8k16(T{}, score[2 * n + 1], fragment_q[s], b[2], b[3]);
       }
 
     const int n0 = t * BLOCK_N;
-    const float factor = MASKED ? 1.0f : scale;  // of the scores once the mask is in them
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS_M; ++f)
+    if constexpr (MASKED) {
+      const T* mask = static_cast<const T*>(p.mask) + blockIdx.z * p.mask_batch + head * p.mask_head;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int row = row0 + f * MMA_M + h * 8;
-        if constexpr (MASKED) {
-          const T* mask = static_cast<const T*>(p.mask) + blockIdx.z * p.mask_batch + head * p.mask_head +
-                          min(row, length - 1) * p.mask_row;
+        const T* row = mask + min(row0 + h * 8, length - 1) * p.mask_row;
 #pragma unroll
-          for (int j = 0; j < BLOCK_N / 8; ++j) {
-            const int column = min(n0 + j * 8 + column0, length - (mask_pairs ? 2 : 1));
-            float added[2];
-            if (mask_pairs) {
-              Word<T>::unpack(*reinterpret_cast<const uint32_t*>(mask + column), added);
-            } else {
-              added[0] = to_float(mask[column]), added[1] = to_float(mask[min(column + 1, length - 1)]);
-            }
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& s = score[f][j][2 * h + e];
-              s = s * scale + added[e] * LOG2E;
-            }
+        for (int j = 0; j < BLOCK_N / 8; ++j) {
+          const int column = min(n0 + j * 8 + column0, length - (mask_pairs ? 2 : 1));
+          float added[2];
+          if (mask_pairs) {
+            Word<T>::unpack(*reinterpret_cast<const uint32_t*>(row + column), added);
+          } else {
+            added[0] = to_float(row[column]), added[1] = to_float(row[min(column + 1, length - 1)]);
           }
+#pragma unroll
+          for (int e = 0; e < 2; ++e) score[j][2 * h + e] = score[j][2 * h + e] * scale + added[e] * LOG2E;
         }
-        if ((CAUSAL && n0 + BLOCK_N > m0) || n0 + BLOCK_N > length) {
-#pragma unroll
-          for (int j = 0; j < BLOCK_N / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              const int column = n0 + j * 8 + column0 + e;
-              if (column >= length || (CAUSAL && column > row)) score[f][j][2 * h + e] = -INFINITY;
-            }
-        }
-        float top = largest[f][h];
-#pragma unroll
-        for (int j = 0; j < BLOCK_N / 8; ++j) top = fmaxf(top, fmaxf(score[f][j][2 * h], score[f][j][2 * h + 1]));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        const float base = top == -INFINITY ? 0.0f : top * factor;  // a row that sees nothing yet
-        const float shrink = ptx::exp2(largest[f][h] * factor - base);
-        largest[f][h] = top;
-        float sum = 0;
-#pragma unroll
-        for (int j = 0; j < BLOCK_N / 8; ++j)
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) sum += score[f][j][e] = ptx::exp2(score[f][j][e] * factor - base);
-        total[f][h] = total[f][h] * shrink + sum;
-#pragma unroll
-        for (int d = 0; d < DIM / 8; ++d) out[f][d][2 * h] *= shrink, out[f][d][2 * h + 1] *= shrink;
       }
+    }
+    const float factor = MASKED ? 1.0f : scale;  // of the scores as they are now
+    if ((CAUSAL && n0 + BLOCK_N > m0) || n0 + BLOCK_N > length) {
+#pragma unroll
+      for (int j = 0; j < BLOCK_N / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = row0 + (e >> 1) * 8, column = n0 + j * 8 + column0 + (e & 1);
+          if (column >= length || (CAUSAL && column > row)) score[j][e] = -INFINITY;
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float top = largest[h];
+#pragma unroll
+      for (int j = 0; j < BLOCK_N / 8; ++j) top = fmaxf(top, fmaxf(score[j][2 * h], score[j][2 * h + 1]));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      const float base = top == -INFINITY ? 0.0f : top * factor;  // a row that sees nothing yet
+      const float shrink = ptx::exp2(largest[h] * factor - base);
+      largest[h] = top;
+      float sum = 0;
+#pragma unroll
+      for (int j = 0; j < BLOCK_N / 8; ++j)
+#pragma unroll
+        for (int e = 2 * h; e < 2 * h + 2; ++e) sum += score[j][e] = ptx::exp2(score[j][e] * factor - base);
+      total[h] = total[h] * shrink + sum;
+#pragma unroll
+      for (int d = 0; d < DIM / 8; ++d) out[d][2 * h] *= shrink, out[d][2 * h + 1] *= shrink;
+    }
 
     ptx::cp_async_wait<1>();
     __syncthreads();  // v is there, for all
@@ -220,20 +212,15 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
     ptx::cp_async_commit();
 #pragma unroll
     for (int n = 0; n < BLOCK_N / 16; ++n) {
-      uint32_t a[FRAGMENTS_M][4];  // the accumulators of two score tiles are the A fragment of one
+      uint32_t a[4];  // the accumulators of two score tiles are the A fragment of one
 #pragma unroll
-      for (int f = 0; f < FRAGMENTS_M; ++f)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) a[f][e] = Word<T>::pack(&score[f][2 * n + e / 2][(e & 1) * 2]);
+      for (int e = 0; e < 4; ++e) a[e] = Word<T>::pack(&score[2 * n + e / 2][(e & 1) * 2]);
 #pragma unroll
       for (int d = 0; d < STEPS; ++d) {
         uint32_t b[4];
         ptx::ldmatrix_x4_trans(b, smem_v + tile + offset<DIM>(n * 16 + (lane & 15), d * 2 + (lane >> 4)));
-#pragma unroll
-        for (int f = 0; f < FRAGMENTS_M; ++f) {
-          ptx::mma_m16n8k16(T{}, out[f][2 * d], a[f], b[0], b[1]);
-          ptx::mma_m16n8k16(T{}, out[f][2 * d + 1], a[f], b[2], b[3]);
-        }
+        ptx::mma_m16n8k16(T{}, out[2 * d], a, b[0], b[1]);
+        ptx::mma_m16n8k16(T{}, out[2 * d + 1], a, b[2], b[3]);
       }
     }
     ptx::cp_async_wait<1>();
@@ -242,20 +229,17 @@ __global__ void __launch_bounds__(THREADS, DIM == 32 ? 3 : 2)
 
   // Through the warp's own rows of q, so that stores are of 16 bytes.
 #pragma unroll
-  for (int f = 0; f < FRAGMENTS_M; ++f)
+  for (int h = 0; h < 2; ++h) {
+    float sum = total[h];
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    const float inverse = 1.0f / sum;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = total[f][h];
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      const float inverse = 1.0f / sum;
-#pragma unroll
-      for (int d = 0; d < DIM / 8; ++d) {
-        const float pair[2] = {out[f][d][2 * h] * inverse, out[f][d][2 * h + 1] * inverse};
-        reinterpret_cast<uint32_t*>(at(warp * WARP_M + f * MMA_M + lane / 4 + h * 8, d))[lane % 4] =
-            Word<T>::pack(pair);
-      }
+    for (int d = 0; d < DIM / 8; ++d) {
+      const float pair[2] = {out[d][2 * h] * inverse, out[d][2 * h + 1] * inverse};
+      reinterpret_cast<uint32_t*>(at(warp * WARP_M + lane / 4 + h * 8, d))[lane % 4] = Word<T>::pack(pair);
     }
+  }
   __syncwarp();
   T* y = static_cast<T*>(p.y) + (first * p.heads + head) * DIM;
   for (int i = lane; i < WARP_M * CHUNKS; i += 32) {
@@ -276,18 +260,14 @@ Status launch_dim(const Attention& p, void* workspace, const Device& device, Str
     if (!status.ok()) return status;
     keys = static_cast<const T*>(workspace), key_pitch = p.kv_heads * DIM;
   }
+  constexpr int SHARED_BYTES = (BLOCK_M + 4 * BLOCK_N) * DIM * 2;
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.length, BLOCK_M)), static_cast<unsigned>(p.heads),
+                  static_cast<unsigned>(p.batch));
+  const Launch at{grid, dim3(THREADS), SHARED_BYTES, 1, overlap};
   const bool pairs = is_aligned(p.mask, 4) && (p.length | p.mask_batch | p.mask_head | p.mask_row) % 2 == 0;
-  const auto with = [&](auto causal, auto masked) {
-    constexpr bool CAUSAL = decltype(causal)::value, MASKED = decltype(masked)::value;
-    constexpr int BLOCK_M = WARPS * MMA_M * FRAGMENTS<DIM, MASKED>;
-    constexpr int SHARED_BYTES = (BLOCK_M + 4 * BLOCK_N) * DIM * 2;
-    const dim3 grid(static_cast<unsigned>(ceil_div(p.length, BLOCK_M)), static_cast<unsigned>(p.heads),
-                    static_cast<unsigned>(p.batch));
-    const Launch at{grid, dim3(THREADS), SHARED_BYTES, 1, overlap};
-    return launch<attention_kernel<T, DIM, CAUSAL, MASKED>>(at, stream, p, keys, key_pitch, pairs);
-  };
-  if (p.causal) return with(std::true_type{}, std::false_type{});
-  return p.mask ? with(std::false_type{}, std::true_type{}) : with(std::false_type{}, std::false_type{});
+  if (p.causal) return launch<attention_kernel<T, DIM, true, false>>(at, stream, p, keys, key_pitch, pairs);
+  return p.mask ? launch<attention_kernel<T, DIM, false, true>>(at, stream, p, keys, key_pitch, pairs)
+                : launch<attention_kernel<T, DIM, false, false>>(at, stream, p, keys, key_pitch, pairs);
 }
 
 }  // namespace
