@@ -1,7 +1,8 @@
 // libhwkern_trt.so: the ops of op.h as IPluginV3, for TensorRT 10.1 to 11.x and TensorRT-RTX from 1.7 on, one binary.
 //
-// It links nothing of TensorRT and calls nothing of it: TensorRT finds getCreators() by name and calls our virtual
-// functions, whose tables are the same from 10.0.1 to 11.1. Keep it so: the tables of the logger, the logger finder and
+// It links nothing of TensorRT and calls nothing of it but IExprBuilder::constant(), the first entry of its table in every
+// version: TensorRT finds getCreators() by name and calls our virtual functions, whose tables are the same from 10.0.1 to
+// 11.1. Keep it so: the tables of the logger, the logger finder and
 // the plugin registry changed at 11.0, so a call to one of them would land in the wrong method.
 #include <new>
 
