@@ -2,8 +2,8 @@
 //
 // It links nothing of TensorRT and calls nothing of it but IExprBuilder::constant(), the first entry of its table in every
 // version: TensorRT finds getCreators() by name and calls our virtual functions, whose tables are the same from 10.0.1 to
-// 11.1. Keep it so: the tables of the logger, the logger finder and
-// the plugin registry changed at 11.0, so a call to one of them would land in the wrong method.
+// 11.1. Keep it so: the tables of the logger, the logger finder and the plugin registry changed at 11.0, so a call to one
+// of them would land in the wrong method.
 #include <new>
 
 #include "tensorrt/adapt.h"
