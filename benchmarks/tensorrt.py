@@ -8,12 +8,13 @@ Needs TensorRT (8.6 or newer) with a GPU, numpy and onnx; no torch.
 Linears: µs per enqueue inside a CUDA graph; as many copies of the engine take turns as keep the L2 cold. One profile
 per M, float16 input and output for all. `kernel` is hwkern's own entry point without TensorRT, timed the same way.
 Models: µs per enqueue inside a CUDA graph at each (batch, length), one copy; and the wall-clock latency of a Runner
-call from numpy to numpy.
+call from numpy to numpy. All engines are timed in turn, in rounds with new memory: `rounds` has each one's median.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -23,7 +24,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ LINEARS = ((4096, 4096), (4096, 14336))  # N, K
 M = "1,64,1024,8192;16,512,2048;4,256,4096"  # an engine for each group, a profile for each M
 REQUESTS = ((1, 32), (1, 128), (8, 128), (32, 128), (8, 512))  # batch, length
 VARIANTS = ("fp16", "qdq", "hwkern")
-SECONDS = 0.06  # for each measurement on the GPU
+SECONDS = 0.08  # for each measurement on the GPU
+LATENCY_SECONDS = 0.6  # for each engine and request, numpy to numpy
+BLOCK = 8  # requests of one engine before the next engine's turn
 
 
 # ---- engines -------------------------------------------------------------------------------------------------------
@@ -145,6 +148,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "linear": {"include": "*"},
     "norm": {"fuse_norm": True},
     "between": {"fuse_norm": "between"},
+    "attention": {"fuse_attention": True},
     "residual": {"fuse_residual": True},
     "unmerged": {"merge": False},
     "plain": {"fuse_activation": False},
@@ -158,11 +162,12 @@ def candidate(variant: str) -> str | None:
     if variant == "fp16":
         return planner.FLOAT
     counts = {part for part in parts if part.startswith("largest")}
-    if not parts <= {"hwkern", "norm", "between", *counts}:
+    if not parts <= {"hwkern", "norm", "between", "attention", *counts}:
         return None
     count = min(counts, default="all").removeprefix("largest")
     name = count if count == "all" else "largest" if count == "1" else f"{count} largest"
-    return name + (", norms fused" if "norm" in parts else ", norms fused between" if "between" in parts else "")
+    name += ", norms fused" if "norm" in parts else ", norms fused between" if "between" in parts else ""
+    return name + ", attention fused" * ("attention" in parts)
 
 
 # ---- linears -------------------------------------------------------------------------------------------------------
@@ -189,16 +194,22 @@ def bench_linears(
                 # The best that a static scale can do: calibrated on the very data that is measured.
                 scale = float(np.abs(some).max()) / 127
                 x = np.resize(some, (max(ms), k))
+                engines: dict[str, ht.Engine] = {}
+                errors: dict[str, dict[int, float]] = {}
                 for variant in variants:
                     try:
                         engine = _linear_engine(build, variant, model, n, k, ms, scale)
-                        if build.only:
-                            continue
-                        _time_linear(engine, variant, model, n, k, ms, x, row)
+                        if not build.only:
+                            errors[variant] = _checked(engine, variant, model, x, ms)
+                            engines[variant] = engine
                     except OutOfTime:
                         print(f"{variant} {n}x{k}: not built, the budget is used up", flush=True)
                     except RuntimeError as error:  # TensorRT cannot build or run it: the others count all the same
                         print(f"{variant} {n}x{k}: {error}", flush=True)
+                for m, times in _time_linears(engines, model, n, k, ms, x) if engines else ():
+                    row(n, k, m).update(times)
+                    row(n, k, m)["errors"] = {variant: found[m] for variant, found in errors.items()}
+                    row(n, k, m)["engine_bytes"] = {variant: len(engine.data) for variant, engine in engines.items()}
                     done()
     finally:
         for n, k in linears if not build.only else ():
@@ -226,37 +237,52 @@ def _linear_engine(
         return build(what, made, profiles, precision, False)
 
 
-def _time_linear(
-    engine: ht.Engine, variant: str, model: Any, n: int, k: int, ms: Sequence[int], x: Any,
-    row: Callable[[int, int, int], dict[str, Any]],
-) -> None:  # fmt: skip
+def _checked(engine: ht.Engine, variant: str, model: Any, x: Any, ms: Sequence[int]) -> dict[int, float]:
+    """Its errors; RuntimeError where ours are wrong."""
     errors = _linear_errors(engine, model, x, ms)
-    print(f"{variant} {n}x{k}: relative errors {', '.join(f'{e:.5f}' for e in errors.values())}", flush=True)
+    print(f"{variant}: relative errors {', '.join(f'{e:.5f}' for e in errors.values())}", flush=True)
     if variant == "hwkern" and max(errors.values()) > 0.02:
         raise RuntimeError(f"wrong results, relative errors {errors}: not timed")
+    return errors
+
+
+def _time_linears(
+    engines: dict[str, ht.Engine], model: Any, n: int, k: int, ms: Sequence[int], x: Any
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(rows, times by variant), the engines and the kernel alone in turn: the same clock and temperature."""
     # Cold weights: so many copies that a round reads more than three times the L2.
-    copies = measure.rotations(n * k * {"fp32": 4, "fp16": 2}.get(variant, 1), _l2_bytes())
-    held = measure.Copies(engine, copies)
-    with held.runners[0].context.current():
-        bare = BareLinear(model) if variant == "hwkern" else None
+    held = {
+        variant: measure.Copies(engine, measure.rotations(n * k * {"fp32": 4, "fp16": 2}.get(variant, 1), _l2_bytes()))
+        for variant, engine in engines.items()
+    }
+    with next(iter(held.values())).runners[0].context.current():
+        bare = BareLinear(model) if "hwkern" in held else None
         try:
             for m in ms:
-                kept = len(bare.held) if bare is not None else 0
-                fill = {"x": x[:m].astype(held.runners[0].inputs["x"].dtype)}
-                calls, alive = held.enqueues({"x": (m, k)}, fill)
-                # The kernel alone and in the engine in turn: the same clock and temperature.
-                times = measure.graphs_us([calls, *([bare.calls(x[:m])] if bare is not None else [])], SECONDS)
-                measure.free(alive)
-                row(n, k, m).update(zip((variant, "kernel"), times, strict=False))
-                row(n, k, m)["errors"][variant] = errors[m]
-                row(n, k, m)["engine_bytes"][variant] = len(engine.data)
-                print(f"  {m}: {', '.join(format(t['p50'], '.1f') for t in times)} us", flush=True)
+                subjects = [functools.partial(_calls, copies, {"x": x[:m]}) for copies in held.values()]
+                names = list(held)
                 if bare is not None:
-                    bare.free(kept)
+                    subjects.append(functools.partial(bare.calls, x[:m]))
+                    names.append("kernel")
+                times = dict(zip(names, measure.rounds_us(subjects, SECONDS), strict=True))
+                print(f"  {m}: {', '.join(f'{name} {_rounds(t)}' for name, t in times.items())} us", flush=True)
+                yield m, times
         finally:
             if bare is not None:
                 bare.free()
-    held.close()
+    for copies in held.values():
+        copies.close()
+
+
+def _calls(copies: measure.Copies, feed: dict[str, Any]) -> tuple[list[Callable[[int], None]], Callable[[], None]]:
+    """The enqueues of one request, and what frees their buffers."""
+    fill = {n: np.ascontiguousarray(a.astype(copies.runners[0].inputs[n].dtype)) for n, a in feed.items()}
+    calls, alive = copies.enqueues({n: a.shape for n, a in fill.items()}, fill)
+    return calls, functools.partial(measure.free, alive)
+
+
+def _rounds(times: dict[str, Any]) -> str:
+    return f"{times['p50']:.2f} ({min(times['rounds']):.2f}-{max(times['rounds']):.2f})"
 
 
 def _l2_bytes() -> int:
@@ -267,20 +293,21 @@ def _fixed(name: str, shape: tuple[int, ...]) -> ht.Profile:
     return ht.Profile({name: shape}, {name: shape}, {name: shape})
 
 
-def _time_engine(engine: ht.Engine, feeds: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, float]]:
-    """One copy of the engine, for each request."""
-    held = measure.Copies(engine, 1)
+def _engines_us(
+    engines: Sequence[ht.Engine], feeds: dict[tuple[int, int], dict[str, Any]]
+) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    """For each request the times of all engines in turn, one copy of each."""
+    held = [measure.Copies(engine, 1) for engine in engines]
     times = {}
     try:
-        with held.runners[0].context.current():
+        with held[0].runners[0].context.current():
             for key, feed in feeds.items():
-                wire = {n: np.ascontiguousarray(a.astype(held.runners[0].inputs[n].dtype)) for n, a in feed.items()}
-                calls, alive = held.enqueues({n: a.shape for n, a in wire.items()}, wire)
-                times[key] = measure.graph_us(calls, SECONDS)
-                measure.free(alive)
-                print(f"  {key}: {times[key]['p50']:.1f} us", flush=True)
+                subjects = [functools.partial(_calls, copies, feed) for copies in held]
+                times[key] = measure.rounds_us(subjects, SECONDS)
+                print(f"  {key}: {', '.join(map(_rounds, times[key]))} us", flush=True)
     finally:
-        held.close()
+        for copies in held:
+            copies.close()
     return times
 
 
@@ -318,23 +345,31 @@ class BareLinear:
 
     def put(self, array: Any) -> int:
         array = np.ascontiguousarray(array)
-        buffer = _cuda.DeviceBuffer(array.nbytes)
-        _cuda.to_device(buffer.pointer, array.ctypes.data, array.nbytes, 0)
+        at = self.new(array.nbytes)
+        _cuda.to_device(at, array.ctypes.data, array.nbytes, 0)
         _cuda.synchronize(0)
+        return at
+
+    def new(self, size: int) -> int:
+        buffer = _cuda.DeviceBuffer(size)
         self.held.append(buffer)
         return int(buffer.pointer)
 
-    def calls(self, x: Any) -> list[Callable[[int], None]]:
+    def calls(self, x: Any) -> tuple[list[Callable[[int], None]], Callable[[], None]]:
+        """The calls, one for each copy of the weights, and what frees their buffers."""
         m, n, k = len(x), self.n, self.k
         made: list[Callable[[int], None]] = []
+        kept = len(self.held)
         size = int(self.native.linear_workspace_bytes(m, k))
+        first = self.put(x)
         for w in self.weights:
-            at, y = self.put(x), self.put(np.empty((m, n), np.float16))
-            scratch = self.put(np.empty(size, np.uint8))
+            at, y, scratch = self.new(x.nbytes), self.new(m * n * 2), self.new(size)
+            _cuda.copy(at, first, x.nbytes, 0)
             # hwkern.h Linear: x, weight, scale, bias, y; dtype 1: float16; no activation or residual; constant weights
             arguments = (at, 1, k, w, padded(k), self.scale, self.bias, 1, y, n, 1, m, n, k, -1, scratch, size)
             made.append(lambda stream, a=arguments: self.native.linear(*a, stream, 0, 0, 0, 0, 1))
-        return made
+        _cuda.synchronize(0)
+        return made, functools.partial(self.free, kept)
 
     def free(self, kept: int = 0) -> None:
         """All buffers but the first ``kept``."""
@@ -390,7 +425,8 @@ def bench_model(
 ) -> None:  # fmt: skip
     """``wanted``: inputs and the float32 output to compare with (``inputs.<name>``, ``y``).
 
-    The variant "plan" is chosen by make_plan among the variants that are there and what else it builds.
+    The variant "plan" is chosen by make_plan among the variants that are there and what else it builds. One that is
+    there is not measured again.
     """
     feeds = {request: inputs(*request) for request in requests}
     profiles = [ht.profiles_from([feed])[0] for feed in feeds.values()]
@@ -409,6 +445,9 @@ def bench_model(
             )
         return made[variant]
 
+    mine: list[dict[str, Any]] = []
+    engines: list[ht.Engine] = []
+    planned: list[tuple[dict[str, Any], dict[str, Any]]] = []  # the plan's row, and that of the engine which it chose
     for variant in variants:
         try:
             row: dict[str, Any] = {"what": "model", "model": name, "variant": variant}
@@ -421,26 +460,45 @@ def bench_model(
                 engine = engine_of(variant)
             if build.only:
                 continue
+            chosen = [other for other, each in zip(mine, engines, strict=True) if each is engine]
+            if chosen:
+                planned.append((row, chosen[0]))
+                continue
             row["engine_bytes"] = len(engine.data)
-            row["gpu_us"] = {f"{b}x{s}": t for (b, s), t in _time_engine(engine, feeds).items()}
-            free, _ = _memory()  # the kernels are loaded by now: what is left is the engine's own
-            with ht.Runner(engine) as run:
-                row["latency_us"] = {f"{b}x{s}": _latency(run, feeds[b, s]) for b, s in requests}
-                row["device_bytes"] = free - _memory()[0]
-                if wanted is not None:
-                    y = run(check)["y"][:, : wanted["y"].shape[1]]
-                    row["cosine"] = _cosine(y, wanted["y"][: len(y)], wanted["inputs.attention_mask"][: len(y)])
-                    print(f"{name} {variant}: cosine to torch in float32 {row['cosine']}", flush=True)
-            rows.append(row)
-            done()
-            if build.layers:
-                _show_layers(f"{name} {variant}", engine, shapes, requests)
+            mine.append(row)
+            engines.append(engine)
         except OutOfTime:
             print(f"{name} {variant}: not built, the budget is used up", flush=True)
         except RuntimeError as error:
             print(f"{name} {variant}: {error}", flush=True)
-    if not build.only:
-        _show_models(rows, name, requests)
+    if not mine:
+        return
+    for key, times in _engines_us(engines, feeds).items():
+        for row, found in zip(mine, times, strict=True):
+            row.setdefault("gpu_us", {})[f"{key[0]}x{key[1]}"] = found
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for row, engine in zip(mine, engines, strict=True):
+            free, _ = _memory()  # the kernels are loaded by now: what is left is the engine's own
+            run = stack.enter_context(ht.Runner(engine))
+            for feed in feeds.values():
+                run(feed)
+            row["device_bytes"] = free - _memory()[0]
+            if wanted is not None:
+                y = run(check)["y"][:, : wanted["y"].shape[1]]
+                row["cosine"] = _cosine(y, wanted["y"][: len(y)], wanted["inputs.attention_mask"][: len(y)])
+                print(f"{name} {row['variant']}: cosine to torch in float32 {row['cosine']}", flush=True)
+            runs.append(run)
+        for (b, s), feed in feeds.items():
+            for row, found in zip(mine, _latencies([run.engine for run in runs], feed), strict=True):
+                row.setdefault("latency_us", {})[f"{b}x{s}"] = found
+            print(f"  {b}x{s}: {', '.join(_rounds(row['latency_us'][f'{b}x{s}']) for row in mine)} us", flush=True)
+    rows += [*mine, *(chosen | row for row, chosen in planned)]
+    done()
+    if build.layers:
+        for row, engine in zip(mine, engines, strict=True):
+            _show_layers(f"{name} {row['variant']}", engine, shapes, requests)
+    _show_models(rows, name, requests)
 
 
 def _planned(
@@ -488,17 +546,28 @@ def _memory() -> tuple[int, int]:
         return _cuda.memory_info()
 
 
-def _latency(run: ht.Runner, feed: dict[str, Any], seconds: float = 0.3) -> dict[str, float]:
-    """Wall-clock µs of a call from numpy to numpy."""
-    for _ in range(5):
-        run(feed)
-    samples = []
-    until = time.perf_counter() + seconds
-    while len(samples) < 20 or time.perf_counter() < until:
-        start = time.perf_counter()
-        run(feed)
-        samples.append((time.perf_counter() - start) * 1e6)
-    return measure.summary(samples)
+def _latencies(engines: Sequence[Any], feed: dict[str, Any]) -> list[dict[str, Any]]:
+    """Wall-clock µs of a Runner call from numpy to numpy, for each engine.
+
+    Engines in turn, a few requests each, so that what the host does meanwhile meets all of them; and in rounds with new
+    Runners, because page-locked memory lies nearer to the GPU or farther from it for as long as it lives.
+    """
+    samples: list[list[list[float]]] = [[] for _ in engines]
+    for turn in range(measure.ROUNDS):
+        with contextlib.ExitStack() as stack:
+            runs = [(i, stack.enter_context(ht.Runner(engine))) for i, engine in enumerate(engines)]
+            for i, run in runs:
+                samples[i].append([])
+                for _ in range(3):  # enqueued, captured, replayed
+                    run(feed)
+            until = time.perf_counter() + LATENCY_SECONDS * len(runs) / measure.ROUNDS
+            while time.perf_counter() < until:
+                for i, run in runs[:: -1 if turn % 2 else 1]:
+                    for _ in range(BLOCK):
+                        start = time.perf_counter()
+                        run(feed)
+                        samples[i][-1].append((time.perf_counter() - start) * 1e6)
+    return [measure.in_rounds(each) for each in samples]
 
 
 def _cosine(y: Any, wanted: Any, mask: Any) -> dict[str, float]:
@@ -528,7 +597,9 @@ def _show_models(rows: Rows, name: str, requests: Sequence[tuple[int, int]]) -> 
         table = []
         for r in mine:
             cells = [
-                f"{r[kind][k]['p50']:.0f}" if kind == "gpu_us" else " / ".join(f"{v:.0f}" for v in r[kind][k].values())
+                f"{r[kind][k]['p50']:.0f}"
+                if kind == "gpu_us"
+                else " / ".join(f"{r[kind][k][p]:.0f}" for p in ("p50", "p95", "p99"))
                 for k in keys
             ]
             rate = max(b / r["latency_us"][f"{b}x{s}"]["p50"] * 1e6 for b, s in requests)
@@ -604,8 +675,8 @@ def main() -> int:
     parser.add_argument("--m", default=M, help="rows of the linears: groups with an engine each, a;b, of rows, 1,2")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="of fp32, fp16, qdq, hwkern")
     parser.add_argument(
-        "--model-variants", default="fp16,qdq,hwkern,norm,plan",
-        help="also fp32, and ways to rewrite: residual, unmerged, plain, half, largest1 …, joined by +",
+        "--model-variants", default="fp16,qdq,norm,norm+attention,plan",
+        help="also fp32, and ways to rewrite: attention, residual, unmerged, plain, half, largest1 …, joined by +",
     )  # fmt: skip
     parser.add_argument("--linears", default=";".join(f"{n}x{k}" for n, k in LINEARS), help="N x K")
     parser.add_argument("--requests", default=",".join(f"{b}x{s}" for b, s in REQUESTS), help="batch x length")

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 VARIANTS = {
     "fp32": "TensorRT FP32", "fp16": "TensorRT FP16", "qdq": "TensorRT INT8 (Q/DQ)", "hwkern": "rewritten, all linears",
     "norm": "rewritten, norms fused", "residual": "rewritten, residuals fused", "unmerged": "rewritten, not merged",
-    "between": "rewritten, norms fused between int8",
+    "between": "rewritten, norms fused between int8", "attention": "rewritten, attention fused",
     "plain": "rewritten, activations apart", "half": "rewritten, the model in float16", "plan": "rewritten by plan",
 }  # fmt: skip
 COLOURS = {"hwkern": "#000000", "qdq": "#E69F00", "fp32": "#999999"}
@@ -39,6 +39,11 @@ def _linears(rows: list[Row]) -> str:
     def ratio(row: Row, over: str, under: str, digits: int = 2) -> str:
         return f"{row[over]['p50'] / row[under]['p50']:.{digits}f}×" if over in row and under in row else "–"
 
+    def spread(row: Row) -> str:
+        rounds = [row[name].get("rounds", []) for name in ("hwkern", "kernel") if name in row]
+        ratios = [engine / kernel for engine, kernel in zip(*rounds, strict=True)] if len(rounds) == 2 else []
+        return f" ({min(ratios):.3f}–{max(ratios):.3f})" if ratios else ""
+
     def error(row: Row, name: str) -> str:
         return f"{100 * row['errors'][name]:.2f} %" if name in row["errors"] else "–"
 
@@ -47,7 +52,7 @@ def _linears(rows: list[Row]) -> str:
     cells = []
     for r in rows:
         line = [f"{r['m']}×{r['n']}×{r['k']}", *(time(r, name) for name in ("fp16", "qdq", "hwkern"))]
-        line += [ratio(r, "fp16", "hwkern"), ratio(r, "qdq", "hwkern"), ratio(r, "hwkern", "kernel", 3)]
+        line += [ratio(r, "fp16", "hwkern"), ratio(r, "qdq", "hwkern"), ratio(r, "hwkern", "kernel", 3) + spread(r)]
         cells.append([*line, error(r, "qdq"), error(r, "hwkern")])
     return markdown(columns, cells)
 
@@ -79,7 +84,8 @@ def _model(name: str, rows: list[Row]) -> str:
     """Two tables: on the GPU, and from numpy to numpy."""
     shapes = list(rows[0]["gpu_us"])
     heads = [s.replace("x", "×") for s in shapes]
-    base = next((row["gpu_us"] for row in rows if row["variant"] == "fp16"), {})
+    float_row = next((row for row in rows if row["variant"] == "fp16"), {})
+    base, base_walls = float_row.get("gpu_us", {}), float_row.get("latency_us", {})
     has_cosine = any("cosine" in row for row in rows)
     gpu, calls = [], []
     for row in rows:
@@ -94,11 +100,20 @@ def _model(name: str, rows: list[Row]) -> str:
         gpu.append(line)
         latency = row["latency_us"]
         rates = [int(s.split("x")[0]) / latency[s]["p50"] * 1e6 for s in shapes]
-        walls = (" / ".join(f"{latency[s][p]:.0f}" for p in ("p50", "p95", "p99")) for s in shapes)
+        walls = []
+        for s in shapes:
+            p50, p95, p99 = (latency[s][p] for p in ("p50", "p95", "p99"))
+            said = [f"{base_walls[s]['p50'] / p50:.2f}×"] * (s in base_walls)
+            said += [f"{min(rounds):.0f}–{max(rounds):.0f}" for rounds in [latency[s].get("rounds")] if rounds]
+            walls.append(f"{p50:.0f}" + f" ({'; '.join(said)})" * bool(said) + f" / {p95:.0f} / {p99:.0f}")
         calls.append([title(row), *walls, f"{max(rates):.0f}"])
     columns = [f"{name}, batch×length", *(f"{h}, GPU µs (times FP16)" for h in heads), "engine, MB", "device, MB"]
     columns += ["least cosine of a sentence, of a token"] * has_cosine
-    wall = ["from numpy to numpy, p50 / p95 / p99", *(f"{h}, µs" for h in heads), "most sequences/s"]
+    wall = [
+        "from numpy to numpy, p50 (times FP16; of the rounds) / p95 / p99",
+        *(f"{h}, µs" for h in heads),
+        "most sequences/s",
+    ]
     return markdown(columns, gpu) + "\n\n" + markdown(wall, calls)
 
 

@@ -275,6 +275,28 @@ struct WeightOnlyLinear {
 int weight_only_choose(int64_t m, int64_t n, int64_t k, const Device& device);
 Status weight_only_linear(const WeightOnlyLinear& problem, int config_id, Stream stream);
 
+// ---- Attention between two linears: 16 bits in and out ----------------------------------------------------------------
+
+// y[b, i, h] = Σ_j softmax_j(scale · q[b, i, h]·k[b, j, g] + mask[b, h, i, j]) · v[b, j, g],   g = h / (heads / kv_heads)
+// q and k are rotated first if there are cosine and sine: x · cosine + (-second half of x, first half of x) · sine, rounded
+// to dtype. Sums and exponentials are float32, weights are rounded to dtype before they meet v. A query whose keys are all
+// masked by -inf gives NaN, as softmax does.
+struct Attention {
+  const void* qkv;  // [batch, length, heads + 2 · kv_heads, dim] of dtype: the queries of a token, its keys, its values
+  const float* cosine;  // [length, dim], or null
+  const float* sine;  // like cosine
+  const void* mask;  // of dtype, or null; its last dimension is dense
+  void* y;  // [batch, length, heads, dim] of dtype
+  int64_t mask_batch, mask_head, mask_row;  // elements from one batch, head, query to the next; 0 where they share it
+  int64_t batch, length, heads, kv_heads, dim;  // dim: 32, 64 or 128; heads is a multiple of kv_heads
+  float scale;
+  DType dtype;  // kFloat16 or kBFloat16
+  bool causal;  // query i sees keys 0 … i; without a mask
+};
+
+size_t attention_workspace_bytes(const Attention& problem);  // device scratch for one call, 16-byte aligned
+Status attention(const Attention& problem, void* workspace, size_t workspace_bytes, Stream stream);
+
 // ---- Embedding: rows of an int8 table -----------------------------------------------------------------------------
 
 // y[m, k] = round((float)weight[indices[m], k] * weight_scale[indices[m]])

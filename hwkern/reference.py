@@ -232,3 +232,40 @@ def int8_embedding(
     """``weight[indices] * weight_scale[indices]`` in float32, rounded once; ``weight [V, H]``, any shape of indices."""
     rows = weight[indices.long()].float() * weight_scale[indices.long()].unsqueeze(-1)
     return rows.to(out_dtype)
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """A rotary embedding, rounded to x's dtype: ``x * cosine + cat(-x[D/2:], x[:D/2]) * sine``; ``x [B, L, H, D]``,
+    float32 ``cosine`` and ``sine [L, D]``."""
+    first, second = x.float().chunk(2, -1)
+    crossed = torch.cat([-second, first], -1)
+    return (x.float() * cosine[:, None] + crossed * sine[:, None]).to(x.dtype)
+
+
+def attention(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    cosine: Tensor | None = None,
+    sine: Tensor | None = None,
+) -> Tensor:
+    """``softmax(scale * q @ k.T + mask) @ v`` in float64, ``[B, L, heads, D]``; q and k are rotated first where there
+    are cosine and sine. ``qkv [B, L, heads + 2 * kv_heads, D]``; each of kv_heads serves heads / kv_heads queries.
+
+    The kernel's sums are float32 and its weights are rounded to x's dtype before they meet v, so it reproduces the
+    value and not the bits.
+    """
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 2)
+    if cosine is not None and sine is not None:
+        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+    q, k, v = (t.transpose(1, 2).double().repeat_interleave(heads // t.shape[2], 1) for t in (q, k, v))
+    scores = q @ k.mT * scale
+    if mask is not None:
+        scores = scores + mask.double()
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=qkv.device).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)

@@ -307,10 +307,55 @@ def test_quantize_op() -> None:
     assert np.array_equal(q, quantized(x, want))
 
 
+def test_attention_gives_the_bits_of_the_entry_point() -> None:
+    b, s, heads, kv_heads, dim = 2, 10, 4, 2, 32
+    element = onnx.TensorProto.FLOAT16
+    tables = {name: np.random.default_rng(2).random((1, 1, s, dim)).astype(F32) for name in ("cosine", "sine")}
+    options: dict[str, dict[str, int]] = {
+        "plain": {},
+        "causal": {"causal": 1, "has_rotary": 1},
+        "masked": {"has_mask": 1},
+    }
+    nodes = []
+    for name, flags in options.items():
+        inputs = ["x", *(tables if "has_rotary" in flags else ()), *(["mask"] if "has_mask" in flags else [])]
+        nodes.append(onnx.helper.make_node(
+            "Attention", inputs, [name], domain="hwkern", plugin_namespace="hwkern", plugin_version="1", heads=heads,
+            kv_heads=kv_heads, head_dim=dim, scale=0.2, **{"causal": 0, "has_rotary": 0, "has_mask": 0} | flags,
+        ))  # fmt: skip
+    shapes = {"x": (b, s, (heads + 2 * kv_heads) * dim), "mask": (b, 1, 1, s)}
+    graph = onnx.helper.make_graph(
+        nodes, "g", [onnx.helper.make_tensor_value_info(name, element, shape) for name, shape in shapes.items()],
+        [onnx.helper.make_tensor_value_info(name, element, (b, s, heads * dim)) for name in options],
+        [onnx.numpy_helper.from_array(value, name) for name, value in tables.items()],
+    )  # fmt: skip
+    imports = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("hwkern", 1)]
+    data = build(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8).SerializeToString(), F16, [])
+    assert data is not None
+    feed = {name: random(*shape, dtype=F16, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    at = {name: Buffer(value) for name, value in (feed | tables).items()}
+    at |= {name: Buffer(np.zeros((b, s, heads * dim), F16)) for name in (*options, "want")}
+    context, stream = loaded(data).create_execution_context(), cuda.Stream()
+    for name in (*feed, *options):
+        context.set_tensor_address(name, int(at[name]))
+    assert context.execute_async_v3(stream.handle)
+    stream.synchronize()
+    scratch = Buffer(np.zeros(b * s * kv_heads * dim, F16))
+    for name, flags in options.items():
+        rotary, mask = ("has_rotary" in flags), ("has_mask" in flags)
+        _native.extension().attention(
+            int(at["x"]), int(at["cosine"]) if rotary else 0, int(at["sine"]) if rotary else 0,
+            int(at["mask"]) if mask else 0, int(at["want"]), s, 0, 0, b, s, heads, kv_heads, dim, 0.2, 1,
+            "causal" in flags, int(scratch), scratch.value.nbytes, 0,
+        )  # fmt: skip
+        assert at[name].get().tobytes() == at["want"].get().tobytes(), name
+
+
 # ---- Every op: the bits of hwkern's own entry points -----------------------------------------------------------------
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")  # as hwkern.h counts them
 NORMS = ("layer", "rms", "rms_rounded")
+INPUTS = {"x": K, "skip": K, "halves": 2 * K, "residual": N}
 
 
 class Buffer:
@@ -336,7 +381,8 @@ def code(dtype: Any) -> int:
 
 
 class Ops:
-    """One graph with every op on x and skip [B, S, K] and residual [B, S, N], and what the entry points make of it."""
+    """One graph with every op on x and skip [B, S, K], halves [B, S, 2K] and residual [B, S, N], and what the entry
+    points make of it."""
 
     def __init__(self, dtype: Any) -> None:
         self.dtype, self.layer = dtype, Layer()
@@ -358,6 +404,7 @@ class Ops:
         self.norms = [
             (norm, static, skip) for norm in range(len(NORMS)) for static in (False, True) for skip in (False, True)
         ]
+        self.gates = [(gate, static) for gate in range(len(ACTIVATIONS)) for static in (False, True)]
         for number, (scheme, activation, residual) in enumerate(self.linears):
             static = scheme == "w8a8_static"
             names = ["x", "w", "s", "b", *(["i"] if static else []), *(["residual"] if residual else [])]
@@ -376,6 +423,13 @@ class Ops:
                 has_skip=int(skip), has_norm_output=1, has_sum_output=int(skip),
             )  # fmt: skip
 
+        for number, (gate, static) in enumerate(self.gates):
+            self._node(
+                "GatedLinearInt8", f"gated{number}", ["halves", "w", "s", "b", *(["i"] if static else [])], [("y", N)],
+                scheme="w8a8_static" if static else "w8a8_dynamic", activation="none", has_input_scale=int(static),
+                has_residual=0, gate=ACTIVATIONS[gate],
+            )  # fmt: skip
+
     def _node(self, op: str, name: str, inputs: list[str], outputs: list[tuple[str, int]], **fields: Any) -> None:
         common = {"in_features": K, "out_features": N, "config": -1, "constant_weights": 1, "has_bias": 1}
         common |= {"domain": "hwkern", "plugin_namespace": "hwkern", "plugin_version": "1"}
@@ -390,7 +444,7 @@ class Ops:
             return onnx.helper.make_tensor_value_info(name, element, ["B", "S", size])
 
         graph = onnx.helper.make_graph(
-            self.nodes, "g", [info("x", K), info("skip", K), info("residual", N)],
+            self.nodes, "g", [info(*each) for each in INPUTS.items()],
             [info(*output) for output in self.outputs],
             [onnx.numpy_helper.from_array(value, name) for name, value in self.constants.items()],
         )  # fmt: skip
@@ -441,11 +495,17 @@ class Ops:
             found[f"norm{number}.normed"] = normed.get()
             if skip:
                 found[f"norm{number}.sum"] = total.get()
+        halves = int(at["halves"])
+        for number, (gate, static) in enumerate(self.gates):
+            native.activation_quantize(
+                halves, 2 * K, d, halves + K * np.dtype(self.dtype).itemsize, 2 * K, int(q), k16,
+                int(at["i"] if static else row_scale), static, m, K, gate, 0,
+            )  # fmt: skip
+            found[f"gated{number}.y"] = product(0, False, 0 if static else int(row_scale))
         return found
 
     def feed(self, b: int, s: int) -> dict[str, Any]:
-        sizes = {"x": K, "skip": K, "residual": N}
-        return {name: random(b, s, size, dtype=self.dtype, seed=i) for i, (name, size) in enumerate(sizes.items())}
+        return {name: random(b, s, size, dtype=self.dtype, seed=i) for i, (name, size) in enumerate(INPUTS.items())}
 
     def run(self, engine: Any, feed: dict[str, Any]) -> dict[str, Any]:
         context, stream = engine.create_execution_context(), cuda.Stream()
@@ -463,7 +523,7 @@ class Ops:
 
 @functools.cache
 def engine_of_every_op(dtype: Any) -> bytes:
-    data = build(Ops(dtype).model(), dtype, ONE_PROFILE, inputs={"x": K, "skip": K, "residual": N})
+    data = build(Ops(dtype).model(), dtype, ONE_PROFILE, inputs=INPUTS)
     assert data is not None
     return data
 

@@ -330,6 +330,54 @@ def test_norm_linear(
     plugin.destroy()
 
 
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("gate", ["none", "relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES[:3])
+def test_gated_linear(harness: Harness, dtype: torch.dtype, gate: str, static: bool, m: int, n: int, k: int) -> None:
+    layer = Layer(m, n, k, dtype, torch.float32)
+    x = torch.randn(m, 2 * k, device="cuda").to(dtype)
+    scale = torch.full((1,), 0.03, device="cuda") if static else None
+    fields = [text("scheme", "w8a8_static"), integer("has_input_scale", 1)] if static else []
+    plugin = created(harness, "GatedLinearInt8", *layer.fields(), text("gate", gate), *fields)
+    y = poisoned(m, n, dtype=dtype)
+    run(plugin, [x, *layer.inputs()[1:], *([] if scale is None else [scale])], [y])
+    q, row_scale = ops.activation_quantize(x, scale=scale, activation=gate, gated=True)
+    a, row_scale = ops.pad_weight(q), None if static else row_scale
+    assert same_bits(y, ops.int8_matmul(a, layer.weight, row_scale, layer.scale, layer.bias, dtype))
+    plugin.destroy()
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["plain", "causal, rotary", "mask"])
+@pytest.mark.parametrize("mask_shape", [(10,), (30, 30), (4, 1, 30), (2, 1, 1, 30), (2, 4, 30, 30)])
+def test_attention(harness: Harness, dtype: torch.dtype, kind: str, mask_shape: tuple[int, ...]) -> None:
+    batch, length, heads, kv_heads, dim = 2, mask_shape[-1], 4, 2, 64
+    x = torch.randn(batch, length, (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
+    has_rotary, has_mask = kind == "causal, rotary", kind == "mask"
+    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "causal": int(has_rotary)}
+    fields |= {"has_rotary": int(has_rotary), "has_mask": int(has_mask)}
+    scale = Field("scale", struct.pack("<f", 0.1), ht.FIELD_FLOAT32, 1)
+    plugin = created(harness, "Attention", *(integer(name, value) for name, value in fields.items()), scale)
+    tables = [torch.rand(length, dim, device="cuda") for _ in range(2 * has_rotary)]
+    masks = [torch.randn(mask_shape, device="cuda").to(dtype) for _ in range(has_mask)]
+    y, want = (poisoned(batch, length, heads * dim, dtype=dtype) for _ in range(2))
+    run(plugin, [x, *tables, *masks], [y])
+    workspace = torch.empty(batch * length * kv_heads * dim * 2, dtype=torch.uint8, device="cuda")
+    whole = masks[0].expand(batch, heads, length, length).contiguous() if masks else None
+    strides = whole.stride()[:3] if whole is not None else (0, 0, 0)
+    _native.extension().attention(
+        x.data_ptr(), *([t.data_ptr() for t in tables] or (0, 0)), 0 if whole is None else whole.data_ptr(),
+        want.data_ptr(), *strides, batch, length, heads, kv_heads, dim, 0.1, 1 if dtype == torch.float16 else 2,
+        has_rotary, workspace.data_ptr(), workspace.numel(), torch.cuda.current_stream().cuda_stream,
+    )  # fmt: skip
+    torch.cuda.synchronize()
+    assert same_bits(y, want)
+    plugin.destroy()
+
+
 # ---- Many rows, contexts, streams, graphs ----------------------------------------------------------------------------
 
 

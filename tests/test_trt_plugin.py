@@ -146,7 +146,8 @@ def test_builds_in_half_have_no_float32_to_choose(tmp_path: Path) -> None:
 
 
 def test_creators(harness: Harness) -> None:
-    assert set(harness.creators()) == {"LinearInt8", "Quantize"} | ({"NormLinearInt8"} if HAS_NORM else set())
+    always = {"LinearInt8", "Quantize", "GatedLinearInt8", "Attention"}
+    assert set(harness.creators()) == always | ({"NormLinearInt8"} if HAS_NORM else set())
     for i in harness.creators().values():
         assert harness.lib.h_creator_version(harness.library, i) == b"1"
         assert harness.lib.h_creator_namespace(harness.library, i) == b"hwkern"
@@ -320,7 +321,7 @@ def replaced(index: int, tensor: T) -> Callable[[list[T]], list[T]]:
 
 BAD_TENSORS: list[tuple[str, Callable[[list[T]], list[T]], str]] = [
     ("one input too few", lambda t: [*t[:2], *t[3:]], "has 3 inputs, but its fields speak of 4"),
-    ("x of another K", replaced(0, T(HALF, (4, 99))), "last dimension of x is 99, but in_features is 100"),
+    ("x of another K", replaced(0, T(HALF, (4, 99))), "last dimension of x is 99, but in_features 100 needs 100"),
     ("x without dimensions", replaced(0, T(HALF, ())), "at least one dimension"),
     ("unpadded weight", replaced(1, T(INT8, (64, 100))), "100 columns of int8.*needs 112"),
     ("int32 weight unpadded", replaced(1, T(INT32, (64, 25))), "25 columns of int32.*needs 28"),
@@ -450,14 +451,103 @@ def test_norm_linear_checks_the_shapes_of_skip_and_norm(harness: Harness, create
         assert sentence in harness.sentences[-1]
 
 
+# ---- GatedLinearInt8 -------------------------------------------------------------------------------------------------
+
+
+def test_gated_linear_reads_two_halves(harness: Harness, create: Create) -> None:
+    plugin = create(integer("in_features", 100), text("gate", "silu"), integer("has_residual", 1), op="GatedLinearInt8")
+    inputs = [T(HALF, (2, 3, 200)), T(INT8, (64, 112)), T(FLOAT, (64,)), T(HALF, (2, 3, 64))]
+    tensors = [*inputs, T(HALF, (2, 3, 64))]
+    assert all(plugin.supports(i, tensors) for i in range(len(tensors)))
+    assert plugin.output_types([t.type for t in inputs]) == [HALF]
+    assert plugin.output_shapes(inputs) == [(2, 3, 64)]
+    assert plugin.on_shape_change(tensors), harness.sentences
+    assert plugin.workspace(tensors) == 6 * 112 + 6 * 4  # of what is quantized: K columns
+    assert not plugin.on_shape_change(replaced(0, T(HALF, (2, 3, 100)))(tensors))
+    assert "the last dimension of x is 100, but in_features 100 needs 200" in harness.sentences[-1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ([text("gate", "mish")], "known are: none, relu"),
+        ([text("scheme", "w8a16")], "GatedLinearInt8 quantizes x: its scheme cannot be w8a16"),
+        ([text("scheme", "w8a8_static")], "has_input_scale is 0"),
+        ([integer("config", 400)], "config 400 is no config id of this hwkern for GatedLinearInt8"),
+    ],
+)
+def test_bad_gates_are_refused_with_a_sentence(harness: Harness, fields: list[Field], sentence: str) -> None:
+    assert harness.create("GatedLinearInt8", integer("in_features", 64), *fields) is None
+    assert sentence in harness.sentences[0]
+
+
+def test_different_gates_have_different_timing_cache_ids(create: Create) -> None:
+    first = integer("in_features", 64)
+    ids = [create(first, text("gate", gate), op="GatedLinearInt8").cache_id for gate in ("none", "silu", "gelu_tanh")]
+    assert len(set(ids)) == len(ids)
+
+
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_fields(**values: int) -> list[Field]:
+    fields = {"heads": 4, "kv_heads": 2, "head_dim": 64} | values
+    return [*(integer(name, value) for name, value in fields.items()), real("scale", 0.125)]
+
+
+def test_attention_takes_a_merged_product_tables_and_a_mask(harness: Harness, create: Create) -> None:
+    plugin = create(*attention_fields(has_rotary=1, has_mask=1), op="Attention")
+    x, table = T(HALF, (2, 10, 512)), T(FLOAT, (1, 1, 10, 64))
+    tensors = [x, table, table, T(HALF, (2, 1, 1, 10)), T(HALF, (2, 10, 256))]
+    assert plugin.output_types([t.type for t in tensors[:4]]) == [HALF]
+    assert plugin.output_shapes(tensors[:4]) == [(2, 10, 256)]
+    assert all(plugin.supports(i, tensors) for i in range(5))
+    for i, wrong in ((0, FLOAT), (1, HALF), (3, FLOAT), (4, FLOAT)):
+        assert not plugin.supports(i, replaced(i, T(wrong, tensors[i].dims))(tensors)), i
+    assert plugin.on_shape_change(tensors), harness.sentences
+    assert plugin.workspace(tensors) == 2 * 10 * 2 * 64 * 2  # rotated keys
+    assert plugin.tactics() == []
+    for i, dims, sentence in (
+        (0, (2, 10, 500), "x must be"), (0, (20, 512), "x must be"), (1, (1, 1, 9, 64), "cosine must be"),
+        (2, (2, 1, 10, 64), "sine must be"), (3, (3, 1, 1, 10), "mask must have"), (3, (10, 1), "mask must have"),
+    ):  # fmt: skip
+        assert not plugin.on_shape_change(replaced(i, T(tensors[i].type, dims))(tensors))
+        assert sentence in harness.sentences[-1]
+    for dims in ((10,), (10, 10), (1, 4, 10, 10)):
+        assert plugin.on_shape_change(replaced(3, T(HALF, dims))(tensors)), harness.sentences
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ([], "heads 0 must be a multiple"),
+        (attention_fields(kv_heads=3), "heads 4 must be a multiple of kv_heads 3"),
+        (attention_fields(heads=2**17), "1 to 65535"),
+        (attention_fields(head_dim=80), "head_dim is 80"),
+        ([*attention_fields(), real("scale", -1.0)], "scale -1 must be positive"),
+        ([*attention_fields(), real("scale", math.inf)], "must be positive"),
+        (attention_fields(causal=1, has_mask=1), "causal or with a mask"),
+        (attention_fields(has_rotary=2), "must be 0 or 1"),
+        (attention_fields(in_features=4), 'no field "in_features"'),
+    ],
+)
+def test_bad_attentions_are_refused_with_a_sentence(harness: Harness, fields: list[Field], sentence: str) -> None:
+    assert harness.create("Attention", *fields) is None
+    assert sentence in harness.sentences[0]
+
+
 # ---- State -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", ["LinearInt8", "Quantize", pytest.param("NormLinearInt8", marks=needs_norm)])
+@pytest.mark.parametrize(
+    "op", ["LinearInt8", "Quantize", "GatedLinearInt8", "Attention", pytest.param("NormLinearInt8", marks=needs_norm)]
+)
 def test_state_makes_the_same_plugin_again(harness: Harness, create: Create, op: str) -> None:
     linear = [integer("has_bias", 1), text("activation", "silu"), integer("config", 3)]
     normed = [integer("in_features", 100), real("epsilon", 1e-6), text("norm", "rms"), *linear]
-    fields = {"LinearInt8": linear, "NormLinearInt8": normed}.get(op, [])
+    gated = [integer("in_features", 100), text("gate", "gelu"), *linear]
+    known = {"LinearInt8": linear, "NormLinearInt8": normed, "GatedLinearInt8": gated, "Attention": attention_fields()}
+    fields = known.get(op, [])
     plugin = create(*fields, op=op)
     name, state = plugin.serialize()
     for copy in (harness.restore(op, state, name), plugin.clone(), plugin.attach()):
@@ -495,7 +585,7 @@ def test_no_truncated_or_changed_state_is_accepted(harness: Harness, create: Cre
 def test_a_newer_state_is_named_as_such(harness: Harness, create: Create) -> None:
     _, state = create().serialize()
     assert harness.restore("LinearInt8", state[:4] + struct.pack("<I", 99) + state[8:] + b"more") is None
-    assert "holds format 99 of this op and this hwkern reads format 2" in harness.sentences[0]
+    assert "holds format 99 of this op and this hwkern reads format 3" in harness.sentences[0]
 
 
 def checksummed(state: bytes) -> bytes:

@@ -495,6 +495,98 @@ def test_a_residual_and_a_norm_do_not_take_the_same_addition() -> None:
     assert not opdef.attributes(next(n for n in new.graph.node if n.op_type == "NormLinearInt8"))["has_skip"]
 
 
+def gated_nodes(*act: Any, product: tuple[str, str] = ("h", "u"), **other: str) -> list[Any]:
+    """down(activation(gate(x)) · up(x))."""
+    return [
+        node("MatMul", ["x", "wu"], ["u"], name="up"),
+        node("MatMul", [other.get("gate_x", "x"), "wg"], ["g"], name="gate"),
+        *(act or (node("Sigmoid", ["g"], ["s"]), node("Mul", ["g", "s"], ["h"]))),
+        node("Mul", list(product), ["p"]), node("MatMul", [other.get("down_x", "p"), "wd"], ["y"], name="down"),
+    ]  # fmt: skip
+
+
+def gated_model(nodes: list[Any], dtype: str = "float32", **options: Any) -> Any:
+    weights = {name: normal(64, 96, seed=i, std=0.2) for i, name in enumerate(("wg", "wu"))}
+    return model(nodes, weights | {"wd": normal(96, 48, seed=2)}, ("m", 64), ("m", 48), dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("product", [("h", "u"), ("u", "h")])
+@pytest.mark.parametrize(
+    ("gate", "act"), [("silu", ()), ("gelu", (node("Gelu", ["g"], ["h"]),)), ("relu", (node("Relu", ["g"], ["h"]),))]
+)
+def test_gate_and_up_are_one_product_for_down_to_split(
+    product: tuple[str, str], gate: str, act: tuple[Any, ...]
+) -> None:
+    new, report = rewritten(gated_model(gated_nodes(*act, product=product), opset=20))
+    assert [n.op_type for n in new.graph.node] == ["LinearInt8", "GatedLinearInt8"]
+    fused = opdef.attributes(new.graph.node[1])
+    assert (fused["gate"], fused["in_features"], fused["out_features"]) == (gate, 96, 48)
+    assert [(n.gate, n.activation, n.merged) for n in report.nodes] == [
+        ("", "none", ("gate", "up")), ("", "none", ("gate", "up")), (gate, "none", ())
+    ]  # fmt: skip
+    assert f"gated ({gate})" in str(report)
+    x, w = normal(6, 64, seed=9), [normal(64, 96, seed=i, std=0.2).T for i in (0, 1)]
+    wanted = linear(linear(x, w[0], activation=gate) * linear(x, w[1]), normal(96, 48, seed=2).T)
+    y = run(new, {"x": x})[0]
+    # An activation's last bits (CLOSE) may move a value of p to the next int8: one step of a row, times a weight.
+    step = np.abs(linear(x, w[0], activation=gate) * linear(x, w[1])).max() / 127 * np.abs(normal(96, 48, seed=2)).max()
+    check_both(new, x, wanted, rtol=1e-5, atol=step)
+    assert np.mean(np.abs(y - wanted) > 1e-4) < 0.05
+
+
+def test_a_product_of_two_products_has_the_gate_none() -> None:
+    nodes = gated_nodes(node("Neg", ["x"], ["unused"]), product=("g", "u"))
+    new, _ = rewritten(gated_model(nodes))
+    assert [opdef.attributes(n).get("gate") for n in new.graph.node if opdef.is_hwkern(n)] == [None, "none"]
+    x, w = normal(6, 64, seed=9), [normal(64, 96, seed=i, std=0.2).T for i in (0, 1)]
+    check_both(new, x, linear(linear(x, w[0]) * linear(x, w[1]), normal(96, 48, seed=2).T))
+
+
+def test_a_gate_in_half_precision_is_stored_in_it() -> None:
+    new, _ = rewritten(gated_model(gated_nodes(), dtype="float16"))
+    x, w = (
+        normal(6, 64, seed=9).astype(np.float16),
+        [normal(64, 96, seed=i, std=0.2).astype(np.float16).T for i in (0, 1)],
+    )
+    g = linear(x, w[0])
+    h = (g.astype(np.float32) / (1 + np.exp(-g.astype(np.float32)))).astype(np.float16)
+    wanted = linear(h * linear(x, w[1]), normal(96, 48, seed=2).astype(np.float16).T)
+    # silu's last float32 bits may move a stored float16 by one, and its int8 by one.
+    assert np.mean(evaluate(new, {"x": x})[0] != wanted) < 0.05
+
+
+def test_a_norm_before_gate_and_up_goes_into_their_product() -> None:
+    nodes = [node("LayerNormalization", ["x", "n"], ["t"]), *gated_nodes()]
+    for each in nodes[1:3]:
+        each.input[0] = "t"
+    made = gated_model(nodes, opset=17)
+    made.graph.initializer.append(numpy_helper.from_array(normal(64), "n"))
+    new, _ = rewritten(made, fuse_norm=True)
+    assert [n.op_type for n in new.graph.node] == ["NormLinearInt8", "GatedLinearInt8"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "kinds"),
+    [
+        ([*gated_nodes(), node("Relu", ["p"], ["z"])], {}, ["Mul", "Relu"]),  # somebody else reads the product
+        ([*gated_nodes(), node("Relu", ["u"], ["z"])], {}, ["Mul", "Relu"]),  # or one of its factors
+        ([node("Relu", ["x"], ["t"]), *gated_nodes(gate_x="t")], {}, ["Relu", "Mul"]),  # of another x
+        ([*gated_nodes(node("Relu", ["g"], ["h"]))[:-1], node("Relu", ["p"], ["q"]), gated_nodes(down_x="q")[-1]], {},
+         ["Mul", "Relu"]),
+        (gated_nodes(node("Relu", ["g"], ["h"]), node("Relu", ["u"], ["v"]), product=("h", "v")), {}, ["Mul"]),
+        (gated_nodes(node("Relu", ["g"], ["h"]), product=("h", "h")), {}, ["Mul"]),
+        (gated_nodes(), {"exclude": "up"}, ["MatMul", "Mul"]),
+        (gated_nodes(), {"merge": False}, ["Mul"]),
+        (gated_nodes(), {"fuse_activation": False}, ["Sigmoid", "Mul", "Mul"]),
+        (gated_nodes(), {"scheme": "w8a16"}, ["Mul"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_gate_stays(nodes: list[Any], options: dict[str, Any], kinds: list[str]) -> None:
+    new, report = rewritten(gated_model(nodes), **options)
+    assert [n.gate for n in report.nodes] == [""] * len(report.nodes)
+    assert [n.op_type for n in new.graph.node if not opdef.is_hwkern(n) and n.op_type != "Split"] == kinds
+
+
 def test_subgraphs() -> None:
     """Linears in the branches of an If, with weights of the outer graph and of the branch."""
     outer, inner = normal(64, 64), normal(64, 64, seed=1)

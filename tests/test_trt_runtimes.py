@@ -100,11 +100,19 @@ def test_rtx_builds_an_engine_with_a_fused_norm(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("folder", cases("tensorrt_rtx", "tensorrt_rtx_libs/libtensorrt_rtx.so.*"))
+def test_rtx_builds_an_engine_with_attention(folder: Path, tmp_path: Path) -> None:
+    needs_onnx(folder)
+    said = rtx(folder, tmp_path, "attention_engine")
+    assert "engine with Attention" in said
+    assert "not found in plugin node" not in said
+
+
+@pytest.mark.parametrize("folder", cases("tensorrt_rtx", "tensorrt_rtx_libs/libtensorrt_rtx.so.*"))
 def test_rtx_gets_sentences_and_no_crash_from_absurd_models(folder: Path, tmp_path: Path) -> None:
     needs_onnx(folder)
     said = rtx(folder, tmp_path, "refusals")
     for sentence in (
-        "last dimension of x is 100, but in_features is 116",
+        "last dimension of x is 100, but in_features 116 needs 116",
         "in_features is -3",
         "has 4 inputs, but its fields speak of 3",
         "weight has 64 rows, but out_features is 65",

@@ -222,6 +222,27 @@ def norm_engine(trt: Any, library: str) -> None:
     print("engine with NormLinearInt8:", len(engine), "bytes")
 
 
+def attention_engine(trt: Any, library: str) -> None:
+    """x → Attention, whose output has a dimension that no input has."""
+    from onnx import TensorProto, helper
+
+    load_v3(trt, library)
+    heads, kv_heads, dim = 4, 2, 64
+    k = (heads + 2 * kv_heads) * dim
+    node = helper.make_node(
+        "Attention", ["x"], ["y"], domain="hwkern", plugin_namespace="hwkern", plugin_version="1", heads=heads,
+        kv_heads=kv_heads, head_dim=dim, scale=0.125, causal=1, has_rotary=0, has_mask=0,
+    )  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["B", "S", k])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["B", "S", heads * dim])
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("hwkern", 1)]
+    graph = helper.make_graph([node], "g", [x], [y])
+    engine = build(trt, helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString(), k)
+    assert engine is not None
+    assert STATE in engine
+    print("engine with Attention:", len(engine), "bytes")
+
+
 def refusals(trt: Any, library: str) -> None:
     from onnx import TensorProto
 

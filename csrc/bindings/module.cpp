@@ -8,6 +8,7 @@ namespace py = pybind11;
 using namespace hwkern;
 using namespace hwkern::bindings;
 
+void bind_attention(py::module_& m);
 void bind_embedding(py::module_& m);
 
 void bind_fused(py::module_& m);
@@ -230,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_quantize_rows", &py_cpu_quantize_rows);
   m.def("cpu_rescale", &py_cpu_rescale);
 
+  bind_attention(m);
   bind_embedding(m);
   bind_fused(m);
   bind_torch_ops(m);

@@ -1,4 +1,5 @@
 // What a build without CUDA kernels (HWKERN_CUDA=OFF) answers in their place. Host code stays the same.
+#include "attention/attention.h"
 #include "core/device.h"
 #include "core/status.h"
 #include "gemm/configs.h"
@@ -28,5 +29,6 @@ Status launch_dequantize(const Dequantize&, ScaleAxis, Stream) { return kNoCuda;
 Status launch_norm_quantize(const NormQuantize&, const Device&, Stream) { return kNoCuda; }
 Status launch_activation_quantize(const ActivationQuantize&, const Device&, Stream) { return kNoCuda; }
 Status launch_embedding(const Embedding&, const Device&, Stream) { return kNoCuda; }
+Status launch_attention(const Attention&, void*, const Device&, Stream) { return kNoCuda; }
 
 }  // namespace hwkern

@@ -70,15 +70,17 @@ bool supports(const Op& op, int index, int inputs, const GetDesc& desc) {
   return supports(op, index, types);
 }
 
-// The expressions of x's dimensions themselves: nothing of TensorRT is called.
+// The expressions of x's dimensions themselves. Of TensorRT only IExprBuilder::constant() is called, for Attention: the
+// first method of that interface from 8.6 to 11.1.
 inline bool output_shape(const Op& op, int output, const nvinfer1::DimsExprs* inputs, int count,
-                         nvinfer1::DimsExprs* shape) {
+                         nvinfer1::IExprBuilder& builder, nvinfer1::DimsExprs* shape) {
   if (!check_count(op, count)) return false;
   const nvinfer1::DimsExprs& x = inputs[0];
   if (x.nbDims < 1) return refuse("%s: x needs at least one dimension, [..., K]", name(op.kind));
   *shape = x;
   const LastDimension last = last_dimension(op, output);
   if (last == LastDimension::kN) shape->d[x.nbDims - 1] = inputs[position(op, Input::kWeight)].d[0];
+  if (last == LastDimension::kHeads) shape->d[x.nbDims - 1] = builder.constant(op.heads * op.head_dim);
   if (last == LastDimension::kNone) --shape->nbDims;
   return true;
 }

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 
 #include "core/status.h"
 #include "tensorrt/log.h"
@@ -33,7 +34,9 @@ struct Entry {
 };
 
 constexpr int32_t kNormed = static_cast<int32_t>(Kind::kNormLinearInt8);
-constexpr int32_t kLinears = static_cast<int32_t>(Kind::kLinearInt8) | kNormed;
+constexpr int32_t kGated = static_cast<int32_t>(Kind::kGatedLinearInt8);
+constexpr int32_t kAttention = static_cast<int32_t>(Kind::kAttention);
+constexpr int32_t kLinears = static_cast<int32_t>(Kind::kLinearInt8) | kNormed | kGated;
 
 constexpr Entry kEntries[] = {
     {"in_features", kLinears, &Op::in_features},
@@ -52,6 +55,14 @@ constexpr Entry kEntries[] = {
     {"has_skip", kNormed, &Op::has_skip},
     {"has_norm_output", kNormed, &Op::has_norm_output},
     {"has_sum_output", kNormed, &Op::has_sum_output},
+    {"gate", kGated, &Op::gate, nullptr, kActivations},
+    {"heads", kAttention, &Op::heads},
+    {"kv_heads", kAttention, &Op::kv_heads},
+    {"head_dim", kAttention, &Op::head_dim},
+    {"scale", kAttention, nullptr, &Op::scale},
+    {"causal", kAttention, &Op::causal},
+    {"has_rotary", kAttention, &Op::has_rotary},
+    {"has_mask", kAttention, &Op::has_mask},
 };
 
 bool serves(const Entry& entry, Kind kind) { return (entry.kinds & static_cast<int32_t>(kind)) != 0; }
@@ -103,7 +114,6 @@ bool read_name(const Field& field, const char* const* names, int32_t* value) {
 bool is_flag(int32_t v) { return v == 0 || v == 1; }
 
 bool validate_norm(const Op& op) {
-  if (op.scheme == kW8A16) return refuse("NormLinearInt8 quantizes x: its scheme cannot be w8a16");
   if (!(op.epsilon >= 0) || !std::isfinite(op.epsilon) || !std::isfinite(op.norm_offset))
     return refuse("NormLinearInt8: epsilon %g and norm_offset %g must be finite, epsilon not negative", op.epsilon,
                   op.norm_offset);
@@ -116,9 +126,23 @@ bool validate_norm(const Op& op) {
   return true;
 }
 
+constexpr int32_t kMaxHeads = 65535;  // a grid's second dimension
+
+bool validate_attention(const Op& op) {
+  if (op.heads < 1 || op.kv_heads < 1 || op.heads % op.kv_heads != 0 || op.heads > kMaxHeads)
+    return refuse("Attention: heads %d must be a multiple of kv_heads %d, 1 to %d", op.heads, op.kv_heads, kMaxHeads);
+  if (op.head_dim != 32 && op.head_dim != 64 && op.head_dim != 128)
+    return refuse("Attention: head_dim is %d; the kernel has 32, 64 and 128", op.head_dim);
+  if (!(op.scale > 0) || !std::isfinite(op.scale)) return refuse("Attention: scale %g must be positive", op.scale);
+  if (!is_flag(op.causal) || !is_flag(op.has_rotary) || !is_flag(op.has_mask))
+    return refuse("causal, has_rotary and has_mask must be 0 or 1");
+  return !(op.causal && op.has_mask) || refuse("Attention: causal or with a mask, not both");
+}
+
 // The one place where an op is judged, whether it came from fields or from an engine.
 bool validate(const Op& op) {
   if (op.kind == Kind::kQuantize) return true;
+  if (op.kind == Kind::kAttention) return validate_attention(op);
   if (op.in_features == 0)
     return refuse("%s needs the field in_features: K, the number of columns of x", name(op.kind));
   if (op.in_features < 1 || op.in_features > kMaxK)
@@ -138,6 +162,8 @@ bool validate(const Op& op) {
   if (op.config != kChoose && !config_fits(op, op.config))
     return refuse("config %d is no config id of this hwkern for %s with the scheme %s; -1 lets the cost model choose",
                   op.config, name(op.kind), scheme);
+  if (op.kind != Kind::kLinearInt8 && op.scheme == kW8A16)
+    return refuse("%s quantizes x: its scheme cannot be w8a16", name(op.kind));
   return op.kind != Kind::kNormLinearInt8 || validate_norm(op);
 }
 
@@ -155,12 +181,20 @@ const char* dtype_name(DType t) {
 }  // namespace
 
 const char* name(Kind kind) {
-  return kind == Kind::kLinearInt8 ? "LinearInt8" : kind == Kind::kQuantize ? "Quantize" : "NormLinearInt8";
+  switch (kind) {
+    case Kind::kLinearInt8: return "LinearInt8";
+    case Kind::kQuantize: return "Quantize";
+    case Kind::kNormLinearInt8: return "NormLinearInt8";
+    case Kind::kGatedLinearInt8: return "GatedLinearInt8";
+    case Kind::kAttention: return "Attention";
+  }
+  return "another op";
 }
 
 const Kind* kinds(int* count) {
-  static constexpr Kind kAll[] = {Kind::kLinearInt8, Kind::kQuantize, Kind::kNormLinearInt8};  // the last may be absent
-  *count = is_built(Kind::kNormLinearInt8) ? 3 : 2;
+  static constexpr Kind kAll[] = {Kind::kLinearInt8, Kind::kQuantize, Kind::kGatedLinearInt8, Kind::kAttention,
+                                  Kind::kNormLinearInt8};
+  *count = is_built(Kind::kNormLinearInt8) ? 5 : 4;  // the last may be absent
   return kAll;
 }
 
@@ -197,9 +231,9 @@ bool parse(Kind kind, const Field* fields, int32_t count, Op* out) {
 namespace {
 
 constexpr char kMagic[4] = {'H', 'W', 'K', 'T'};
-constexpr uint32_t kStateVersion = 2;
+constexpr uint32_t kStateVersion = 3;
 constexpr size_t kOpOffset = 8, kSumOffset = kOpOffset + sizeof(Op);
-static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 17 * 4, "an Op has no padding");
+static_assert(kSumOffset + sizeof(uint32_t) == kStateBytes && sizeof(Op) == 25 * 4, "an Op has no padding");
 
 uint32_t fnv1a(const unsigned char* bytes, size_t count) {
   uint32_t hash = 2166136261u;
@@ -237,11 +271,12 @@ bool load(Kind kind, const void* data, size_t bytes, Op* out) {
   std::memcpy(&op, state + kOpOffset, sizeof op);
   if (op.kind != kind)
     return refuse("%s: the engine's data is that of another op (%d)", name(kind), static_cast<int>(op.kind));
-  if (!within(op.scheme, kSchemes) || !within(op.activation, kActivations) || !within(op.norm, kNorms))
+  if (!within(op.scheme, kSchemes) || !within(op.activation, kActivations) || !within(op.norm, kNorms) ||
+      !within(op.gate, kActivations))
     return refuse(
-        "%s: the engine asks for scheme %d, activation %d and norm %d, which this hwkern does not know; load "
+        "%s: the engine asks for scheme %d, activation %d, norm %d and gate %d, which this hwkern does not know; load "
         "the hwkern that built it",
-        name(kind), op.scheme, op.activation, op.norm);
+        name(kind), op.scheme, op.activation, op.norm, op.gate);
   if (!validate(op)) return false;
   *out = op;
   return true;
@@ -267,6 +302,9 @@ namespace {
 bool has(const Op& op, Input input) {
   if (input == Input::kX) return true;
   if (op.kind == Kind::kQuantize) return false;
+  if (input == Input::kCosine || input == Input::kSine) return op.has_rotary;
+  if (input == Input::kMask) return op.has_mask;
+  if (op.kind == Kind::kAttention) return false;
   const bool normed = op.kind == Kind::kNormLinearInt8;
   switch (input) {
     case Input::kSkip: return normed && op.has_skip;
@@ -279,8 +317,9 @@ bool has(const Op& op, Input input) {
   }
 }
 
-constexpr const char* kInputNames[kMaxInputs] = {
-    "x", "skip", "norm_weight", "norm_bias", "weight", "weight_scale", "bias", "input_scale", "residual"};
+constexpr const char* kInputNames[kMaxInputs] = {"x",        "skip",         "norm_weight", "norm_bias",
+                                                 "weight",   "weight_scale", "bias",        "input_scale",
+                                                 "residual", "cosine",       "sine",        "mask"};
 
 }  // namespace
 
@@ -299,7 +338,7 @@ int input_count(const Op& op) {
 
 int output_count(const Op& op) {
   if (op.kind == Kind::kQuantize) return 2;
-  return op.kind == Kind::kLinearInt8 ? 1 : 1 + op.has_norm_output + op.has_sum_output;
+  return op.kind == Kind::kNormLinearInt8 ? 1 + op.has_norm_output + op.has_sum_output : 1;
 }
 
 DType output_type(const Op& op, int output, DType x) {
@@ -309,6 +348,7 @@ DType output_type(const Op& op, int output, DType x) {
 
 LastDimension last_dimension(const Op& op, int output) {
   if (op.kind == Kind::kQuantize) return output == 0 ? LastDimension::kK : LastDimension::kNone;
+  if (op.kind == Kind::kAttention) return LastDimension::kHeads;
   return output == 0 ? LastDimension::kN : LastDimension::kK;
 }
 
@@ -321,7 +361,9 @@ bool supports(const Op& op, int index, const DType* types) {
   for (int i = 0; i < kMaxInputs; ++i)
     if (position(op, static_cast<Input>(i)) == index) input = static_cast<Input>(i);
   switch (input) {
-    case Input::kX: return is_float(type) && !(op.scheme == kW8A16 && type == DType::kFloat32);
+    case Input::kX:
+      return is_float(type) && !((op.scheme == kW8A16 || op.kind == Kind::kAttention) && type == DType::kFloat32);
+    case Input::kMask:
     case Input::kSkip:
     case Input::kResidual: return type == types[0];
     case Input::kNormWeight:
@@ -329,6 +371,8 @@ bool supports(const Op& op, int index, const DType* types) {
     case Input::kBias: return is_float(type);
     case Input::kWeight: return type == DType::kInt8 || type == DType::kInt32;
     case Input::kWeightScale:
+    case Input::kCosine:
+    case Input::kSine:
     case Input::kInputScale: return type == DType::kFloat32;
   }
   return false;
@@ -370,6 +414,34 @@ bool check_like_x(const Op& op, const Tensor* inputs, Input input, int64_t last)
                       kInputNames[static_cast<int>(input)], last);
 }
 
+// x [B, L, …]; the tables' last two dimensions, and a mask's that are not 1.
+bool check_attention(const Op& op, const Tensor* inputs) {
+  const Tensor& x = inputs[0];
+  const int64_t columns = (int64_t{op.heads} + 2 * op.kv_heads) * op.head_dim;
+  if (x.rank != 3 || differ(x.dims[2], columns))
+    return refuse("Attention: x must be [B, L, %" PRId64 "]: heads %d, kv_heads %d twice, of %d", columns, op.heads,
+                  op.kv_heads, op.head_dim);
+  for (const Input input : {Input::kCosine, Input::kSine}) {
+    const int i = position(op, input);
+    if (i < 0) continue;
+    const Tensor& t = inputs[i];
+    bool ok = t.rank >= 2 && !differ(t.dims[t.rank - 1], op.head_dim) && !differ(t.dims[t.rank - 2], x.dims[1]);
+    for (int d = 0; ok && d + 2 < t.rank; ++d) ok = !differ(t.dims[d], 1);
+    if (!ok) return refuse("Attention: %s must be [L, %d]", kInputNames[static_cast<int>(input)], op.head_dim);
+  }
+  if (const int i = position(op, Input::kMask); i >= 0) {
+    const Tensor& t = inputs[i];
+    const int64_t whole[4] = {x.dims[0], op.heads, x.dims[1], x.dims[1]};
+    bool ok = t.rank >= 1 && t.rank <= 4;
+    for (int d = 0; ok && d < t.rank; ++d) {
+      const int64_t wanted = whole[4 - t.rank + d];
+      ok = !differ(t.dims[d], wanted) || (t.dims[d] == 1 && d + 1 < t.rank);
+    }
+    if (!ok) return refuse("Attention: mask must have the dimensions of [B, heads, L, L], or 1 but for the last");
+  }
+  return true;
+}
+
 }  // namespace
 
 bool check_count(const Op& op, int count) {
@@ -401,10 +473,12 @@ bool check_shapes(const Op& op, const Tensor* inputs, int count) {
   const int64_t k = x.dims[x.rank - 1];
   if (k == 0) return refuse("%s: the last dimension of x is 0", name(op.kind));
   if (op.kind == Kind::kQuantize) return true;
+  if (op.kind == Kind::kAttention) return check_attention(op, inputs);
 
-  if (differ(k, op.in_features))
-    return refuse("%s: the last dimension of x is %" PRId64 ", but in_features is %d", name(op.kind), k,
-                  op.in_features);
+  const int64_t columns = (op.kind == Kind::kGatedLinearInt8 ? 2 : 1) * int64_t{op.in_features};
+  if (differ(k, columns))
+    return refuse("%s: the last dimension of x is %" PRId64 ", but in_features %d needs %" PRId64, name(op.kind), k,
+                  op.in_features, columns);
   const Tensor& weight = inputs[position(op, Input::kWeight)];
   if (weight.rank != 2)
     return refuse("%s: weight must have two dimensions, [N, K16], not %d", name(op.kind), weight.rank);
@@ -421,10 +495,10 @@ bool check_shapes(const Op& op, const Tensor* inputs, int count) {
     return refuse("%s: weight has %" PRId64 " rows, but out_features is %d", name(op.kind), n, op.out_features);
   if (op.has_input_scale) {
     const Tensor& scale = inputs[position(op, Input::kInputScale)];
-    const int64_t columns = op.kind == Kind::kLinearInt8 ? op.in_features : 1;
-    if (scale.rank > 1 || (scale.rank == 1 && differ(scale.dims[0], 1) && differ(scale.dims[0], columns)))
+    const int64_t most = op.kind == Kind::kLinearInt8 ? columns : 1;
+    if (scale.rank > 1 || (scale.rank == 1 && differ(scale.dims[0], 1) && differ(scale.dims[0], most)))
       return refuse("%s: input_scale must hold one float32%s", name(op.kind),
-                    columns > 1 ? ", or one for each column of x" : "");
+                    most > 1 ? ", or one for each column of x" : "");
   }
   constexpr const char* kRows = "the rows of weight are";
   constexpr const char* kColumns = "the columns of x are";

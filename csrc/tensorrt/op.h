@@ -23,6 +23,15 @@
 //   outputs   y as above, normed [..., K] if has_norm_output, sum [..., K] if has_sum_output, both of x's type
 //   norm:     layer, rms or rms_rounded (see Norm in hwkern.h), with epsilon and norm_offset (1 for Gemma)
 //
+// GatedLinearInt8: LinearInt8 of round(round(gate(x[..., :K])) · x[..., K:]), in the pass that quantizes it
+//   inputs    x [..., 2K], the halves of a gate-and-up product, then weight … residual as above; input_scale is [1]
+//   gate:     an activation (see ActivationQuantize in hwkern.h)
+//
+// Attention: what lies between the product of q, k and v and the one that reads the heads (see Attention in hwkern.h)
+//   inputs    x [B, L, (heads + 2·kv_heads)·head_dim] float16 or bfloat16; cosine, sine [..., L, head_dim] float32 if
+//             has_rotary; mask of x's type if has_mask, whose dimensions are those of [B, heads, L, L] or 1, but the last
+//   output    y [B, L, heads·head_dim]
+//
 // Quantize: x [..., K] → q [..., K] int8, scale [...] float32, one scale per row, the dynamic scheme of hwkern.h.
 #pragma once
 
@@ -36,7 +45,14 @@ namespace hwkern::trt {
 constexpr char kNamespace[] = "hwkern";
 constexpr char kPluginVersion[] = "1";
 
-enum class Kind : int32_t { kLinearInt8 = 1, kQuantize = 2, kNormLinearInt8 = 4 };  // bits: a field serves several
+// Bits: a field serves several.
+enum class Kind : int32_t {
+  kLinearInt8 = 1,
+  kQuantize = 2,
+  kNormLinearInt8 = 4,
+  kGatedLinearInt8 = 8,
+  kAttention = 16
+};
 enum LinearScheme : int32_t { kW8A8Dynamic = 0, kW8A8Static = 1, kW8A16 = 2 };
 
 // Plain 32-bit members only: an Op is saved as it lies in memory.
@@ -52,6 +68,9 @@ struct Op {
   int32_t norm = 0;  // Norm, in NormLinearInt8
   int32_t has_norm_bias = 0, has_skip = 0, has_norm_output = 0, has_sum_output = 0;
   float epsilon = 0, norm_offset = 0;
+  int32_t gate = 0;  // Activation, in GatedLinearInt8
+  int32_t heads = 0, kv_heads = 0, head_dim = 0, causal = 0, has_rotary = 0, has_mask = 0;  // in Attention
+  float scale = 0;
 };
 
 const char* name(Kind kind);
@@ -100,8 +119,21 @@ struct Tensor {
 };
 
 // In the order in which an op takes those that it has.
-enum class Input { kX, kSkip, kNormWeight, kNormBias, kWeight, kWeightScale, kBias, kInputScale, kResidual };
-constexpr int kMaxInputs = 9, kMaxOutputs = 3;
+enum class Input {
+  kX,
+  kSkip,
+  kNormWeight,
+  kNormBias,
+  kWeight,
+  kWeightScale,
+  kBias,
+  kInputScale,
+  kResidual,
+  kCosine,
+  kSine,
+  kMask
+};
+constexpr int kMaxInputs = 12, kMaxOutputs = 3;
 int position(const Op& op, Input input);  // -1 when this op has no such input
 int input_count(const Op& op);
 int output_count(const Op& op);
@@ -111,8 +143,8 @@ int output_count(const Op& op);
 bool supports(const Op& op, int index, const DType* types);
 DType output_type(const Op& op, int output, DType x);
 
-// The dimensions of an output are those of x; the last becomes N, stays, or goes away.
-enum class LastDimension { kN, kK, kNone };
+// The dimensions of an output are those of x; the last becomes N, stays, becomes heads · head_dim, or goes away.
+enum class LastDimension { kN, kK, kHeads, kNone };
 LastDimension last_dimension(const Op& op, int output);
 
 // Checks number, types, ranks and every dimension that is known; says what is wrong. check_shapes() leaves the types

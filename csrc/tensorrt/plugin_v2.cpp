@@ -38,7 +38,7 @@ class Plugin final : public IPluginV2DynamicExt {
     return from_dtype(output_type(op_, output, to_dtype(inputs[0])));
   }
   DimsExprs getOutputDimensions(int32_t output, DimsExprs const* inputs, int32_t count,
-                                IExprBuilder&) noexcept override {
+                                IExprBuilder& builder) noexcept override {
     // The only method that can refuse shapes before an engine runs, so the constants among them are looked at here.
     Tensor tensors[kMaxInputs] = {};
     for (int i = 0; i < count && i < kMaxInputs; ++i) {
@@ -47,7 +47,8 @@ class Plugin final : public IPluginV2DynamicExt {
         tensors[i].dims[j] = inputs[i].d[j]->isConstant() ? inputs[i].d[j]->getConstantValue() : -1;
     }
     DimsExprs shape{};
-    if (!check_shapes(op_, tensors, count) || !output_shape(op_, output, inputs, count, &shape)) shape.nbDims = -1;
+    if (!check_shapes(op_, tensors, count) || !output_shape(op_, output, inputs, count, builder, &shape))
+      shape.nbDims = -1;
     return shape;
   }
   bool supportsFormatCombination(int32_t index, PluginTensorDesc const* tensors, int32_t inputs,
@@ -121,8 +122,9 @@ class Creator final : public IPluginCreator {
 };
 
 IPluginCreator* const* creators(int32_t* count) {
-  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), norm_linear(Kind::kNormLinearInt8);
-  static IPluginCreator* const all[] = {&linear, &quantize, &norm_linear};  // as in kinds()
+  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), gated_linear(Kind::kGatedLinearInt8),
+      attention(Kind::kAttention), norm_linear(Kind::kNormLinearInt8);
+  static IPluginCreator* const all[] = {&linear, &quantize, &gated_linear, &attention, &norm_linear};  // as in kinds()
   kinds(count);
   return all;
 }

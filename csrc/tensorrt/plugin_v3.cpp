@@ -1,8 +1,9 @@
 // libhwkern_trt.so: the ops of op.h as IPluginV3, for TensorRT 10.1 to 11.x and TensorRT-RTX from 1.7 on, one binary.
 //
-// It links nothing of TensorRT and calls nothing of it: TensorRT finds getCreators() by name and calls our virtual
-// functions, whose tables are the same from 10.0.1 to 11.1. Keep it so: the tables of the logger, the logger finder and
-// the plugin registry changed at 11.0, so a call to one of them would land in the wrong method.
+// It links nothing of TensorRT and calls nothing of it but IExprBuilder::constant(), the first entry of its table in every
+// version: TensorRT finds getCreators() by name and calls our virtual functions, whose tables are the same from 10.0.1 to
+// 11.1. Keep it so: the tables of the logger, the logger finder and the plugin registry changed at 11.0, so a call to one
+// of them would land in the wrong method.
 #include <new>
 
 #include "tensorrt/adapt.h"
@@ -54,9 +55,9 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
   }
 
   int32_t getOutputShapes(DimsExprs const* inputs, int32_t count, DimsExprs const*, int32_t, DimsExprs* outputs,
-                          int32_t output_count_, IExprBuilder&) noexcept override {
+                          int32_t output_count_, IExprBuilder& builder) noexcept override {
     for (int i = 0; i < output_count_; ++i)
-      if (!output_shape(op_, i, inputs, count, &outputs[i])) return kFailureCode;
+      if (!output_shape(op_, i, inputs, count, builder, &outputs[i])) return kFailureCode;
     return kSuccessCode;
   }
 
@@ -154,8 +155,10 @@ class Creator final : public IPluginCreatorV3One {
 extern "C" HWKERN_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   using hwkern::trt::Creator;
   using hwkern::trt::Kind;
-  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), norm_linear(Kind::kNormLinearInt8);
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &norm_linear};  // as in kinds()
+  static Creator linear(Kind::kLinearInt8), quantize(Kind::kQuantize), gated_linear(Kind::kGatedLinearInt8),
+      attention(Kind::kAttention), norm_linear(Kind::kNormLinearInt8);
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&linear, &quantize, &gated_linear, &attention,
+                                                                &norm_linear};  // as in kinds()
   hwkern::trt::kinds(&count);
   return creators;
 }

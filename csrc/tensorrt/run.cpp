@@ -30,6 +30,7 @@ bool config_fits(const Op& op, int config_id) {
 
 // q [M, K16] int8, then, if they are not given, scales [M] float32: K16 is a multiple of 16, so they are aligned.
 size_t workspace_bytes(const Op& op, int64_t m) {
+  if (op.kind == Kind::kAttention) return op.has_rotary ? static_cast<size_t>(m * op.kv_heads * op.head_dim) * 2 : 0;
   if (op.kind == Kind::kQuantize || op.scheme == kW8A16 || m <= 0) return 0;
   if (op.scheme == kW8A8Static) return static_cast<size_t>(m * round_up(op.in_features, kRowAlignment));
   return linear_workspace_bytes(m, op.in_features);
@@ -56,8 +57,8 @@ int32_t bucket_of(int64_t m) {
 int tactics(const Op& op, int64_t m_min, int64_t m_opt, int64_t m_max, int64_t n, int32_t (&out)[kMaxTactics]) {
   // Without a choice, or where engines are built on a machine without this GPU: the model, which needs no timing.
   Device device;
-  if (op.kind == Kind::kQuantize || op.scheme == kW8A16 || op.config != kChoose || m_opt < 1 || n < 1 ||
-      !current_device(&device).ok())
+  if (op.kind == Kind::kQuantize || op.kind == Kind::kAttention || op.scheme == kW8A16 || op.config != kChoose ||
+      m_opt < 1 || n < 1 || !current_device(&device).ok())
     return 0;
   const int favourite = gemm_choose(m_opt, n, op.in_features, device, true);
   if (favourite < 0) return 0;
@@ -182,6 +183,38 @@ Status run_norm(const Call& c, int config, Stream stream) {
 Status run_norm(const Call&, int, Stream) { return invalid("this build of hwkern has no fused norm"); }
 #endif
 
+Status run_gated(const Call& c, int config, Stream stream) {
+  ActivationQuantize p{};
+  p.x = c.inputs[0];
+  p.up = static_cast<const char*>(p.x) + c.k() * size_of(c.x_type());
+  p.q = c.q(), p.scale = c.x_scale(), p.is_static = c.op.scheme == kW8A8Static;
+  p.ldx = p.ldup = 2 * c.k(), p.ldq = c.k16();
+  p.m = c.m(), p.k = c.k(), p.x_dtype = c.x_type();
+  p.activation = static_cast<Activation>(c.op.gate);
+  const Status status = activation_quantize(p, stream);
+  return status.ok() ? multiply(c, config, stream) : status;
+}
+
+Status run_attention(const Call& c, Stream stream) {
+  const Tensor& x = c.tensors[0];
+  Attention p{};
+  p.qkv = c.inputs[0], p.y = c.outputs[0], p.dtype = x.type;
+  p.batch = x.dims[0], p.length = x.dims[1];
+  p.heads = c.op.heads, p.kv_heads = c.op.kv_heads, p.dim = c.op.head_dim;
+  p.scale = c.op.scale, p.causal = c.op.causal != 0;
+  p.cosine = static_cast<const float*>(c.input(Input::kCosine));
+  p.sine = static_cast<const float*>(c.input(Input::kSine));
+  p.mask = c.input(Input::kMask);
+  if (p.mask) {
+    const Tensor& mask = c.tensors[position(c.op, Input::kMask)];
+    int64_t* const strides[3] = {&p.mask_batch, &p.mask_head, &p.mask_row};
+    int64_t stride = mask.dims[mask.rank - 1];
+    for (int d = mask.rank - 2; d >= 0; stride *= mask.dims[d--])
+      *strides[4 - mask.rank + d] = mask.dims[d] == 1 ? 0 : stride;
+  }
+  return attention(p, c.workspace, workspace_bytes(c.op, c.m()), stream);
+}
+
 // Linear and WeightOnlyLinear have the same members.
 template <class Problem>
 Problem linear_problem(const Call& c) {
@@ -198,9 +231,11 @@ Problem linear_problem(const Call& c) {
   return p;
 }
 
-Status run_linear(const Call& c, int32_t tactic, Stream stream) {
+Status run(const Call& c, int32_t tactic, Stream stream) {
+  if (c.op.kind == Kind::kAttention) return run_attention(c, stream);
   const int config = config_for(c.op, tactic, c.m());
   if (c.op.kind == Kind::kNormLinearInt8) return run_norm(c, config, stream);
+  if (c.op.kind == Kind::kGatedLinearInt8) return run_gated(c, config, stream);
   if (c.op.scheme == kW8A8Static) return run_static(c, config, stream);
 #if HWKERN_WEIGHT_ONLY
   if (c.op.scheme == kW8A16) return weight_only_linear(linear_problem<WeightOnlyLinear>(c), config, stream);
@@ -213,9 +248,8 @@ Status run_linear(const Call& c, int32_t tactic, Stream stream) {
 bool enqueue(const Op& op, int32_t tactic, const Tensor* tensors, const void* const* inputs, void* const* outputs,
              void* workspace, Stream stream) {
   if (row_count(tensors[0]) == 0) return true;
-  const Status status = op.kind == Kind::kQuantize
-                            ? run_quantize(tensors[0], inputs, outputs, stream)
-                            : run_linear({op, tensors, inputs, outputs, workspace}, tactic, stream);
+  const Status status = op.kind == Kind::kQuantize ? run_quantize(tensors[0], inputs, outputs, stream)
+                                                   : run({op, tensors, inputs, outputs, workspace}, tactic, stream);
   return status.ok() || refuse("%s: %s", name(op.kind), status.what);
 }
 

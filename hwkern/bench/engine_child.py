@@ -26,7 +26,7 @@ def hello() -> dict[str, Any]:
 
 
 #: The ways to build one engine where TensorRT 8.6 leaves a choice; the fastest engine is taken. See ``ways``.
-WHOLE, LAYERS, NORMS = "whole", "layers", "norms"
+WHOLE, LAYERS, NORMS, ATTENTION = "whole", "layers", "norms", "attention"
 
 
 def ways(model: Any, rewrite: bool) -> list[str]:
@@ -34,12 +34,13 @@ def ways(model: Any, rewrite: bool) -> list[str]:
 
     That hands a part of a model to its compiler only for the sake of a layer that nothing else runs: a
     LayerNormalization or an Einsum. engines.py puts Einsum nodes into a model without the former: ``whole`` builds it
-    so, ``layers`` without. With hwkern's nodes the attention between them is compiled in any case, and the norms go
-    into the products that read them (``norms``) or not (``layers``). No way is always the fastest.
+    so, ``layers`` without. With hwkern's nodes the attention between them is compiled, or becomes a node too
+    (``attention``), and the norms go into the products that read them (so there, and with ``norms``) or not
+    (``layers``). No way is always the fastest.
     """
     if not any(node.op_type == "Einsum" for node in model.graph.node):
         return [WHOLE]
-    return [NORMS, LAYERS] if rewrite else [WHOLE, LAYERS]
+    return [ATTENTION, NORMS, LAYERS] if rewrite else [WHOLE, LAYERS]
 
 
 def variant(model: Any, way: str, rewrite: bool) -> Any:
@@ -47,7 +48,8 @@ def variant(model: Any, way: str, rewrite: bool) -> Any:
     if rewrite:
         import hwkern.tensorrt as ht
 
-        return ht.rewrite(model, fuse_norm=True if way == NORMS else None).model
+        fuse_norm = True if way in (ATTENTION, NORMS) else None
+        return ht.rewrite(model, fuse_norm=fuse_norm, fuse_attention=way == ATTENTION).model
     if way != LAYERS:
         return model
     made = type(model)()
@@ -115,12 +117,17 @@ def build(message: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     found: dict[str, Any] = {"engine": message["engine"], "engine_us": {}}
     problems = []
+    built: list[list[Any]] = []
     for way in choice:
+        made = variant(model, way, message["rewrite"])
+        if list(made.graph.node) in built:  # a model without an attention or a norm that can be fused
+            continue
+        built.append(list(made.graph.node))
         cache = None if api.rtx else message["cache"].replace(".timing", f"-{way}.timing")  # TensorRT-RTX has none
         half = prefer_half(api.module) if way != WHOLE and message["precision"] == "fp16" else {}
         try:
             engine = ht.build(
-                variant(model, way, message["rewrite"]), profiles or None, message["precision"], timing_cache=cache,
+                made, profiles or None, message["precision"], timing_cache=cache,
                 optimization_level=message["level"], **half,
             )  # fmt: skip
         except RuntimeError as error:

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--fuse-norm", action="store_true", default=None, help="LayerNormalizations and RMS norms before it, too"
     )
+    sub.add_argument(
+        "--fuse-attention", action="store_true", default=None, help="attention between int8 products is a node, too"
+    )
     sub.add_argument("--no-merge", action="store_true", help="keep products of the same input apart")
     sub.add_argument("--no-functions", action="store_true", help="leave out the bodies for ONNX Runtime")
     sub.add_argument("--int32-weights", action="store_true", help="for trtexec of TensorRT 8.6 or 10.0")
@@ -172,6 +175,7 @@ def _rewrite(arguments: argparse.Namespace) -> None:
         scheme=arguments.scheme,
         fuse_residual=arguments.fuse_residual,
         fuse_norm=arguments.fuse_norm,
+        fuse_attention=arguments.fuse_attention,
         merge=False if arguments.no_merge else None,
         functions=not arguments.no_functions,
         int32_weights=arguments.int32_weights,

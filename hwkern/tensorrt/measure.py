@@ -21,6 +21,7 @@ from hwkern.tensorrt.runner import Runner
 
 GRAPH_CALLS = 20  # at least this many enqueues in a graph: its own start and end are spread over them
 SECONDS = 0.12  # spent on each measurement
+ROUNDS = 5  # of rounds_us
 _MOST_COPIES = 12
 
 
@@ -65,7 +66,9 @@ class Copies:
                 size = math.prod(context.get_tensor_shape(name)) * ITEM_BYTES[tensor.dtype]
                 buffers[name] = _cuda.DeviceBuffer(size)
                 _cuda.clear(buffers[name].pointer, size, stream.value)
-                if fill and name in fill:
+                if alive and fill and name in fill:
+                    _cuda.copy(buffers[name].pointer, alive[0][1][name].pointer, size, stream.value)
+                elif fill and name in fill:
                     _cuda.to_device(buffers[name].pointer, _address(fill[name]), size, stream.value)
                 context.set_tensor_address(name, buffers[name].pointer)
             _cuda.synchronize(stream.value)
@@ -100,6 +103,38 @@ def graph_us(calls: Sequence[Callable[[int], None]], seconds: float = SECONDS) -
 
 def graphs_us(several: Sequence[Sequence[Callable[[int], None]]], seconds: float = SECONDS) -> list[dict[str, float]]:
     """:func:`graph_us` of several, replayed in turn: clock and temperature are the same for all."""
+    return [summary(found) for found in _replays_us(several, seconds)]
+
+
+def rounds_us(
+    subjects: Sequence[Callable[[], tuple[Sequence[Callable[[int], None]], Callable[[], None]]]],
+    seconds: float = SECONDS, rounds: int = ROUNDS,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """:func:`graphs_us` of several in turn, again and again with new memory: where buffers lie moves a kernel of 8 µs
+    by some percent, and a reading of one placement says nothing about the next.
+
+    ``subjects``: each makes its calls, and what frees their memory. ``seconds``: for each of all rounds together.
+    ``rounds`` in the result: the median of each.
+    """
+    found: list[list[list[float]]] = [[] for _ in subjects]
+    for turn in range(rounds):
+        order = range(len(subjects))[:: -1 if turn % 2 else 1]
+        made = {i: subjects[i]() for i in order}
+        for i, samples in zip(order, _replays_us([made[i][0] for i in order], seconds / rounds), strict=True):
+            found[i].append(samples)
+        for _, end in made.values():
+            end()
+    return [in_rounds(samples) for samples in found]
+
+
+def in_rounds(samples: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """:func:`summary` of all samples, and the median of each round's."""
+    medians = [statistics.median(each) for each in samples]
+    return {**summary([us for each in samples for us in each]), "rounds": medians}
+
+
+def _replays_us(several: Sequence[Sequence[Callable[[int], None]]], seconds: float) -> list[list[float]]:
+    """µs per call of every replay."""
     stream = _cuda.Stream()
     start, end = _cuda.Event(timing=True), _cuda.Event(timing=True)
     graphs = [_captured(calls, stream) for calls in several]
@@ -124,7 +159,7 @@ def graphs_us(several: Sequence[Sequence[Callable[[int], None]]], seconds: float
     for event in (start, end):
         event.free()
     stream.free()
-    return [summary(found) for found in samples]
+    return samples
 
 
 def _captured(calls: Sequence[Callable[[int], None]], stream: _cuda.Stream) -> tuple[_cuda.Graph, int]:

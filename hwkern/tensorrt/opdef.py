@@ -16,6 +16,13 @@ y               ``[..., N]`` of x's dtype
 ``normed = LayerNorm(x + skip)``: the norm's own pass quantizes it. ``skip``, ``normed`` and
 ``sum = x + skip`` are ``[..., K]`` of x's dtype; ``norm_weight`` and ``norm_bias`` ``[K]`` of any float type.
 
+``GatedLinearInt8(x, weight, … as above) -> y`` is LinearInt8 of ``gate(x[..., :K]) · x[..., K:]``: x is ``[..., 2K]``,
+the halves of a gate-and-up product.
+
+``Attention(x[, cosine, sine][, mask]) -> y`` is what lies between the product of q, k and v and the one that reads the
+heads: x ``[B, L, (heads + 2·kv_heads)·head_dim]``, float32 tables ``[..., L, head_dim]`` of a rotary embedding, a mask
+that broadcasts to ``[B, heads, L, L]`` in x's dtype, y ``[B, L, heads·head_dim]``. TensorRT runs it in 16 bits alone.
+
 Inputs that a node does not have are left out, not empty; ``has_bias``, ``has_input_scale`` and ``has_residual`` tell
 which are there. The mathematics is ``hwkern/reference.py``'s.
 
@@ -41,6 +48,9 @@ NAMESPACE = "hwkern"
 PLUGIN_VERSION = "1"
 OP = "LinearInt8"
 NORM_OP = "NormLinearInt8"
+GATED_OP = "GatedLinearInt8"
+ATTENTION_OP = "Attention"
+OPS = (OP, NORM_OP, GATED_OP, ATTENTION_OP)
 CHOOSE = -1  # hwkern.h kChoose: the kernels' cost model (or TensorRT's timing) picks the config
 SCHEMES = ("w8a8_dynamic", "w8a8_static", "w8a16")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
@@ -110,9 +120,12 @@ class Variant:
     has_residual: bool = False
     int32_weight: bool = False
     norm: Norm | None = None
+    gate: str = ""  # the activation of a GatedLinearInt8
 
     @property
     def op(self) -> str:
+        if self.gate:
+            return GATED_OP
         return OP if self.norm is None else NORM_OP
 
     @property
@@ -126,6 +139,7 @@ class Variant:
         parts += [self.activation] * (self.activation != "none")
         parts += ["residual"] * self.has_residual
         parts += ["int32"] * self.int32_weight
+        parts += [f"gated_{self.gate}"] * bool(self.gate)
         if self.norm is not None:
             parts += ["norm" if self.norm.kind == "layer" else self.norm.kind, *self.norm.inputs, *self.norm.outputs]
         return ".".join(parts)
@@ -142,7 +156,40 @@ class Variant:
 
     @property
     def attributes(self) -> tuple[str, ...]:
+        if self.gate:
+            return (*_ATTRIBUTES, "gate")
         return _ATTRIBUTES if self.norm is None else (*_ATTRIBUTES, *_NORM_ATTRIBUTES)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What decides an Attention's function body."""
+
+    dtype: int  # ONNX element type of x and y
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool = False
+    has_rotary: bool = False
+    has_mask: bool = False
+
+    op = ATTENTION_OP
+
+    @property
+    def domain(self) -> str:
+        parts = [NAMESPACE, "attention", FLOATS[self.dtype], f"{self.heads}_{self.kv_heads}_{self.head_dim}"]
+        return ".".join([*parts, *["causal"] * self.causal, *self.inputs[1:]])
+
+    @property
+    def inputs(self) -> list[str]:
+        return ["x", *["cosine", "sine"] * self.has_rotary, *["mask"] * self.has_mask]
+
+    def node(self, inputs: Sequence[str], output: str, name: str, scale: float) -> NodeProto:
+        return helper.make_node(
+            self.op, list(inputs), [output], name=name, domain=self.domain, heads=self.heads, kv_heads=self.kv_heads,
+            head_dim=self.head_dim, scale=scale, causal=int(self.causal), has_rotary=int(self.has_rotary),
+            has_mask=int(self.has_mask), plugin_namespace=NAMESPACE, plugin_version=PLUGIN_VERSION,
+        )  # fmt: skip
 
 
 def make_node(
@@ -160,6 +207,8 @@ def make_node(
         fields = {"norm": norm.kind, "epsilon": epsilon, "norm_offset": 0.0}
         fields |= {"has_norm_bias": int(norm.has_bias), "has_skip": int(norm.has_skip)}
         fields |= {"has_norm_output": int(norm.has_output), "has_sum_output": int(norm.has_sum)}
+    if variant.gate:
+        fields = {"gate": variant.gate}
     return helper.make_node(
         variant.op,
         list(inputs),
@@ -182,13 +231,13 @@ def make_node(
 
 
 def is_hwkern(node: NodeProto) -> bool:
-    known = node.op_type in (OP, NORM_OP)
-    return known and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
+    return node.op_type in OPS and (node.domain == NAMESPACE or node.domain.startswith(NAMESPACE + "."))
 
 
 def inputs(node: NodeProto) -> dict[str, str]:
     """What each input of a hwkern node is: "weight" → its name. A wrong number is for the plugin to refuse."""
-    return dict(zip(variant_of(node, TensorProto.FLOAT).inputs, node.input, strict=False))
+    variant = attention_of if node.op_type == ATTENTION_OP else variant_of
+    return dict(zip(variant(node, TensorProto.FLOAT).inputs, node.input, strict=False))
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -207,8 +256,9 @@ def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Varia
         has_bias=bool(found["has_bias"]),
         has_residual=bool(found["has_residual"]),
         int32_weight=int32_weight,
+        gate=found.get("gate", ""),
         norm=None
-        if node.op_type == OP
+        if node.op_type != NORM_OP
         else Norm(
             has_bias=bool(found["has_norm_bias"]),
             has_skip=bool(found["has_skip"]),
@@ -217,6 +267,13 @@ def variant_of(node: NodeProto, dtype: int, int32_weight: bool = False) -> Varia
             kind=str(found["norm"]),
         ),
     )
+
+
+def attention_of(node: NodeProto, dtype: int) -> Attention:
+    """The variant of an existing Attention; the dtype is its x's."""
+    found = attributes(node)
+    flags = {name: bool(found[name]) for name in ("causal", "has_rotary", "has_mask")}
+    return Attention(dtype, found["heads"], found["kv_heads"], found["head_dim"], **flags)
 
 
 # ---- the function body ---------------------------------------------------------------------------------------------
@@ -315,14 +372,18 @@ def _activation(body: _Body, name: str, y: str) -> str:
     return body.op("Div", y, body.op("Add", one, body.op("Exp", body.op("Neg", y))))  # silu
 
 
-def function(variant: Variant, opset: int) -> FunctionProto:
+def function(variant: Variant | Attention, opset: int) -> FunctionProto:
     """The body for one variant in the standard ops of ``opset`` (13 or newer)."""
+    if isinstance(variant, Attention):
+        return _attention(variant, opset)
     body = _Body(opset)
     # No casts from float32 to itself: ONNX Runtime 1.32 loses the input of such a cast when it inlines a function.
     is_float = variant.dtype == TensorProto.FLOAT
     x = "x" if is_float else body.cast("x", TensorProto.FLOAT)
     if variant.norm is not None:
         x = _normed(body, variant, x)
+    if variant.gate:
+        x = _gated(body, variant, x)
     weight = _int8_weight(body, variant)
     if variant.scheme == "w8a16":
         w = body.cast(body.op("Transpose", weight, perm=[1, 0]), TensorProto.FLOAT)
@@ -383,6 +444,76 @@ def _normed(body: _Body, variant: Variant, x: str) -> str:
     return rounded(y, "normed", variant.norm.has_output)
 
 
+def _attention(variant: Attention, opset: int) -> FunctionProto:
+    body = _Body(opset)
+    is_float = variant.dtype == TensorProto.FLOAT
+    dim, groups = variant.head_dim, variant.heads // variant.kv_heads
+
+    def stored(value: str) -> str:
+        """As x's type holds it, in float32."""
+        return value if is_float else body.cast(body.cast(value, variant.dtype), TensorProto.FLOAT)
+
+    def heads(x: str, count: int, rotated: bool) -> str:
+        """[B, L, count · D] → [B, H, L, D]"""
+        x = body.op("Transpose", body.op("Reshape", x, body.integers(0, 0, count, dim)), perm=[0, 2, 1, 3])
+        if rotated:
+            half, last = body.integers(dim // 2), body.integers(-1)
+            low = body.op("Slice", x, body.integers(0), half, last)
+            high = body.op("Neg", body.op("Slice", x, half, body.integers(dim), last))
+            crossed = body.op("Concat", high, low, axis=-1)
+            x = stored(body.op("Add", body.op("Mul", x, "cosine"), body.op("Mul", crossed, "sine")))
+        if count < variant.heads:
+            x = body.op("Tile", body.op("Unsqueeze", x, body.integers(2)), body.integers(1, 1, groups, 1, 1))
+            x = body.op("Reshape", x, body.integers(0, variant.heads, -1, dim))
+        return x
+
+    sizes = [count * dim for count in (variant.heads, variant.kv_heads, variant.kv_heads)]
+    x, parts, at = "x" if is_float else body.cast("x", TensorProto.FLOAT), [], 0
+    for size in sizes:
+        parts.append(body.op("Slice", x, body.integers(at), body.integers(at + size), body.integers(2)))
+        at += size
+    q, k = (heads(x, n, variant.has_rotary) for x, n in zip(parts, (variant.heads, variant.kv_heads), strict=False))
+    scores = body.op("MatMul", q, body.op("Transpose", k, perm=[0, 1, 3, 2]))
+    scores = body.op("Mul", scores, body.attribute("scale", "value_float"))
+    if variant.has_mask:
+        scores = body.op("Add", scores, "mask" if is_float else body.cast("mask", TensorProto.FLOAT))
+    if variant.causal:
+        length = body.op("Gather", body.op("Shape", "x"), body.constant(1, TensorProto.INT64))
+        place = body.op("Range", body.constant(0, TensorProto.INT64), length, body.constant(1, TensorProto.INT64))
+        later = body.op(
+            "Less", body.op("Unsqueeze", place, body.integers(1)), body.op("Unsqueeze", place, body.integers(0))
+        )
+        scores = body.op("Where", later, body.floating(-math.inf), scores)
+    weights = stored(body.op("Softmax", scores, axis=-1))
+    y = body.op("Transpose", body.op("MatMul", weights, heads(parts[2], variant.kv_heads, False)), perm=[0, 2, 1, 3])
+    y = body.op("Reshape", y, body.integers(0, 0, sizes[0]))
+    if not is_float:
+        body.cast(y, variant.dtype)
+    body.nodes[-1].output[0] = "y"
+    imports = [helper.make_opsetid("", opset)]
+    attributes_ = ("heads", "kv_heads", "head_dim", "scale", "causal", "has_rotary", "has_mask")
+    return helper.make_function(
+        variant.domain, variant.op, variant.inputs, ["y"], body.nodes, imports,
+        (*attributes_, "plugin_namespace", "plugin_version"),
+    )  # fmt: skip
+
+
+def _gated(body: _Body, variant: Variant, x: str) -> str:
+    """gate(first half of float32 ``x``) · second half, each stored in x's type."""
+
+    def stored(value: str) -> str:
+        if variant.dtype == TensorProto.FLOAT:
+            return value
+        return body.cast(body.cast(value, variant.dtype), TensorProto.FLOAT)
+
+    k, last = body.in_features(), body.integers(-1)
+    first = body.op("Slice", x, body.integers(0), k, last)
+    second = body.op("Slice", x, k, body.op("Add", k, k), last)
+    if variant.gate != "none":
+        first = stored(_activation(body, variant.gate, first))
+    return stored(body.op("Mul", first, second))
+
+
 # ---- whole models --------------------------------------------------------------------------------------------------
 
 
@@ -407,7 +538,7 @@ def hwkern_nodes(model: ModelProto) -> list[NodeProto]:
     return [node for graph in graphs(model.graph) for node in graph.node if is_hwkern(node)]
 
 
-def add_functions(model: ModelProto, variants: Sequence[Variant]) -> None:
+def add_functions(model: ModelProto, variants: Sequence[Variant | Attention]) -> None:
     """Add the bodies (once each) and import their domains."""
     there = {(f.domain, f.name) for f in model.functions}
     domains = {entry.domain for entry in model.opset_import}
@@ -422,7 +553,7 @@ def add_functions(model: ModelProto, variants: Sequence[Variant]) -> None:
 
 def strip_functions(model: ModelProto) -> None:
     """Remove the bodies: TensorRT 10.0 … 10.2 would import a body in the plugin's place."""
-    kept = [f for f in model.functions if not (f.name in (OP, NORM_OP) and f.domain.startswith(NAMESPACE + "."))]
+    kept = [f for f in model.functions if not (f.name in OPS and f.domain.startswith(NAMESPACE + "."))]
     del model.functions[:]
     model.functions.extend(kept)
 

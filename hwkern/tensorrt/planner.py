@@ -41,8 +41,8 @@ Progress = Callable[[str], None]
 class Plan(dict[str, str]):
     """Node name → scheme or "float", with what was measured; goes into ``rewrite(plan=…)``.
 
-    ``fuse_norm``, ``merge``: as ``rewrite`` takes them. ``fastest``: for each profile the candidate that is fastest
-    there, "float" among them; for ``Runners``.
+    ``fuse_norm``, ``fuse_attention``, ``merge``: as ``rewrite`` takes them. ``fastest``: for each profile the candidate
+    that is fastest there, "float" among them; for ``Runners``.
     """
 
     def __init__(
@@ -51,10 +51,12 @@ class Plan(dict[str, str]):
         measured: Mapping[str, Any] | None = None,
         fuse_norm: FuseNorm = False,
         merge: bool = True,
+        fuse_attention: bool = False,
     ) -> None:
         super().__init__(nodes)
         self.measured: dict[str, Any] = dict(measured or {})
         self.fuse_norm = fuse_norm
+        self.fuse_attention = fuse_attention
         self.merge = merge
 
     @property
@@ -62,7 +64,8 @@ class Plan(dict[str, str]):
         return list(self.measured.get("fastest", []))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"nodes": dict(self), "fuse_norm": self.fuse_norm, "merge": self.merge, "measured": self.measured}
+        options = {"fuse_norm": self.fuse_norm, "fuse_attention": self.fuse_attention, "merge": self.merge}
+        return {"nodes": dict(self), **options, "measured": self.measured}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """As JSON, for ``rewrite(plan=path)``."""
@@ -84,7 +87,7 @@ class Candidates:
     """The plans that are worth trying for a model: how many of its sizes are int8, and in which form."""
 
     def __init__(self, model: ModelProto, include: Selector | None = None, exclude: Selector | None = None) -> None:
-        report = rewrite(_without_data(model), include=include, exclude=exclude, fuse_norm=True)
+        report = rewrite(_without_data(model), include=include, exclude=exclude, fuse_norm=True, fuse_attention=True)
         self.report = report
         by_name = {node.name: node for node in report.swapped}
         self.sizes: dict[int, dict[str, str]] = {}  # weights of a product, largest first → its nodes' schemes
@@ -93,8 +96,11 @@ class Candidates:
             self.sizes.setdefault(size, {})[node.name] = node.scheme
         self.sizes = dict(sorted(self.sizes.items(), reverse=True))
         self.has_norms = any(node.norm for node in report.swapped)
+        self.has_attentions = bool(report.attentions)
 
-    def plan(self, count: int | None = None, fuse_norm: FuseNorm = False, merge: bool = True) -> tuple[str, Plan]:
+    def plan(
+        self, count: int | None = None, fuse_norm: FuseNorm = False, merge: bool = True, fuse_attention: bool = False
+    ) -> tuple[str, Plan]:
         """The name and the plan with the ``count`` largest sizes in int8 (None: all, 0: everything float)."""
         count = len(self.sizes) if count is None else count
         nodes = {node.name: FLOAT for node in self.report.nodes}
@@ -103,8 +109,9 @@ class Candidates:
         if count == 0:
             return FLOAT, Plan(nodes)
         name = "all" if count >= len(self.sizes) else "largest" if count == 1 else f"{count} largest"
-        name += ", norms fused" * bool(fuse_norm) + " between" * (fuse_norm == "between") + ", not merged" * (not merge)
-        return name, Plan(nodes, fuse_norm=fuse_norm, merge=merge)
+        name += ", norms fused" * bool(fuse_norm) + " between" * (fuse_norm == "between")
+        name += ", attention fused" * fuse_attention + ", not merged" * (not merge)
+        return name, Plan(nodes, fuse_norm=fuse_norm, merge=merge, fuse_attention=fuse_attention)
 
 
 def make_plan(
@@ -160,9 +167,9 @@ def make_plan(
     times: dict[str, list[float]] = {}
     started, longest = time.monotonic(), 0.0
 
-    def measured(count: int | None, fuse_norm: FuseNorm = False) -> None:
+    def measured(count: int | None, fuse_norm: FuseNorm = False, fuse_attention: bool = False) -> None:
         nonlocal longest
-        name, plan = candidates.plan(count, fuse_norm)
+        name, plan = candidates.plan(count, fuse_norm, fuse_attention=fuse_attention)
         at = time.monotonic()
         enough = count != 0 and len(times) > 1
         if seconds is not None and enough and name not in engines and at - started + longest > seconds:
@@ -176,13 +183,16 @@ def make_plan(
         plans[name] = plan
         longest = max(longest, time.monotonic() - at)
 
-    tried: list[tuple[int | None, FuseNorm]] = [(0, False)]
+    tried: list[tuple[int | None, FuseNorm, bool]] = [(0, False, False)]
     if candidates.sizes:
-        tried += [(None, False), *([(None, True)] if candidates.has_norms else [])]
+        # With attention fused nothing is left to compile: the quickest build, and the fastest engine where it applies.
+        if candidates.has_attentions and precision != "fp32":
+            tried.append((None, candidates.has_norms, True))
+        tried += [(None, False, False), *([(None, True, False)] if candidates.has_norms else [])]
         between: FuseNorm = "between" if candidates.has_norms else False
-        tried += [(count, between) for count in range(1, len(candidates.sizes)) if not quick]
+        tried += [(count, between, False) for count in range(1, len(candidates.sizes)) if not quick]
     # Engines that are there cost no build, and with one of them nothing has to be built when the time is short.
-    tried.sort(key=lambda candidate: candidates.plan(*candidate)[0] not in engines)
+    tried.sort(key=lambda each: candidates.plan(each[0], each[1], fuse_attention=each[2])[0] not in engines)
     with keep_builder():
         for candidate in tried:
             measured(*candidate)

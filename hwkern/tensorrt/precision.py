@@ -37,7 +37,7 @@ class _Converter:
             name
             for node in opdef.hwkern_nodes(model)
             for role, name in opdef.inputs(node).items()
-            if role in ("weight_scale", "input_scale")
+            if role in ("weight_scale", "input_scale", "cosine", "sine")
         }
         self.changed = 0
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 import hwkern
 from hwkern._console import plain_table
-from hwkern.tensorrt import activations, einsums, opdef
+from hwkern.tensorrt import activations, attention, einsums, opdef
 from hwkern.tensorrt.graph import (
     Array,
     Constant,
@@ -68,6 +69,7 @@ class NodeReport:
     output: str = ""  # name of the tensor that the hwkern node (or its part of a merged one) gives
     merged: tuple[str, ...] = ()  # nodes that share this one's product, itself included
     norm: str = ""  # the LayerNormalization that went into the node
+    gate: str = ""  # the activation of gate and up, whose product went into the node
 
 
 @dataclass
@@ -75,6 +77,7 @@ class RewriteReport:
     """What :func:`rewrite` did; ``print(report)`` shows a table."""
 
     nodes: list[NodeReport] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)  # what the attentions that became one node each give
     bytes_before: int = 0  # all constants
     bytes_after: int = 0
     model: ModelProto | None = field(default=None, repr=False)  # with dst=None: the new model
@@ -90,7 +93,8 @@ class RewriteReport:
     def to_dict(self) -> dict[str, Any]:
         totals = {"swapped": len(self.swapped), "left": len(self.left)}
         sizes = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
-        return {**totals, **sizes, "nodes": [asdict(node) for node in self.nodes]}
+        attentions = {"attentions": self.attentions} if self.attentions else {}
+        return {**totals, **sizes, **attentions, "nodes": [asdict(node) for node in self.nodes]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -102,12 +106,12 @@ class RewriteReport:
             extra = [node.scheme] if node.scheme else []
             extra += ["bias"] * node.bias + [node.activation] * (node.activation != "none")
             extra += ["residual"] * node.residual + [f"one of {len(node.merged)}"] * bool(node.merged)
-            extra += ["norm"] * bool(node.norm)
+            extra += ["norm"] * bool(node.norm) + [f"gated ({node.gate})"] * bool(node.gate)
             rows.append((node.name, node.op, size, node.status, node.reason or ", ".join(extra)))
         title = (
             f"{len(self.swapped)} of {len(self.nodes)} matrix multiplies are int8 now; constants "
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB"
-        )
+        ) + f"; {len(self.attentions)} attentions are one node each" * bool(self.attentions)
         return plain_table(title, ("node", "op", "in x out", "status", "how or why not"), rows, left=5)
 
 
@@ -122,6 +126,7 @@ def rewrite(
     fuse_activation: bool = True,
     fuse_residual: bool = False,
     fuse_norm: FuseNorm | None = None,
+    fuse_attention: bool | None = None,
     merge: bool | None = None,
     functions: bool = True,
     int32_weights: bool = False,
@@ -144,11 +149,17 @@ def rewrite(
             ``make_plan``). Nodes that it does not name stay float.
         scheme: ``"w8a8_dynamic"`` (x quantized per token), ``"w8a16"`` (int8 weights only). In Q/DQ models a static
             symmetric scale of x is kept as ``"w8a8_static"`` and int8 weights are taken as they are.
-        fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node.
+        fuse_activation: ReLU, GELU, tanh-GELU and SiLU right after the product go into the node. Where
+            ``activation(gate) · up`` of two products of the same x leads to a third product alone, it goes into that
+            one, and gate and up become one product.
         fuse_residual: so does an addition of a tensor of the same shape.
         fuse_norm: a LayerNormalization or RMS norm (and the addition before it) whose result the product reads goes
             into the node, which gives the normalized tensor and the sum to whoever else reads them. "between": only
             when what is normalized comes from an int8 product too. None: as the plan says, else no.
+        fuse_attention: an attention whose q, k and v become one int8 product goes into a node of its own, with rotary
+            embeddings, shared heads, scale and mask (a constant causal one is not read at all), where its heads have
+            32, 64 or 128 columns. TensorRT runs that node in 16 bits: not for ``precision="fp32"``. None: as the plan
+            says, else no.
         merge: merge products that share x. None: as the plan says, else yes.
         functions: add a body in standard ops, so that onnx's evaluator and ONNX Runtime run the file.
         int32_weights: store packed weights as INT32, for TensorRT 8.6 and 10.0 outside ``hwkern.tensorrt.build``
@@ -175,10 +186,11 @@ def rewrite(
             raise ValueError("This model keeps its weights outside its file (or is over 1.8 GB): give dst, a path.")
         data = DataFile(target.with_name(target.name + ".data"))
     try:
-        nodes, norms, merges = _plan(plan)
+        nodes, norms, attentions, merges = _plan(plan)
         norms = norms if fuse_norm is None else fuse_norm
         merge = merges if merge is None else merge
         job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
+        job.fuse_attention = attentions if fuse_attention is None else fuse_attention
         job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
         if target is not None:
@@ -209,10 +221,11 @@ def _at_least_opset_13(model: ModelProto) -> ModelProto:
 # ---- which nodes ---------------------------------------------------------------------------------------------------
 
 
-def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, FuseNorm, bool]:
-    """(node name → scheme, whether norms are fused, whether products of the same x are merged)."""
+def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | None, FuseNorm, bool, bool]:
+    """(node name → scheme, whether norms are fused, whether attentions are, whether products of the same x are
+    merged)."""
     if plan is None:
-        return None, False, True
+        return None, False, False, True
     if isinstance(plan, (str, os.PathLike)):
         plan = json.loads(Path(plan).read_text(encoding="utf-8"))
     if not isinstance(plan, Mapping):
@@ -220,18 +233,18 @@ def _plan(plan: Plan | str | os.PathLike[str] | None) -> tuple[dict[str, str] | 
     entries = plan.get("nodes", plan)
     if not isinstance(entries, Mapping):
         raise ValueError('A plan is a mapping of node names to schemes, or a JSON object with one under "nodes".')
-    norms, merge = (
-        (getattr(plan, "fuse_norm", False), getattr(plan, "merge", True))
-        if entries is plan
-        else (plan.get("fuse_norm", False), plan.get("merge", True))
-    )
+
+    def option(name: str, default: bool) -> Any:
+        return getattr(plan, name, default) if entries is plan else plan.get(name, default)
+
+    norms = option("fuse_norm", False)
     for name, scheme in entries.items():
         if scheme not in (*opdef.SCHEMES, "float"):
             raise ValueError(f"plan: {name!r} → {scheme!r}: it must be 'float' or one of {', '.join(opdef.SCHEMES)}.")
     if norms not in (True, False, "between"):
         raise ValueError(f'plan: fuse_norm is {norms!r}: it must be true, false or "between".')
     chosen: FuseNorm = "between" if norms == "between" else bool(norms)
-    return dict(entries), chosen, bool(merge)
+    return dict(entries), chosen, bool(option("fuse_attention", False)), bool(option("merge", True))
 
 
 class _Choice:
@@ -311,6 +324,8 @@ class _Linear:
     bias_factor: float = 1.0
     activation: str = "none"
     residual: str = ""
+    gate: str = ""  # x is the product of gate and up, before this activation
+    rest: tuple[_Linear, ...] = ()  # what makes one product with it, for another node to split
 
     @property
     def product(self) -> NodeProto:
@@ -326,8 +341,9 @@ class _Linear:
 
     def variant(self, int32_weight: bool) -> Variant:
         return Variant(
-            self.dtype, self.scheme, self.activation, self.bias is not None, bool(self.residual), int32_weight
-        )
+            self.dtype, self.scheme, self.activation, self.bias is not None, bool(self.residual), int32_weight,
+            gate=self.gate,
+        )  # fmt: skip
 
 
 @dataclass
@@ -351,6 +367,7 @@ class _Norm:
 
 class _Rewriter:
     choice: _Choice
+    fuse_attention: bool = False
     taken: set[int]  # ids of this graph's additions that are in a product as its residual
     made: set[str]  # what this graph's int8 products give
 
@@ -375,7 +392,7 @@ class _Rewriter:
         self.names = self._all_names()
         self.packed: dict[tuple[Any, ...], tuple[str, str]] = {}
         self.stored: dict[tuple[Any, ...], str] = {}
-        self.variants: list[Variant] = []
+        self.variants: list[Variant | opdef.Attention] = []
         self.gathered: set[str] = set()
         self.report = RewriteReport()
 
@@ -424,9 +441,13 @@ class _Rewriter:
                 found.append(linear)
         if not found:
             return
-        self.made = {linear.output for linear in found}
         removed: list[NodeProto] = []
         placed: dict[int, list[NodeProto]] = {}  # id of a node → the nodes that come in its place
+        if self.fuse_activation and self.merge:
+            self._fuse_gates(found, scope, reads)
+        if self.fuse_attention and self.merge:
+            removed += self._fuse_attentions(found, scope, reads, placed)
+        self.made = {linear.output for linear in found}
         normed: set[str] = set()  # a norm goes into one product
         taken = {id(node) for linear in found for node in linear.nodes}
         for group in self._groups(found):
@@ -624,6 +645,82 @@ class _Rewriter:
             self.taken.add(id(node))
             linear.output = node.output[0]
 
+    def _fuse_gates(self, found: list[_Linear], scope: Scope, reads: _Reads) -> None:
+        """activation(gate) · up into the product that alone reads it, which splits the product of both then."""
+        by_output = {linear.output: linear for linear in found}
+        for down in found:
+            node = scope.producers.get(down.x)
+            if node is None or node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
+                continue
+            a, b = (by_output.get(name) for name in node.input)
+            if a is None or b is None or a is b or down.scheme == "w8a16" or down.k != a.n or a.n != b.n:
+                continue
+            gate, up = (a, b) if b.activation == "none" else (b, a)
+            alone = all(reads.only_consumer(linear.output) is node for linear in (a, b))
+            if (
+                alone
+                and reads.only_consumer(down.x) is down.product
+                and up.activation == "none"
+                and self._kind(gate) == self._kind(up)
+                and down.dtype == gate.dtype
+                and not (gate.residual or up.residual)
+            ):
+                down.gate = down.report.gate = gate.activation
+                gate.activation = gate.report.activation = "none"
+                gate.nodes.append(node)
+                down.x = self._one_product([gate, up], "gate_up")
+
+    def _fuse_attentions(
+        self, found: list[_Linear], scope: Scope, reads: _Reads, placed: dict[int, list[NodeProto]]
+    ) -> list[NodeProto]:
+        """Attention between products as a node each, which come into ``placed``; returns the nodes that go."""
+
+        def private(nodes: list[NodeProto], last: str) -> bool:
+            inside = {id(node) for node in nodes}
+            names = [name for node in nodes for name in node.output if name and name != last]
+            return all(
+                not reads.escapes(name) and all(id(n) in inside for n in reads.consumers.get(name, ()))
+                for name in names
+            )
+
+        by_output = {linear.output: linear for linear in found}
+        order = {id(node): i for i, node in enumerate(scope.graph.node)}
+        removed: list[NodeProto] = []
+        for each in attention.Finder(scope, self.types, self.constants, reads.only_consumer, private).find():
+            linears = [by_output.get(name) for name in (each.q, each.k, each.v)]
+            group = [linear for linear in linears if linear is not None]
+            tables = [self.constants.find(name, scope) for name in (each.cosine, each.sine) if name]
+            if (
+                len({id(linear) for linear in group}) != 3
+                or len({self._kind(linear) for linear in group}) != 1
+                or any(linear.activation != "none" or linear.residual or linear.rest for linear in group)
+                or not all(reads.only_consumer(linear.output) for linear in group)
+                or None in tables
+            ):
+                continue
+            dtype = group[0].dtype
+            variant = opdef.Attention(
+                dtype, each.heads, each.kv_heads, each.dim, each.causal, bool(tables), bool(each.mask)
+            )
+            inputs = [self._one_product(group, "qkv")]
+            for table in filter(None, tables):
+                inputs.append(self._store(("table", table.key), f"{table.root}_table", partial(_float32, table)))
+            inputs += [each.mask] * bool(each.mask)
+            last = max(each.nodes, key=lambda node: order[id(node)])
+            placed[id(last)] = [variant.node(inputs, each.y, self._unique(f"{each.y}_attention"), each.scale)]
+            self.variants.append(variant)
+            self.report.attentions.append(each.y)
+            removed += each.nodes
+        return removed
+
+    def _one_product(self, group: list[_Linear], name: str) -> str:
+        """The name of the product of these, in this order, which is not split."""
+        output = self._unique(f"{group[0].output}_{name}")
+        for linear in group:
+            linear.output = linear.report.output = output
+        group[0].rest = tuple(group[1:])
+        return output
+
     def _norm(self, group: list[_Linear], scope: Scope, reads: _Reads, taken: set[int]) -> _Norm | None:
         """The norm over the last dimension that gives x, in the same graph."""
         first = group[0]
@@ -763,15 +860,23 @@ class _Rewriter:
     def _groups(self, found: list[_Linear]) -> list[list[_Linear]]:
         """Linears of the same x and kind together, the rest alone; in graph order."""
         groups: dict[Any, list[_Linear]] = {}
+        rest = {id(other) for linear in found for other in linear.rest}
         for linear in found:
-            can = self.merge and linear.activation == "none" and not linear.residual
-            kind = (linear.x, linear.scheme, linear.dtype, linear.bias is not None, linear.input_scale, linear.k)
-            groups.setdefault(kind if can else id(linear), []).append(linear)
+            if linear.rest:
+                groups[id(linear)] = [linear, *linear.rest]
+            elif id(linear) not in rest:
+                can = self.merge and linear.activation == "none" and not linear.residual
+                groups.setdefault(self._kind(linear) if can else id(linear), []).append(linear)
         for group in groups.values():
             if len(group) > 1:
                 for linear in group:
                     linear.report.merged = tuple(other.report.name for other in group)
         return list(groups.values())
+
+    @staticmethod
+    def _kind(linear: _Linear) -> tuple[Any, ...]:
+        """What linears have in common that may be one product."""
+        return (linear.x, linear.scheme, linear.dtype, linear.bias is not None, linear.input_scale, linear.k)
 
     # ---- writing ---------------------------------------------------------------------------------------------------
 
@@ -793,7 +898,9 @@ class _Rewriter:
         split: list[NodeProto] = []
         outputs, n, at = [first.output], first.n, first.nodes[-1]
         if len(group) > 1:
-            outputs, n, at = [self._unique(f"{first.output}_merged")], sum(linear.n for linear in group), first.product
+            n, at = sum(linear.n for linear in group), first.product
+        if len(group) > 1 and not first.rest:
+            outputs = [self._unique(f"{first.output}_merged")]
             sizes = self._store(
                 ("sizes", *(linear.n for linear in group)),
                 "split_sizes",
@@ -922,6 +1029,10 @@ def _is_bias(constant: Constant, n: int, rank: int) -> bool:
     if len(shape) > rank or any(d != 1 for d in shape[:-1]):
         return False
     return not shape or shape[-1] in (1, n)
+
+
+def _float32(constant: Constant) -> Array:
+    return constant.load().astype(np.float32)
 
 
 def _bias_vector(linear: _Linear) -> Array:

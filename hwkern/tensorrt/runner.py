@@ -16,6 +16,7 @@ How a call runs:
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections import OrderedDict, deque
@@ -318,6 +319,7 @@ class _Buffers:
     graph_failed: bool = False
     in_flight: bool = False  # a result is still to be read
     staged: _cuda.Event | None = None  # the inputs have left the page-locked buffers
+    done: _cuda.Event | None = None  # the outputs of a host request are there
 
     def free(self) -> None:
         for device in self.device.values():
@@ -326,8 +328,9 @@ class _Buffers:
             host.free()
         if self.graph is not None:
             self.graph.free()
-        if self.staged is not None:
-            self.staged.free()
+        for event in (self.staged, self.done):
+            if event is not None:
+                event.free()
 
 
 @dataclass
@@ -349,14 +352,13 @@ class _Flight:
 
     def result(self) -> Outputs:
         self.done.synchronize()
-        self.done.free()
         found: Outputs = {}
         for name, shape in self.plan.outputs.items():
             dtype = numpy_dtype(self.lane.runner.outputs[name].dtype)
             if name in self.handed:
                 found[name] = self.handed[name].array(dtype, shape)
                 continue
-            count = int(np.prod(shape, dtype=np.int64))
+            count = math.prod(shape)
             flat = np.frombuffer(memoryview(self.buffers.host[name].view), dtype, count)
             found[name] = flat.reshape(shape).copy()
         self.buffers.in_flight = False
@@ -574,30 +576,31 @@ class _Lane:
         for name, a in arrays.items():
             if not runner.inputs[name].on_host:
                 self._stage(buffers, name, a, copy_in)
-        if buffers.staged is None:
-            buffers.staged = _cuda.Event()
-        buffers.staged.record(copy_in)
+        if slot:  # else the result is waited for before the next request comes
+            if buffers.staged is None:
+                buffers.staged = _cuda.Event()
+            buffers.staged.record(copy_in)
+            buffers.staged.holds_up(self.stream.value)
         handed: dict[str, Result] = {}
         for name, shape in plan.outputs.items():
-            size = int(np.prod(shape, dtype=np.int64)) * ITEM_BYTES[runner.outputs[name].dtype]
+            size = math.prod(shape) * ITEM_BYTES[runner.outputs[name].dtype]
             self._device(buffers, name, size)
             if (result := runner._results.take(size)) is not None:
                 handed[name] = result
             elif name not in buffers.host:
                 buffers.host[name] = _cuda.PinnedBuffer(size)
         stream = self.stream.value
-        if copy_in != stream:
-            buffers.staged.holds_up(stream)
         self._launch(buffers, plan, arrays, stream)
-        if copy_out != stream:
+        if slot:
             _order(stream, copy_out)
         for name in plan.outputs:
             device = buffers.device[name]
             host = handed[name].pointer if name in handed else buffers.host[name].pointer
             _cuda.to_host(host, device.pointer, device.size, copy_out)
-        done = _cuda.Event()
-        done.record(copy_out)
-        return _Flight(self, buffers, plan, handed, done)
+        if buffers.done is None:
+            buffers.done = _cuda.Event()
+        buffers.done.record(copy_out)
+        return _Flight(self, buffers, plan, handed, buffers.done)
 
     def _stage(self, buffers: _Buffers, name: str, array: Array, stream: int) -> None:
         size = array.nbytes
