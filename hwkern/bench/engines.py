@@ -215,7 +215,7 @@ def _compile_whole(model: Any) -> None:
 
     Without either TensorRT 8.6 runs a model layer by layer, and the build, which compiles every chain of pointwise
     operators for every memory format, takes minutes (two layers of Llama-3.2-1B: not ready after 80 s). The process
-    that builds tries both: see ``ways`` in engine_child.py.
+    that builds tries them in turn: see ``ways`` in engine_child.py.
     """
     from onnx import helper
 
