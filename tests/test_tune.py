@@ -265,27 +265,27 @@ def test_explain_shows_measured_times_and_what_they_mean(machine):
 
 
 def test_a_layer_is_measured_apart_from_its_product(machine):
-    """512×768×768: the model lets one launch quantize; say that here another one-launch config is the faster."""
-    assert tune_module.model_choice(512, 768, 768, GPU, "bfloat16", LAYER) == 404
-    times = {(400, LAYER): 4.0, (404, LAYER): 5.0, (second_best(512, 768, 768), PRODUCT): 5.0}
+    """4096×768×768: the model lets one launch quantize; say that here another one-launch config is the faster."""
+    assert tune_module.model_choice(4096, 768, 768, GPU, "bfloat16", LAYER) == 403
+    times = {(401, LAYER): 4.0, (403, LAYER): 5.0, (second_best(4096, 768, 768), PRODUCT): 5.0}
     machine(lambda config, kind: times.get((config, kind), 10.0))
-    found = tune([(768, 768)], m=[512], show=False)
+    found = tune([(768, 768)], m=[4096], show=False)
     assert {(step.kind, step.config) for step in found.steps} == {
-        (LAYER, 400), (PRODUCT, second_best(512, 768, 768))
+        (LAYER, 401), (PRODUCT, second_best(4096, 768, 768))
     }  # fmt: skip
-    assert "layer 385–512×768×768" in str(found)
-    assert _choice.config_for(0, 500, 768, 768, torch.bfloat16, LAYER) == 400
-    assert _choice.config_for(0, 500, 768, 768, torch.bfloat16) == second_best(512, 768, 768)
-    explained = explain(512, 768, 768)
-    assert (explained.chosen, explained.layer_chosen) == (second_best(512, 768, 768), 400)
-    assert {c.id: c.layer_us for c in explained.candidates if c.id in (400, 404)} == {400: 4.0, 404: 5.0}
-    assert all(c.measured_us is None for c in explained.candidates if c.id >= 400)
-    assert "⇒ 400" in str(explained)
+    assert "layer 3073–4096×768×768" in str(found)
+    assert _choice.config_for(0, 4000, 768, 768, torch.bfloat16, LAYER) == 401
+    assert _choice.config_for(0, 4000, 768, 768, torch.bfloat16) == second_best(4096, 768, 768)
+    explained = explain(4096, 768, 768)
+    assert (explained.chosen, explained.layer_chosen) == (second_best(4096, 768, 768), 401)
+    assert {c.id: c.layer_us for c in explained.candidates if c.id in (401, 403)} == {401: 4.0, 403: 5.0}
+    assert all(c.measured_us is None for c in explained.candidates if c.id >= 401)
+    assert "⇒ 401" in str(explained)
     _choice.tuned.clear()  # as in a new process
-    assert "404 was" not in explain(512, 768, 768).layer_reason
-    assert "config 400 was measured 25.0% faster" in explain(512, 768, 768).layer_reason
+    assert "403 was" not in explain(4096, 768, 768).layer_reason
+    assert "config 401 was measured 25.0% faster" in explain(4096, 768, 768).layer_reason
     use_tuned()
-    assert _choice.config_for(0, 500, 768, 768, torch.bfloat16, LAYER) == 400
+    assert _choice.config_for(0, 4000, 768, 768, torch.bfloat16, LAYER) == 401
 
 
 def test_a_layer_whose_k_one_launch_cannot_take_is_not_measured_with_it(machine):
