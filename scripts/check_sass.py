@@ -30,6 +30,7 @@ KERNELS = {
     "gemm_sm90": (HOPPER, WGMMA),
     "gemm_sm90_split": (HOPPER, WGMMA),
     "linear_sm90": (HOPPER, WGMMA),
+    "linear_beside_sm90": (HOPPER, WGMMA),
     "w8a16": (GENERAL, WEIGHT_ONLY),
 }
 # In a mangled name the length stands before the kernel's own name (9gemm_sm80), not before the file's, which is in

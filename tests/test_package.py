@@ -246,10 +246,11 @@ def sass(architecture: str, kernel: str, *opcodes: str) -> str:
 MMA_SYNC = ("LDGSTS.E.BYPASS.128", "LDSM.16.M88.4", "IMMA.16832.S8.S8", "STG.E.128")
 WGMMA = ("UTMALDG.2D", "IGMMA.64x128x32.S8.S8", "STG.E.128")
 WEIGHT_ONLY = ("LDGSTS.E.BYPASS.128", "HMMA.16816.F32", "STG.E")
+HOPPER_KERNELS = ("gemm_sm90", "gemm_sm90_split", "linear_sm90", "linear_beside_sm90")
 SASS = {
     **{(architecture, "gemm_sm80"): MMA_SYNC for architecture in ("sm_80", "sm_90")},
     **{(architecture, "w8a16"): WEIGHT_ONLY for architecture in ("sm_80", "sm_90")},
-    **{("sm_90a", kernel): WGMMA for kernel in ("gemm_sm90", "gemm_sm90_split", "linear_sm90")},
+    **{("sm_90a", kernel): WGMMA for kernel in HOPPER_KERNELS},
 }
 
 
@@ -271,7 +272,7 @@ def sass_of(changed: dict[tuple[str, str], tuple[str, ...] | None]) -> str:
         # mma.sync in a kernel that was written for wgmma is half as fast
         *(
             (sass_of({("sm_90a", kernel): (*MMA_SYNC, "UTMALDG.2D")}), "sm_90a has no IGMMA")
-            for kernel in ("gemm_sm90", "gemm_sm90_split", "linear_sm90")
+            for kernel in HOPPER_KERNELS
         ),
         (sass_of({("sm_90a", "linear_sm90"): WGMMA[1:]}), "sm_90a has no UTMALDG"),
         (sass_of({("sm_90", "w8a16"): ("UTMALDG.2D", "HMMA.16816.F32", "STG.E")}), None),
