@@ -440,7 +440,7 @@ def test_a_layer_s_weight_counts_as_constant_from_its_second_call_on(monkeypatch
 def test_the_operators_of_inference_are_in_cpp_where_torch_has_what_they_call():
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     native = _native.extension()
-    assert _no_grad.IN_CPP == (native.built_with_cuda and torch.version.cuda is not None and version >= (2, 10))
+    assert (native.built_with_cuda and torch.version.cuda is not None and version >= (2, 10)) == _no_grad.IN_CPP
     assert not native.register_torch_ops("/nowhere/libtorch_cpu.so", "/nowhere/libtorch_cuda.so")
 
 
