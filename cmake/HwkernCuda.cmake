@@ -7,12 +7,12 @@ check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
   message(FATAL_ERROR
     "hwkern: GPU kernels were asked for (HWKERN_CUDA=ON, the default), but CMake found no working CUDA compiler. "
-    "Install the CUDA toolkit (12.0 or newer) or point CUDACXX at its nvcc; pip with build isolation fetches nvcc by "
+    "Install the CUDA toolkit (12.6 or newer) or point CUDACXX at its nvcc; pip with build isolation fetches nvcc by "
     "itself; -Ccmake.define.HWKERN_CUDA=OFF builds without GPU kernels. CMake's log says what it tried.")
 endif()
 enable_language(CUDA)
-if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)
-  message(FATAL_ERROR "hwkern: ${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}; 12.0 is the oldest.")
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.6)
+  message(FATAL_ERROR "hwkern: ${CMAKE_CUDA_COMPILER} is CUDA ${CMAKE_CUDA_COMPILER_VERSION}; 12.6 is the oldest.")
 endif()
 
 # Launches and status texts need the runtime's headers in host code; nothing calls find_package(CUDAToolkit), which

@@ -1,6 +1,6 @@
 """The build backend: scikit-build-core, plus a CUDA compiler where the machine has none.
 
-hwkern's kernels need nvcc. A machine that has one (12.0 or newer) uses it. On any other machine the backend asks the
+hwkern's kernels need nvcc. A machine that has one (12.6 or newer) uses it. On any other machine the backend asks the
 installer for NVIDIA's nvcc wheels as build requirements, so that ``pip install .`` gives GPU kernels everywhere. A
 CPU-only build happens on request alone (``HWKERN_CUDA=OFF``), never by itself: a missing compiler is an error.
 
@@ -62,7 +62,7 @@ NVCC_WHEEL_MACHINES = ("x86_64", "aarch64")
 
 REMEDIES = """\
 Ways out:
-  - install NVIDIA's CUDA toolkit (12.0 or newer), or point CUDACXX at its nvcc;
+  - install NVIDIA's CUDA toolkit (12.6 or newer), or point CUDACXX at its nvcc;
   - on Linux x86_64 and aarch64, install with build isolation (without --no-build-isolation), which fetches nvcc,
     or install it yourself: pip install {wheels}
   - build without GPU kernels: pip install . -Ccmake.define.HWKERN_CUDA=OFF"""

@@ -47,6 +47,7 @@ def _register_in_cpp() -> bool:
         return False
     return bool(
         native.built_with_cuda
+        and hasattr(native, "register_torch_ops")  # a checkout whose module was built before it
         and native.register_torch_ops(str(folder / "libtorch_cpu.so"), str(folder / "libtorch_cuda.so"))
     )
 

@@ -157,6 +157,8 @@ def _chosen(result: Plan) -> list[str]:
 
 def _note(result: Plan, reading: Reading) -> None:
     before, after = reading
+    if not before:  # with the plan it runs in none of the ways in which it runs without
+        return
     texts = []
     for mode in before:
         old, new = sum(before[mode]), sum(after[mode])
@@ -345,7 +347,7 @@ def _reading(model: nn.Module, result: Plan, batches: Sequence[Any], modes: Sequ
     finally:
         if swapped := [name for name in _swapped(model) if name in recipes]:
             unpatch(model, include=swapped)
-    before = {mode: first[mode] for mode in after}
+    before = {mode: first[mode] for mode in after if mode in first}
     if not _clear((before, after)):
         second = seconds(model, batches, tuple(after), graphs)
         before = _better(before, second)

@@ -624,6 +624,23 @@ def test_a_whole_model_that_is_not_faster_keeps_its_layers(device: Device, monke
     assert found.layers["a"].reason == "the whole model was slower with it"
 
 
+def test_a_plan_with_which_the_model_cannot_be_captured_is_none(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the memory runs out for the planned model's graph alone: that is timed eagerly, the float one not."""
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        return {"eager" if any(isinstance(m, Int8Linear) for m in model.modules()) else "graph": [1.0]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    model = Net()
+    before = Snapshot(model)
+    found = make(model, verify=True)
+    before.assert_same(model)
+    assert found.whole == {}
+    assert all(recipe.scheme == "keep" for recipe in found.recipes.values())
+
+
 def test_one_slow_reading_of_the_whole_model_is_not_believed(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([1.0, 1.03, 1.0, 0.9, 1.0])  # float, int8, float, int8, float
 

@@ -277,6 +277,14 @@ def _values_scaled(graph: Graph) -> None:
     context.input[1] = "halved"
 
 
+def _one_rotation(*keep: Any) -> Graph:
+    """The same angles for every token: tables that are not [L, D]."""
+    graph = llama()
+    for name in ("cos", "sin"):
+        graph.weights[name] = graph.weights[name][keep]
+    return graph
+
+
 def _softmax_over_queries(graph: Graph) -> None:
     next(n for n in graph.nodes if n.op_type == "Softmax").attribute[0].i = 2
 
@@ -285,9 +293,10 @@ def _softmax_over_queries(graph: Graph) -> None:
     "graph",
     [
         _head_size(), _edited(_also_read), _edited(_other_half), _edited(_values_scaled),
-        _edited(_softmax_over_queries),
+        _edited(_softmax_over_queries), _one_rotation(..., slice(1), slice(None)), _one_rotation(0, 0, 0),
     ],
-    ids=["heads of 48", "the weights are read", "other halves", "values are scaled", "softmax over queries"],
+    ids=["heads of 48", "the weights are read", "other halves", "values are scaled", "softmax over queries",
+         "one rotation", "one rotation without a row"],
 )  # fmt: skip
 def test_what_is_another_attention_stays(graph: Graph) -> None:
     report = ht.rewrite(graph.model(), include="*", fuse_attention=True)

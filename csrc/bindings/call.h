@@ -22,6 +22,9 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// These bytes are about to be written: a layer whose weight they become has not been called yet (torch_ops.cpp).
+void forget_weight(const void* weight);
+
 // Launches release the GIL: a full launch queue blocks, and must not block other Python threads. So does CPU work.
 template <typename F>
 void run(F&& enqueue) {

@@ -102,12 +102,14 @@ Quantize quantize_problem(uintptr_t x, int x_dtype, int64_t ldx, int64_t m, int6
 void py_quantize_per_token(uintptr_t x, int x_dtype, int64_t ldx, int64_t m, int64_t k, uintptr_t q, int64_t ldq,
                            uintptr_t scale, uintptr_t stream) {
   const Quantize problem = quantize_problem(x, x_dtype, ldx, m, k, q, ldq, scale);
+  forget_weight(problem.q);
   run([&] { return quantize_per_token(problem, pointer<CUstream_st>(stream)); });
 }
 
 void py_quantize_static(uintptr_t x, int x_dtype, int64_t ldx, int64_t m, int64_t k, uintptr_t q, int64_t ldq,
                         uintptr_t scale, int axis, uintptr_t stream) {
   const Quantize problem = quantize_problem(x, x_dtype, ldx, m, k, q, ldq, scale);
+  forget_weight(problem.q);
   run([&] { return quantize_static(problem, static_cast<ScaleAxis>(axis), pointer<CUstream_st>(stream)); });
 }
 

@@ -1,4 +1,4 @@
-// The operators of compiled inference (hwkern/_no_grad.py) as kernels of torch's dispatcher. A compiled decoding step is
+// The operators of inference (hwkern/_no_grad.py) as kernels of torch's dispatcher. A compiled decoding step is
 // bound by the host, and an operator in Python takes 15–25 µs of it; one of these takes its launches and 3 µs.
 //
 // Nothing of torch is needed to build this: torch 2.10 and newer promise the C functions below not to change (its stable
@@ -168,6 +168,7 @@ struct Rows {
   int64_t m = 1, k = 0, ld = 0;
 
   explicit Rows(Tensor given) : t(std::move(given)) {
+    require(t.device_type == torch.cuda(), "hwkern needs all tensors on one device.");
     require(t.dim > 0, "x is a scalar: hwkern needs at least one dimension, [..., K].");
     if (!t.contiguous && !(t.dim == 2 && t.strides[1] == 1 && t.strides[0] >= t.sizes[1])) t = copy_of(t);
     for (int64_t i = 0; i + 1 < t.dim; ++i) m *= t.sizes[i];
@@ -224,12 +225,15 @@ struct Layer {
 };
 
 // Whether this weight belonged to an earlier call, so that a kernel may read it before its predecessor ends (hwkern.h,
-// weight_is_constant). One place for each hash of an address: forgetting is safe.
-bool seen(const void* weight) {
+// weight_is_constant). One place for each hash of an address: forgetting is safe. An allocator gives addresses again, so
+// what our own kernels write is forgotten (forget_weight); torch's let no successor start before they end.
+std::atomic<const void*>& place_of(const void* weight) {
   static std::array<std::atomic<const void*>, 4096> places{};
   const uint64_t hash = reinterpret_cast<uintptr_t>(weight) * 0x9E3779B97F4A7C15u;
-  return places[hash >> 52].exchange(weight, std::memory_order_relaxed) == weight;
+  return places[hash >> 52];
 }
+
+bool seen(const void* weight) { return place_of(weight).exchange(weight, std::memory_order_relaxed) == weight; }
 
 struct NormOf {
   Tensor weight, bias;
@@ -258,7 +262,6 @@ struct Place {
   explicit Place(const Tensor& x) {
     if (torch.grad_mode())
       throw std::runtime_error("This operator of hwkern has no gradient: call it under torch.no_grad().");
-    require(x.device_type == torch.cuda(), "hwkern needs all tensors on one device.");
     TorchGuard* created;
     check(torch.create_guard(x.device, &created));
     guard.reset(created);
@@ -357,6 +360,7 @@ Tensor norm_linear_no_grad(Arguments& arguments) {
 //          Tensor last_scale, Tensor? last_bias) -> Tensor
 Tensor norm_mlp_no_grad(Arguments& arguments) {
   const Rows x(arguments.tensor()), residual(arguments.tensor());
+  require(residual.t.device == x.t.device, "hwkern needs all tensors on one device.");
   const Layer inputs(arguments, x.k, x.t);
   const NormOf norm(arguments, x.k, x.t);
   const auto activation = static_cast<Activation>(arguments.integer());
@@ -447,6 +451,10 @@ bool register_torch_ops(const std::string& cpu_path, const std::string& cuda_pat
 }
 
 }  // namespace
+
+void hwkern::bindings::forget_weight(const void* weight) {
+  place_of(weight).compare_exchange_strong(weight, nullptr, std::memory_order_relaxed);
+}
 
 void bind_torch_ops(py::module_& m) {
   m.def("register_torch_ops", &register_torch_ops, py::arg("libtorch_cpu"), py::arg("libtorch_cuda"));

@@ -44,6 +44,15 @@ struct Launch {
   bool most_shared = false;
 };
 
+// A driver older than the runtime does not know the attribute of `most_shared`.
+inline bool driver_splits_launches() {
+  static const bool yes = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12060;
+  }();
+  return yes;
+}
+
 template <auto kernel, typename... Args>
 Status launch(const Launch& shape, Stream stream, const Args&... args) {
   if (const Status status = allow_shared_memory<kernel>(shape.shared_bytes); !status.ok()) return status;
@@ -64,7 +73,7 @@ Status launch(const Launch& shape, Stream stream, const Args&... args) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
   }
-  if (shape.most_shared) {
+  if (shape.most_shared && driver_splits_launches()) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
     attribute.val.sharedMemCarveout = cudaSharedmemCarveoutMaxShared;

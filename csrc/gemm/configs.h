@@ -7,7 +7,7 @@
 
 // X(id, BLOCK_M, BLOCK_N, BLOCK_K, WARPS_M, WARPS_N, WARPS_K, STAGES, BLOCKS_PER_SM)
 // Ids are never reused; a row that is dropped leaves a hole. 100 and up are kept for the sm_90a kernels,
-// 300 and up for weight-only ones (w8a16.h).
+// 200 and up for split-K ones, 300 and up for weight-only ones (w8a16.h), 400 and up for whole layers.
 #define HWKERN_SM80_CONFIGS(X)       \
   X(0, 16, 32, 256, 1, 1, 4, 6, 3)   \
   X(1, 32, 64, 256, 1, 2, 2, 4, 2)   \

@@ -186,7 +186,7 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
 // were faster in a layer, and where few columns leave tiles of two widths little to gain, consumers that share a tile were.
 // Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6, 223 / 228 2048×768×3072
 // 16.8 / 17.6, 106 / 107 4096×768×3072 28.9 / 30.2. The GEMMs that start beside quantize:
-//   410   128 × 128   1024×3072×768 9.7 / 10.5 (108), 2048×768×3072 16.4 / 17.0 (223); but 1024×2304×768 9.4 / 9.0 (225),
+//   410   128 × 128   1024×3072×768 9.7 / 10.5 (106), 2048×768×3072 16.4 / 17.0 (223); but 1024×2304×768 9.4 / 9.0 (225),
 //                     2048×768×768 7.9 / 7.1 (219), 4096×768×768 11.8 / 11.4 (106), 2048×3072×768 15.6 / 14.9 (108)
 //   411   128 × 192   one wave of blocks and a long K, 4096×768×3072 26.8 / 27.5 (106); but 4096×2304×768 21.4 / 20.6 (108),
 //                     4096×3072×768 27.1 / 25.2 (401)

@@ -4,7 +4,7 @@
 // A block of gemm_sm90.cu takes all registers of an SM, so it comes when quantize's last block there has left, and its
 // barriers, its tensor maps and the first weights, from a cold memory, are then what a layer waits for. A block of this
 // kernel takes 41 thousand of 65536 registers: two producer warps in place of a warpgroup, and consumers that share a tile,
-// read all column terms from shared memory and fit in 128 registers. So it is there beside quantize's last blocks, and has
+// read all column terms from shared memory and have 127 registers. So it is there beside quantize's last blocks, and has
 // its first buffers' share of the weights and its column terms when the rows are complete.
 //
 //   producer   one thread has the copy engine fill a ring of STAGES buffers with 128 bytes of K: 128 rows of A, BLOCK_N of B
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(480, 1) linear_beside_sm90(const __grid_consta
   static_assert(sizeof(Terms<C>) == C::TERM_BYTES);
 
   const int warp_id = __shfl_sync(~0u, threadIdx.x / 32, 0), lane_id = threadIdx.x % 32;
-  // All columns of a row of tiles follow each other: some 24 rows of A at most are read at a time.
+  // All columns of a row of tiles follow each other: with 768 columns and more, some 24 rows of tiles at most are read at a time.
   const int tiles_n = static_cast<int>((p.n + C::BLOCK_N - 1) / C::BLOCK_N);
   const int tiles = static_cast<int>((p.m + C::BLOCK_M - 1) / C::BLOCK_M) * tiles_n;
   const int k_tiles = static_cast<int>((p.k + BLOCK_K - 1) / BLOCK_K);

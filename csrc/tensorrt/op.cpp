@@ -448,9 +448,9 @@ bool check_count(const Op& op, int count) {
   return count == input_count(op) ||
          refuse(
              "%s has %d inputs, but its fields speak of %d (has_bias %d, has_input_scale %d, has_residual %d, "
-             "has_skip %d, has_norm_bias %d)",
+             "has_skip %d, has_norm_bias %d, has_rotary %d, has_mask %d)",
              name(op.kind), count, input_count(op), op.has_bias, op.has_input_scale, op.has_residual, op.has_skip,
-             op.has_norm_bias);
+             op.has_norm_bias, op.has_rotary, op.has_mask);
 }
 
 bool check(const Op& op, const Tensor* inputs, int count) {

@@ -30,8 +30,8 @@ bool config_fits(const Op& op, int config_id) {
 
 // q [M, K16] int8, then, if they are not given, scales [M] float32: K16 is a multiple of 16, so they are aligned.
 size_t workspace_bytes(const Op& op, int64_t m) {
-  if (op.kind == Kind::kAttention) return op.has_rotary ? static_cast<size_t>(m * op.kv_heads * op.head_dim) * 2 : 0;
   if (op.kind == Kind::kQuantize || op.scheme == kW8A16 || m <= 0) return 0;
+  if (op.kind == Kind::kAttention) return op.has_rotary ? static_cast<size_t>(m * op.kv_heads * op.head_dim) * 2 : 0;
   if (op.scheme == kW8A8Static) return static_cast<size_t>(m * round_up(op.in_features, kRowAlignment));
   return linear_workspace_bytes(m, op.in_features);
 }

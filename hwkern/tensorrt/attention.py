@@ -222,10 +222,10 @@ class Finder:
                 if self._range(low, half) != (0, half // 2) or self._range(high, half) != (half // 2, half):
                     raise _Other
                 cosine, sine = next(name for name in straight.input if name != x), crossed.input[1 - i]
-                if any(d != 1 for name in (cosine, sine) for d in self._dims(name)[:-2]) or any(
-                    self._dims(name)[-1] != half for name in (cosine, sine)
-                ):
-                    raise _Other
+                for dims in (self._dims(cosine), self._dims(sine)):  # [L, D], after dimensions of 1
+                    one_for_all = len(dims) < 2 or (dims[-2] == 1 and self._dims(x)[-2] != 1)
+                    if one_for_all or dims[-1] != half or any(d != 1 for d in dims[:-2]):
+                        raise _Other
                 found.nodes.append(concat)
                 return (cosine, sine), x
         raise _Other

@@ -131,13 +131,13 @@ def make_plan(
     engines: dict[str, Engine] | None = None,
     trt: ModuleType | str | None = None,
 ) -> Plan:
-    """Measure on the GPU that is here which linears gain from int8. Takes as long as three to seven builds.
+    """Measure on the GPU that is here which linears gain from int8. Takes as long as three to eight builds.
 
     Args:
         onnx: the float model. profiles, precision, timing_cache, workspace, optimization_level, trt: as for ``build``.
         include, exclude: as for ``rewrite``.
         requests: input shapes at which engines are timed; default: each profile's ``opt``.
-        quick: all linears or none, norms fused or apart: three builds.
+        quick: all linears or none, norms and attention fused or apart: four builds at most.
         seconds: start no engine that would probably end later than this. The float one and one other are always
             there: built, if ``engines`` does not hold them.
         progress: called with a sentence at each step.
