@@ -38,7 +38,7 @@ import transformers
 
 import hwkern
 from hwkern import _batches
-from hwkern._timing import without_gc
+from hwkern._timing import lower_quartile, without_gc
 from hwkern.bench.limits import at_most
 from hwkern.bench.subjects import captured
 
@@ -183,14 +183,9 @@ def in_turn(calls: Calls, cuda: bool) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in samples(calls, cuda).items()}
 
 
-def quarter(values: list[float]) -> float:
-    """The lower quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")[0]
-
-
 def ratio(read: Samples) -> float:
     """Planned over original."""
-    return quarter(read["planned"]) / quarter(read["original"])
+    return lower_quartile(read["planned"]) / lower_quartile(read["original"])
 
 
 def again(fresh: Callable[[], Calls], cuda: bool, rounds: int) -> tuple[Samples, float]:
@@ -258,7 +253,7 @@ def cells(name: str, size: str, device: str, dtype: torch.dtype) -> list[dict[st
                 {
                     **row,
                     "mode": mode,
-                    **{which: round(quarter(values) * 1e3, 4) for which, values in read.items()},
+                    **{which: round(lower_quartile(values) * 1e3, 4) for which, values in read.items()},
                     "ratio": round(ratio(read), 4),
                     "first_ratio": round(first, 4),
                     "noise": None if noise is None else round(noise, 4),

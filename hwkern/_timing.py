@@ -159,6 +159,14 @@ def without_gc() -> Iterator[None]:
             gc.enable()
 
 
+def lower_quartile(values: Sequence[float]) -> float:
+    """What disturbs a call of a busy host only adds to its time: the quarter disturbed least repeats best.
+
+    For whole models, whose calls take milliseconds of the host: benchmarks/never_slower.py has the figures.
+    """
+    return statistics.quantiles(values, n=4, method="inclusive")[0]
+
+
 def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:
     """One replay, between two events on the current stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

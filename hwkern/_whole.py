@@ -27,7 +27,7 @@ from hwkern._choose import NOISE as LAYER_NOISE
 from hwkern._console import progress
 from hwkern._observe import evaluating
 from hwkern._recipes import Recipe
-from hwkern._timing import warm_up_stream, without_gc
+from hwkern._timing import lower_quartile, warm_up_stream, without_gc
 
 if TYPE_CHECKING:
     from hwkern.plan import Plan, PlannedLayer
@@ -393,9 +393,7 @@ def _undisturbed(call: Callable[[], object], device: torch.device) -> float:
         once()
         rounds = max(ROUNDS[0], min(ROUNDS[1], round(SECONDS / max(once(), 1e-6))))
         samples = [once() for _ in range(rounds)]
-    # What disturbs a call only adds to its time: of a small model on a busy host the quarter that was disturbed least
-    # repeats ten times as well as the median (benchmarks/never_slower.py).
-    return statistics.quantiles(samples, n=4, method="inclusive")[0] if device.type == "cuda" else min(samples)
+    return lower_quartile(samples) if device.type == "cuda" else min(samples)
 
 
 def _graph(
