@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import shlex
 import statistics
 import sys
 import time
@@ -58,7 +59,8 @@ def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> di
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """hwkern.bench.record's, with this script's command line, without the folders of this machine."""
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])])
+    words = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
     found = _looked_up(device, command, commit)
     return found if device.startswith("cuda") else found | {"threads": 1}
 

@@ -43,6 +43,16 @@ def start(name, *arguments):
 # ---- timing ----------------------------------------------------------------------------------------------------------
 
 
+def test_recorded_command_can_be_typed_again(load, monkeypatch, tmp_path):
+    """Only folders of this machine are left out: names with a slash stay, and what a shell would split is quoted."""
+    timing = load("timing")
+    words = ["--first", "mistral/small,phi/base", "--workloads", "decode batch 1", "--json", f"{tmp_path}/a.json"]
+    monkeypatch.setattr(sys, "argv", [f"{tmp_path}/never_slower.py", *words])
+    assert timing.environment("cpu")["command"] == (
+        "python benchmarks/never_slower.py --first mistral/small,phi/base --workloads 'decode batch 1' --json a.json"
+    )
+
+
 @pytest.mark.parametrize("bytes_per_call", [1, 1000, 10**6, 10**8, 10**9])
 def test_rotating_buffers_keep_the_l2_cold(load, bytes_per_call):
     timing = load("timing")
