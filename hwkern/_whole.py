@@ -180,7 +180,8 @@ _NAMES = {"eager": "eager", "graph": "CUDA graph"}
 
 
 def _trials(result: Plan, model: nn.Module) -> list[list[Plan]]:
-    """Other plans that the whole model may be faster with, and ``result`` itself where it is one of two to compare.
+    """Other plans that the whole model may be faster with, and ``result`` itself where W8A8 throughout is among them
+    and gives up what a layer alone is faster with.
 
     Of each list the first that holds counts. Not under "accurate" and "smallest", which ask for something else than
     speed.
@@ -189,10 +190,13 @@ def _trials(result: Plan, model: nn.Module) -> list[list[Plan]]:
         return []
     wide, together, plain = _together(result, model, True), _together(result, model, False), _plain_trial(result)
     lists = [_different([wide, together]), _different([plain])]
-    if plain is not None and not lists[0] and _chosen(result):
-        lists[0] = [replace(result)]
+    own = plain is not None and any(
+        layer.chosen and plain.layers[name].chosen != layer.chosen for name, layer in result.layers.items()
+    )
     if plain is not None and any(trial.recipes == plain.recipes for trial in lists[0]):
         lists = [[plain, *(trial for trial in lists[0] if trial.recipes != plain.recipes)]]
+    if own or (plain is not None and not lists[0] and _chosen(result)):
+        lists.append([replace(result)])
     return [trials for trials in lists if trials]
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import hwkern
 from hwkern import _fused_linear, _fusion, _no_grad, ops, reference
+from hwkern._back_off import _Recipes
 from hwkern._recipes import Recipe
-from hwkern.nn import Int8Linear
+from hwkern.nn import Calibration, Int8Linear
 from hwkern.nn.merged import EPILOGUE_TOKENS, Merged
 
 transformers = pytest.importorskip("transformers")
@@ -1042,6 +1043,43 @@ def test_compiling_is_not_taken_for_exporting(monkeypatch: pytest.MonkeyPatch) -
     many = {"input_ids": torch.randint(3, 99, (1, EPILOGUE_TOKENS + 1))}
     run(torch.compile(model, fullgraph=True, backend=backend, dynamic=False), many)
     assert names == [*few[:2], "hwkern.norm_linear.default", "hwkern.activation_linear.default"]
+
+
+SCHEMES = [
+    {"": "w8a8"},
+    {"": "w8a16"},
+    {"down_proj": "w8a16", "": "w8a8"},
+    {"down_proj": "w8a8", "": "w8a16"},
+    {"o_proj": "w8a8", "": "w8a16/w8a8"},
+]
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("schemes", SCHEMES, ids=str)
+def test_every_scheme_is_three_operators_of_inference_a_block(schemes: dict[str, str], folded: bool) -> None:
+    """A compiled decoding step spends its time on the host: what a plan may choose must not cost it more calls."""
+    model = llama(num_hidden_layers=1).bfloat16()
+    recipes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            scheme = next(scheme for ending, scheme in schemes.items() if name.endswith(ending))
+            smooth = (2.0,) * module.in_features if folded and not name.endswith(("o_proj", "down_proj")) else ()
+            recipes[name] = Recipe(scheme, Calibration(smooth=smooth, folded=bool(smooth)), 16 if "/" in scheme else None)
+    hwkern.patch(model.eval(), plan=_Recipes(recipes))
+    names: list[str] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if "hwkern" in str(node.target))
+        return graph.forward
+
+    inputs = {"input_ids": torch.randint(3, 99, (1, 1))}
+    with torch.no_grad():
+        want = model(**inputs)[0]
+        got = torch.compile(model, fullgraph=True, backend=backend)(**inputs)[0]
+    assert names == [f"hwkern.{name}_no_grad.default" for name in ("norm_linear", "linear", "norm_mlp")]
+    # In eager calls on the CPU W8A16 layers are apart, and round what lies between them: a few units of bfloat16.
+    assert float((got - want).norm() / want.norm()) < 8 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")

@@ -882,6 +882,34 @@ def test_w8a8_throughout_is_held_against_the_layers_own_choices(
     assert {r.name for r in make(Net(), verify=False).recipes.values()} == {"w8a16"}
 
 
+@pytest.mark.parametrize("best", ["Int8Linear", "WeightOnlyInt8Linear"])
+def test_layers_behind_a_divided_norm_are_tried_in_w8a8_with_the_same_vector(
+    monkeypatch: pytest.MonkeyPatch, best: str
+) -> None:
+    """Alone W8A16 is the fastest; together W8A8 may be, which is one kernel with the norm. The smoothing is free."""
+    from test_calibrate import IDS, llama
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        kinds = {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+        return {"eager": [1.0 if not kinds else 0.7 if kinds == {best} else 0.8]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    model = llama()
+    found, alone = (
+        make(model, batches=IDS, include="*_proj", verify=verify, accuracy=hwkern.Accuracy(min_snr_db=10))
+        for verify in (True, False)
+    )
+    folded = {name: recipe.calibration for name, recipe in alone.recipes.items() if recipe.calibration.folded}
+    assert len(folded) == 5
+    assert {recipe.scheme for recipe in alone.recipes.values()} == {"w8a16"}
+    scheme = {"Int8Linear": "w8a8", "WeightOnlyInt8Linear": "w8a16"}[best]
+    assert {recipe.scheme for recipe in found.recipes.values()} == {scheme}
+    assert {name: r.calibration for name, r in found.recipes.items() if r.calibration.folded} == folded
+
+
 def test_a_plan_for_one_way_of_running_says_so_and_comes_back() -> None:
     model = Net()
     found = make(model, mode="graph")
