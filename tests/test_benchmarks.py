@@ -1166,6 +1166,7 @@ def test_the_llama_benchmark_compiles_ours_before_it_makes_the_peers(load, monke
     pytest.importorskip("transformers")
     llama = load("llama")
     done: list[str] = []
+    monkeypatch.setenv("HWKERN_CACHE", str(tmp_path))
     monkeypatch.setattr(llama, "WORKLOADS", {"decode batch 1": (1, 1)})
     monkeypatch.setattr(llama.Compiled, "rows", lambda self, names: done.append(f"compile {','.join(names)}"))
     monkeypatch.setattr(llama, "plain_modes", lambda bench, names, modes: done.append(",".join(names)))
