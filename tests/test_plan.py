@@ -341,6 +341,30 @@ def test_the_task_sends_layers_back_and_names_them(device: Device) -> None:
     assert torch.cosine_similarity(model(x), exact, dim=-1).min() > 0.99
 
 
+@pytest.mark.parametrize(("smoothed", "taken"), [(7.0, "w8a8+smooth"), (9.9, "keep")])
+def test_the_task_is_tried_with_the_accurate_recipes_before_layers_go_back(
+    device: Device, smoothed: float, taken: str
+) -> None:
+    """W8A8 is within the layers' bound and not within the task's; smoothed it is, and worth it where it is faster."""
+    device.speed = {**SPEED, "w8a8+smooth": smoothed, "w8a16": 12.0, "w8a8-static": 12.0}
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    x = torch.randn(64, K)
+    x[:, 7] *= 8
+
+    def fragile(candidate: nn.Module, batches: Any) -> float:
+        return 0.5 if type(candidate.get_submodule("0")) is Int8Linear else 1.0
+
+    found = make(model, batches=[x], accuracy=hwkern.Accuracy(max_metric_drop=0.1), metric=fragile)
+    assert found.recipes["0"].name == taken
+    assert found.task is not None
+    assert (found.task.after, "0" in found.task.kept) == (1.0, taken == "keep")
+    assert found.policy == "balanced"
+    assert make(model, batches=[x]).recipes["0"].name == "w8a8"
+    careful = make(model, batches=[x], policy="accurate")
+    assert careful.recipes["0"].name == ("w8a8+smooth" if smoothed < 9.7 else "w8a8")
+    assert hwkern.Plan.from_dict(found.to_dict()).recipes == found.recipes
+
+
 def test_tied_layers_are_planned_as_one(device: Device) -> None:
     model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
     model[1].weight = model[0].weight
