@@ -13,10 +13,10 @@ Variants:
   torchao_int8, _fp8     torchao's dynamic INT8 and FP8 (per row), bfloat16; made for torch.compile, slow without it
 
 Modes: "eager" (calls from Python), "graph" (replays of a CUDA graph), "compile" (torch.compile, called from Python) and
-"compiled_graph" (the graph of that). The first four variants are measured in turn, then compiled; after them each peer in turn with
-bf16, under a limit of its own, and listed with the reason where it cannot run, and what of them is to be compiled. Each
-variant has ``--limit`` seconds to compile for a workload, and all have ``--budget``, of which inductor's cache
-(TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most. Rows are written as they come.
+"compiled_graph" (the graph of that). The first four variants are measured in turn, and ours compiled; then each peer in
+turn with bf16, under a limit of its own, and listed with the reason where it cannot run; at last what else is to be
+compiled. Each variant has ``--limit`` seconds to compile for a workload, and all have ``--budget``, of which inductor's
+cache (TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most. Rows are written as they come.
 """
 
 from __future__ import annotations

@@ -236,7 +236,9 @@ def _w8a8(layer: PlannedLayer, result: Plan) -> Candidate | None:
     a graph with it; W8A8, of which norm and quantization are one kernel and gate, up and down one operator, 1.88.)
     """
     calibration = layer.choice.recipe.calibration
-    wanted = Recipe("w8a8", Calibration(smooth=calibration.smooth, folded=True) if calibration.folded else Calibration())
+    wanted = Recipe(
+        "w8a8", Calibration(smooth=calibration.smooth, folded=True) if calibration.folded else Calibration()
+    )
     found = next((candidate for candidate in layer.candidates if candidate.recipe == wanted), None)
     return found if found is not None and found.snr_db >= result.accuracy.min_snr_db else None
 

@@ -1065,7 +1065,9 @@ def test_every_scheme_is_three_operators_of_inference_a_block(schemes: dict[str,
         if isinstance(module, nn.Linear) and name != "lm_head":
             scheme = next(scheme for ending, scheme in schemes.items() if name.endswith(ending))
             smooth = (2.0,) * module.in_features if folded and not name.endswith(("o_proj", "down_proj")) else ()
-            recipes[name] = Recipe(scheme, Calibration(smooth=smooth, folded=bool(smooth)), 16 if "/" in scheme else None)
+            recipes[name] = Recipe(
+                scheme, Calibration(smooth=smooth, folded=bool(smooth)), 16 if "/" in scheme else None
+            )
     hwkern.patch(model.eval(), plan=_Recipes(recipes))
     names: list[str] = []
 

@@ -403,8 +403,8 @@ Tensor norm_mlp_no_grad(Arguments& arguments) {
   const DType dtype = dtype_of(x.t);
   const int64_t row = size_of(dtype);
   const int64_t sums = round_up(x.m * x.k * row, kRowAlignment), wide = round_up(x.m * inputs.n * row, kRowAlignment);
-  const Tensor scratch = bytes(
-      sums + wide + std::max(workspace_of(x, inputs, weight_only), workspace_of(x, last, last_weight_only)), x.t);
+  const Tensor scratch =
+      bytes(sums + wide + std::max(workspace_of(x, inputs, weight_only), workspace_of(x, last, last_weight_only)), x.t);
   auto* h = static_cast<int8_t*>(scratch.data);
   int8_t *first = h + sums, *workspace = first + wide;
   norm_product(x, &residual, norm, inputs, weight_only, workspace, h, first, place.stream);
