@@ -26,8 +26,8 @@ __device__ __forceinline__ void apply(Activation activation, RowVector<T>& x, co
 }
 
 // `dense`: y [M, K], which is stored as well, or null. blockDim = (threads of a row, rows of a block); blockDim.y > 1 only
-// with blockDim.x == 32. WHOLE: rows are whole (see
-// RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything goes.
+// with blockDim.x == 32. WHOLE: rows are whole (see RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything
+// goes.
 template <typename T, bool GATED, int VECTORS, bool WHOLE>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
     activation_quantize_kernel(const ActivationQuantize p, T* const dense, const bool rows_aligned) {

@@ -9,7 +9,7 @@ namespace hwkern {
 Status validate(const NormQuantize& problem);
 
 // activation_quantize, which also stores what it rounds q from: y [M, K] of x_dtype, dense rows. For a product of 16-bit
-// rows (W8A16); what q and scale cost besides is below a microsecond for the few tokens of those.
+// rows (W8A16), which leaves q and scale unread.
 Status activation_quantize(const ActivationQuantize& problem, void* y, Stream stream);
 
 }  // namespace hwkern
