@@ -107,6 +107,18 @@ def patched(model: Any, **options: Any) -> hwkern.Report:
     return hwkern.patch(model.eval(), include=inside, **options)
 
 
+def patched_as(model: Any, schemes: dict[str, str], folded: bool = False) -> None:
+    """Each layer of a Llama as the first ending of its name that fits says; ``folded``: its norms are divided."""
+    recipes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            scheme = next(scheme for ending, scheme in schemes.items() if name.endswith(ending))
+            smooth = (2.0,) * module.in_features if folded and not name.endswith(("o_proj", "down_proj")) else ()
+            calibration = Calibration(smooth=smooth, folded=bool(smooth))
+            recipes[name] = Recipe(scheme, calibration, 16 if "/" in scheme else None)
+    hwkern.patch(model.eval(), plan=_Recipes(recipes))
+
+
 def fused_in(model: nn.Module) -> set[str]:
     return {str(fusion) for module in model.modules() if (fusion := _fusion.fusion_of(module)) is not None}
 
@@ -985,7 +997,8 @@ def test_a_compiled_fused_model_sees_a_replaced_weight() -> None:
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
-def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w8a16/w8a8"])
+def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     """From Python 3.12 on guards pass over what holds only modules, dicts, tensors and constants, all of it at once."""
     wrapper = getattr(pytest.importorskip("torch._dynamo.guards"), "GuardManagerWrapper", None)
     if not hasattr(wrapper, "find_tag_safe_roots"):
@@ -993,8 +1006,8 @@ def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.Monk
     roots: list[Any] = []
     finalize = wrapper.finalize
     monkeypatch.setattr(wrapper, "finalize", lambda self: (roots.append(self.root), finalize(self)))
-    model = llama()
-    patched(model)
+    model = llama().bfloat16()
+    patched_as(model, {"": scheme})
     run(torch.compile(model, fullgraph=True, backend="eager"), inputs_of(model))
 
     def look(manager: Any) -> Iterator[tuple[str, type]]:
@@ -1060,15 +1073,7 @@ SCHEMES = [
 def test_every_scheme_is_three_operators_of_inference_a_block(schemes: dict[str, str], folded: bool) -> None:
     """A compiled decoding step spends its time on the host: what a plan may choose must not cost it more calls."""
     model = llama(num_hidden_layers=1).bfloat16()
-    recipes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            scheme = next(scheme for ending, scheme in schemes.items() if name.endswith(ending))
-            smooth = (2.0,) * module.in_features if folded and not name.endswith(("o_proj", "down_proj")) else ()
-            recipes[name] = Recipe(
-                scheme, Calibration(smooth=smooth, folded=bool(smooth)), 16 if "/" in scheme else None
-            )
-    hwkern.patch(model.eval(), plan=_Recipes(recipes))
+    patched_as(model, schemes, folded)
     names: list[str] = []
 
     def backend(graph: Any, example: Any) -> Any:
