@@ -43,8 +43,8 @@ def at_least(share: float) -> float:
 
 
 # Least cosine, and share of same nearest neighbours, by its mean over Python 3.10 to 3.13 on the CPU. A plan without a
-# metric knows nothing but each layer's own error: it takes plain W8A8, which is the fastest and far within its 20 dB, and
-# int8 tables.
+# metric knows nothing but each layer's own error: it takes plain W8A8, which is the fastest and far within its 20 dB,
+# and int8 tables.
 MINILM = {
     "w8a8": (0.99, at_least(0.937)),
     "calibrated": (0.999, at_least(0.955)),
