@@ -13,10 +13,10 @@ Variants:
   torchao_int8, _fp8     torchao's dynamic INT8 and FP8 (per row), bfloat16; made for torch.compile, slow without it
 
 Modes: "eager" (calls from Python), "graph" (replays of a CUDA graph), "compile" (torch.compile, called from Python) and
-"compiled_graph" (the graph of that). The first four variants are measured in turn; each peer in turn with bf16, under a
-limit of its own, and listed with the reason where it cannot run. Compiled rows come last, ours first; each variant has
-``--limit`` seconds to compile for a workload, and all have ``--budget``, of which inductor's cache
-(TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most. Rows are written as they come.
+"compiled_graph" (the graph of that). The first four variants are measured in turn, and ours compiled; then each peer in
+turn with bf16, under a limit of its own, and listed with the reason where it cannot run; at last what else is to be
+compiled. Each variant has ``--limit`` seconds to compile for a workload, and all have ``--budget``, of which inductor's
+cache (TORCHINDUCTOR_CACHE_DIR) of an earlier run saves most. Rows are written as they come.
 """
 
 from __future__ import annotations
@@ -283,42 +283,50 @@ def plain_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
             bench.measure(names, mode, wraps[mode], workload)
 
 
-def compiled_modes(bench: Bench, names: list[str], modes: list[str]) -> None:
-    """torch.compile: ours, then each of the others, beside bf16, which is compiled once for each workload.
+class Compiled:
+    """torch.compile of the variants, each in turn with bf16, which is compiled once for each workload.
 
     Bounded: a variant has ``--limit`` seconds for a workload and all of them together ``--budget``. What takes longer
     is a row with that reason, and is not tried again.
     """
-    # One entry for each variant and workload, all of the same function's code.
-    torch._dynamo.config.cache_size_limit = 64  # the older of its two names
-    together = [name for name in names if name in ("bf16", *OURS)]
-    groups = [group for group in (together, *([name] for name in names if name not in together)) if group]
-    forwards = {name: torch.compile(bench.models[name], fullgraph=True, dynamic=False) for name in {"bf16", *names}}
-    late: dict[tuple[str, str], str] = {}  # what was not ready in time, and that
 
-    def left() -> float:
+    def __init__(self, bench: Bench, modes: list[str]) -> None:
+        # One entry for each variant and workload, all of the same function's code.
+        torch._dynamo.config.cache_size_limit = 64  # the older of its two names
+        self.bench, self.modes = bench, modes
+        self.forwards: dict[str, Model] = {}
+        self.late: dict[tuple[str, str], str] = {}  # what was not ready in time, and that
+
+    def left(self) -> float:
         """Seconds that the next compilation may take."""
-        budget = math.inf if bench.arguments.budget is None else bench.arguments.budget
-        return min(bench.arguments.limit, budget - (time.monotonic() - START))
+        budget = math.inf if self.bench.arguments.budget is None else self.bench.arguments.budget
+        return min(self.bench.arguments.limit, budget - (time.monotonic() - START))
 
-    def forward(which: str, workload: str) -> Model:
-        if (which, workload) in late:
-            raise AbsentError(late[which, workload])
-        return forwards[which]
+    def forward(self, which: str, workload: str) -> Model:
+        """The compiled model, if it was ready in time."""
+        if (which, workload) in self.late:
+            raise AbsentError(self.late[which, workload])
+        if which not in self.forwards:
+            self.forwards[which] = torch.compile(self.bench.models[which], fullgraph=True, dynamic=False)
+        return self.forwards[which]
 
-    def call(which: str, workload: str) -> Call:
-        return bench.call(which, workload, forward(which, workload))
+    def call(self, which: str, workload: str) -> Call:
+        """One forward pass."""
+        return self.bench.call(which, workload, self.forward(which, workload))
 
-    def replay(which: str, workload: str) -> Call:
-        return bench.graph(which, workload, forward(which, workload))
+    def replay(self, which: str, workload: str) -> Call:
+        """The replay of one forward pass."""
+        return self.bench.graph(which, workload, self.forward(which, workload))
 
-    for group, workload in itertools.product(groups, bench.ids):
-        if "compile" in modes:
-            bench.measure(group, "compile", call, workload, left)
-            rows = [row for row in bench.rows if row["mode"] == "compile" and "absent" in row]
-            late.update({(row["variant"], row["workload"]): row["absent"] for row in rows})
-        if "compiled_graph" in modes:
-            bench.measure(group, "compiled_graph", replay, workload, left)
+    def rows(self, names: list[str]) -> None:
+        """Measure these variants."""
+        for workload in self.bench.ids:
+            if "compile" in self.modes:
+                self.bench.measure(names, "compile", self.call, workload, self.left)
+                rows = [row for row in self.bench.rows if row["mode"] == "compile" and "absent" in row]
+                self.late.update({(row["variant"], row["workload"]): row["absent"] for row in rows})
+            if "compiled_graph" in self.modes:
+                self.bench.measure(names, "compiled_graph", self.replay, workload, self.left)
 
 
 def verdicts(bench: Bench) -> bool:
@@ -386,7 +394,10 @@ def main() -> int:
         if name != "bf16":
             bench.add(name)
     bench.save()
+    compiled, ours = Compiled(bench, modes), [name for name in to_compile if name in ("bf16", *OURS)]
     plain_modes(bench, together, modes)
+    if ours:
+        compiled.rows(ours)
     for name in (name for name in names if name in PEERS):
         try:
             with at_most(arguments.limit):
@@ -398,8 +409,9 @@ def main() -> int:
         if name not in to_compile:
             del bench.models[name]
             bench.gather()
-    if to_compile:
-        compiled_modes(bench, [name for name in to_compile if name in bench.models], modes)
+    for name in to_compile:
+        if name not in ours and name in bench.models:
+            compiled.rows([name])
     return 0 if verdicts(bench) else 1
 
 

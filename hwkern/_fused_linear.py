@@ -9,14 +9,14 @@ product knows that its weights are constant, so its loads overlap the first kern
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import Library, fallthrough_kernel, register_fake
 
-from hwkern import _cpu, ops
+from hwkern import _cpu, _fused, _weight_only, ops
 from hwkern._checks import ACTIVATIONS, CHOOSE, DTYPES, FLOATS, ROW_ALIGNMENT, check_linear
 from hwkern._choice import config_for, tuned
 from hwkern._cuda import current_device, current_stream, extension, on_device
@@ -371,14 +371,19 @@ def _activation_cpu(
     residual: Tensor | None = None,
 ) -> Tensor:
     _refuse_gradients(x, weight_scale, bias, residual)
-    k = _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
-    gate = (x[..., :k] if gated else x).float().contiguous()  # contiguous: as in _fused._activation_cpu
-    h = _cpu.TORCH_ACTIVATIONS[activation](gate).to(x.dtype)
-    if gated:
-        h = h * x[..., k:]
+    _check_activation_linear(x, weight, weight_scale, bias, activation, gated, residual)
+    h = _activated(x, activation, gated)
     if residual is None:
         return _cpu.linear_unchecked(h, weight, weight_scale, bias, x.dtype)
     return _cpu.linear(h, weight, weight_scale, bias, residual=residual)
+
+
+def _activated(x: Tensor, activation: str, gated: bool) -> Tensor:
+    """``activation(x)``, or of the first half of its columns times the second, in x's dtype."""
+    gate, up = x.chunk(2, -1) if gated else (x, None)
+    # Contiguous: as in _fused._activation_cpu.
+    y = _cpu.TORCH_ACTIVATIONS[activation](gate.float().contiguous()).to(x.dtype)
+    return y if up is None else y * up
 
 
 _lib.impl("norm_linear", _norm_cuda, "CUDA")
@@ -387,10 +392,17 @@ _lib.impl("activation_linear", _activation_cuda, "CUDA")
 _lib.impl("activation_linear", _activation_cpu, "CPU")
 
 
-def _norm_linear_no_grad(norm_linear: Any) -> Callable[..., Tensor]:
-    """The bits of ``norm_linear`` without a residual; the norm by its code."""
+@dataclass
+class _Way:
+    """One device's implementations (or the fakes) of what the operators of inference are made of."""
+
+    norm_linear: Any
+    activation_linear: Any
+    norm_quantize: Any
+    weight_only: Any
 
     def linear(
+        self,
         x: Tensor,
         weight: Tensor,
         weight_scale: Tensor,
@@ -400,17 +412,14 @@ def _norm_linear_no_grad(norm_linear: Any) -> Callable[..., Tensor]:
         norm: int,
         eps: float,
         offset: float,
+        weight_only: bool,
     ) -> Tensor:
-        y, _ = norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, _KINDS[norm], eps, offset)
-        return y
-
-    return linear
-
-
-def _norm_mlp_no_grad(norm_linear: Any, activation_linear: Any) -> Callable[..., Tensor]:
-    """The bits of ``norm_linear`` with a residual, then ``activation_linear`` with the sum as its residual."""
+        """The bits of ``norm_linear`` without a residual; or of the norm, then ``weight_only_linear``."""
+        given = (norm_weight, norm_bias, _KINDS[norm], eps, offset)
+        return self._first(x, None, weight, weight_scale, bias, given, weight_only)[0]
 
     def mlp(
+        self,
         x: Tensor,
         residual: Tensor,
         weight: Tensor,
@@ -421,27 +430,51 @@ def _norm_mlp_no_grad(norm_linear: Any, activation_linear: Any) -> Callable[...,
         norm: int,
         eps: float,
         offset: float,
+        weight_only: bool,
         activation: int,
         gated: bool,
         last_weight: Tensor,
         last_scale: Tensor,
         last_bias: Tensor | None,
+        last_weight_only: bool,
     ) -> Tensor:
-        kind = _KINDS[norm]
-        y, h = norm_linear(x, weight, weight_scale, bias, norm_weight, norm_bias, kind, eps, offset, residual)
-        return activation_linear(y, last_weight, last_scale, last_bias, _ACTIVATIONS[activation], gated, h)
+        """The same with a residual, then ``activation_linear`` (or W8A16) with the sum as its residual."""
+        given = (norm_weight, norm_bias, _KINDS[norm], eps, offset)
+        y, h = self._first(x, residual, weight, weight_scale, bias, given, weight_only)
+        last, name = (last_weight, last_scale, last_bias), _ACTIVATIONS[activation]
+        if last_weight_only:
+            return self.weight_only(_activated(y, name, gated), *last, residual=h)
+        return self.activation_linear(y, *last, name, gated, h)
 
-    return mlp
+    def _first(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        norm: tuple[Tensor | None, Tensor | None, str, float, float],
+        weight_only: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if not weight_only:
+            return self.norm_linear(x, weight, weight_scale, bias, *norm, residual)
+        norm_weight, norm_bias, *rest = norm
+        _, _, h, y = self.norm_quantize(x, norm_weight, norm_bias, residual, None, *rest, True)
+        return self.weight_only(y, weight, weight_scale, bias), h
 
 
-_bare: Any = (_norm_cuda, _activation_cuda)
-_ways: tuple[Any, ...] = (
-    (_norm_fake, _activation_fake),
-    (_norm_cpu, _activation_cpu),
-    tuple(call.__wrapped__ for call in _bare),
+def _bare(call: Any) -> Any:
+    """Without the switch to x's device, which the operator does once."""
+    return call.__wrapped__
+
+
+_ways = (
+    _Way(_norm_fake, _activation_fake, _fused._norm_fake, _weight_only._fake),
+    _Way(_norm_cpu, _activation_cpu, _fused._norm, _weight_only._cpu),
+    _Way(_bare(_norm_cuda), _bare(_activation_cuda), _fused._norm, _bare(_weight_only._cuda)),
 )
-implement("norm_linear_no_grad", *(_norm_linear_no_grad(norm) for norm, _ in _ways))
-implement("norm_mlp_no_grad", *(_norm_mlp_no_grad(*way) for way in _ways))
+implement("norm_linear_no_grad", *(way.linear for way in _ways))
+implement("norm_mlp_no_grad", *(way.mlp for way in _ways))
 
 # torch's own kernel for a missing gradient is one in Python, 7 µs of every call, and speaks in the backward pass only.
 _lib.impl("norm_linear", fallthrough_kernel, "Autograd")

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from hwkern import ops
-from hwkern._no_grad import preferred
 from hwkern._probe import both_ways, check, distance_problem, product_problem
 from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
@@ -92,9 +91,9 @@ class _FusedBlock(_Fused):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         x = modules[f.attention](hidden_states=modules[f.first](hidden_states), **kwargs)[0]
         last: MlpFusion = mlp._fusion
-        if preferred() and is_few(x):
+        if last.in_one(x):
             given = norm._fusion.arguments(norm)
-            return norm._fusion.readers.then(last.output, x, hidden_states, given, last.activation, last.gated)
+            return last.inputs.then(last.output, x, hidden_states, given, last.activation, last.gated)
         product, h = norm._fusion.run_sum(norm, x, hidden_states)
         if is_few(h):
             return last.output.after_activation(product, last.activation, last.gated, h)
@@ -214,14 +213,16 @@ class MlpFusion(_Fusion):
 
     def usable(self, mlp: nn.Module, x: Tensor) -> bool:
         """Whether all of it may be fused in this call."""
-        intact = mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
-        return (
-            intact
-            and not mlp.training
-            and self.inputs.usable(x)
-            and self.output.usable(x)
-            and not self.output.in_float(x)
-        )
+        return self.intact(mlp, x) and not self.output.in_float(x)
+
+    def intact(self, mlp: nn.Module, x: Tensor) -> bool:
+        """Whether nothing but the layers' way to take so many tokens could keep them from it."""
+        same = mlp._modules.get(self.name) is self.module and not has_hooks(self.module)
+        return same and not mlp.training and self.inputs.usable(x) and self.output.usable(x)
+
+    def in_one(self, x: Tensor) -> bool:
+        """Whether all of it, and the norm before it, is one operator: in any scheme."""
+        return is_few(x) and self.inputs.in_one(x) and self.output.in_one(x)
 
     def problem(self, mlp: nn.Module, x: Tensor) -> str:
         fused, want = both_ways(lambda: cast(Tensor, mlp(x)), self.parts())
@@ -281,8 +282,8 @@ class BlockFusion(_Fusion):
             readers is last.inputs
             and not last.dropout
             and x.dtype == weight.dtype
-            and last.usable(mlp, x)
-            and not readers.in_float(x)
+            and last.intact(mlp, x)
+            and (last.in_one(x) or not (readers.in_float(x) or last.output.in_float(x)))
         )
 
     def problem(self, block: nn.Module, x: Tensor) -> str:

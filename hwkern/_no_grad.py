@@ -26,10 +26,10 @@ _lib = Library("hwkern", "FRAGMENT")
 for _schema in (
     "linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, bool weight_only) -> Tensor",
     "norm_linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight, "
-    "Tensor? norm_bias, int norm, float eps, float offset) -> Tensor",
+    "Tensor? norm_bias, int norm, float eps, float offset, bool weight_only) -> Tensor",
     "norm_mlp_no_grad(Tensor x, Tensor residual, Tensor weight, Tensor weight_scale, Tensor? bias, "
-    "Tensor? norm_weight, Tensor? norm_bias, int norm, float eps, float offset, int activation, bool gated, "
-    "Tensor last_weight, Tensor last_scale, Tensor? last_bias) -> Tensor",
+    "Tensor? norm_weight, Tensor? norm_bias, int norm, float eps, float offset, bool weight_only, int activation, "
+    "bool gated, Tensor last_weight, Tensor last_scale, Tensor? last_bias, bool last_weight_only) -> Tensor",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 

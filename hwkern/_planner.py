@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hwkern import _batches, _fold, _native
 from hwkern._back_off import back_off, value_with
-from hwkern._choose import Candidate, Mode, Policy, threshold
+from hwkern._choose import Candidate, Mode, Policy, threshold, total
 from hwkern._console import progress
 from hwkern._layers import Layer, Selector, tied
 from hwkern._measure import Clock, Shape, bucket, kept_layers, stamp
@@ -89,7 +89,8 @@ def make_plan(
     watch.lap("observing")
     units = _units([layer for layer in layers if layer.names[0] not in left], seen)
     with progress("Measuring errors on your data", len(units), show) as step:
-        recipes, groups = _candidates(model, units, accuracy, step)
+        holding = task is not None and accuracy.max_metric_drop is not None
+        recipes, groups = _candidates(model, units, accuracy, holding or policy == "accurate", step)
     for unit in units:
         unit.judges.clear()  # the samples of a large model are gigabytes
     seen.clear()
@@ -166,9 +167,12 @@ _Measured = list[tuple[Recipe, float]]
 
 
 def _candidates(
-    model: nn.Module, units: Sequence[_Unit], accuracy: Accuracy, step: Callable[[], None]
+    model: nn.Module, units: Sequence[_Unit], accuracy: Accuracy, careful: bool, step: Callable[[], None]
 ) -> tuple[dict[str, _Measured], dict[str, str]]:
-    """Recipes with their SNR for each unit, and the norm that each unit's folded recipes divide."""
+    """Recipes with their SNR for each unit, and the norm that each unit's folded recipes divide.
+
+    ``careful``: with smoothing also where W8A8 is accurate enough without, though it costs a pass over the input.
+    """
     by_name = {unit.name: unit for unit in units}
     alone = [unit.layers[0] for unit in units if len(unit.layers) == 1 and len(unit.layers[0].names) == 1]
     alone = [layer for layer in alone if not layer.is_embedding]
@@ -181,10 +185,10 @@ def _candidates(
         if foldable:
             base, _ = smooth([cast(Judge, unit.judges[0]) for unit in members], folded=True)
         for unit in members:
-            found[unit.name] = _family(unit, Calibration(), accuracy)
+            found[unit.name] = _family(unit, Calibration(), accuracy, careful and not base.smooth)
             if base.smooth:
                 groups[unit.name] = norms[unit.name]
-                found[unit.name] += _family(unit, base, accuracy)
+                found[unit.name] += _family(unit, base, accuracy, False)
             step()
     for unit in units:
         if unit.name not in found:  # shares its weight: nothing that depends on one layer's own input
@@ -198,8 +202,8 @@ def _candidates(
 _FINER = 10 ** (-WORTH_DB / 20)
 
 
-def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
-    """The recipes on top of ``base`` (plain, or a folded smoothing)."""
+def _family(unit: _Unit, base: Calibration, accuracy: Accuracy, careful: bool) -> _Measured:
+    """The recipes on top of ``base`` (plain, or a folded smoothing); ``careful`` as above."""
     judge = cast(Judge, unit.judges[0])
     found: _Measured = []
 
@@ -222,10 +226,12 @@ def _family(unit: _Unit, base: Calibration, accuracy: Accuracy) -> _Measured:
         add(*(Recipe("w8a8-asymmetric", calibration) for calibration in shifted))
         if found[-1][1] <= fixed:
             found.pop()  # it costs at least as much time
-    if dynamic < accuracy.min_snr_db and not base.smooth:
+    needed = dynamic < accuracy.min_snr_db and not base.smooth
+    if needed or careful:
         explicit, _ = smooth([judge], folded=False)
         if explicit.smooth:
             add(Recipe("w8a8", explicit))
+    if needed:
         beside = outliers(judge, Calibration())
         if beside.outliers:
             add(Recipe("w8a8", beside))
@@ -334,18 +340,48 @@ def _int8_bytes(unit: _Unit, recipe: Recipe) -> int:
 def _hold_task(
     result: Plan, model: nn.Module, task: Metric, batches: Sequence[Any], max_drop: float, show: bool
 ) -> None:
+    """Send layers back to float until the task holds; or, where that is faster, take the accurate recipes first."""
+    _send_back_for(result, model, task, batches, max_drop, show)
+    if result.task is not None and result.task.kept and result.policy != "accurate":
+        accurate = _copy(result, policy="accurate")
+        accurate.decide()
+        _send_back_for(accurate, model, task, batches, max_drop, show)
+        if _us(accurate) < _us(result):
+            result.layers, result.task = accurate.layers, accurate.task
+        else:
+            _settle(result)
+
+
+def _send_back_for(
+    result: Plan, model: nn.Module, task: Metric, batches: Sequence[Any], max_drop: float, show: bool
+) -> None:
     snr = {name: layer.choice.snr_db for layer in result.layers.values() for name in layer.names}
-    why = f"back to float for the {task.name}'s sake"
 
     def without(kept: Sequence[str]) -> dict[str, Recipe]:
-        trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
-        send_back(trial, kept, why)
+        trial = _copy(result)
+        send_back(trial, kept, "")  # for its recipes only
         return trial.recipes
 
     with progress(f"Holding {task.name}", max(1, len(snr).bit_length()), show) as step:
         _, result.task = back_off(model, without, snr, task, batches, max_drop, step)
-    result.decide()  # the trials have written their own reasons
-    send_back(result, result.task.kept, why)
+    _settle(result)
+
+
+def _settle(result: Plan) -> None:
+    """Decide again, with what the task sends back: trials have written reasons of their own."""
+    result.decide()
+    if result.task is not None:
+        send_back(result, result.task.kept, f"back to float for the {result.task.metric}'s sake")
+
+
+def _copy(result: Plan, **changes: Any) -> Plan:
+    return replace(result, layers={name: replace(layer) for name, layer in result.layers.items()}, **changes)
+
+
+def _us(result: Plan) -> float:
+    """Of all layers' calls, by their own times."""
+    layers = result.layers.values()
+    return sum(total(times, layer.calls) for layer in layers for times in layer.choice.us.values())
 
 
 # ---- another device -------------------------------------------------------------------------------------------------
@@ -370,7 +406,5 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
             timed = [replace(c, us=_times(clock, shape, layer.calls, layer.lookups, c.recipe.timing)) for c in plain]
             layers[name] = replace(layer, candidates=[*timed, *_dispatching(timed, layer.calls)], chosen=0)
     made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
-    made.decide()
-    if old.task is not None:
-        send_back(made, old.task.kept, f"back to float for the {old.task.metric}'s sake")
+    _settle(made)
     return made

@@ -1172,6 +1172,23 @@ def test_the_llama_benchmark_on_the_cpu(load, monkeypatch, tmp_path, capsys):
     assert "seconds of the second plan" in capsys.readouterr().out
 
 
+def test_the_llama_benchmark_compiles_ours_before_it_makes_the_peers(load, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    llama = load("llama")
+    done: list[str] = []
+    monkeypatch.setenv("HWKERN_CACHE", str(tmp_path))
+    monkeypatch.setattr(llama, "WORKLOADS", {"decode batch 1": (1, 1)})
+    monkeypatch.setattr(llama.Compiled, "rows", lambda self, names: done.append(f"compile {','.join(names)}"))
+    monkeypatch.setattr(llama, "plain_modes", lambda bench, names, modes: done.append(",".join(names)))
+    monkeypatch.setitem(llama.MAKERS, "planned", lambda bench, model: model)
+    monkeypatch.setitem(llama.MAKERS, "torchao_fp8", lambda bench, model: model)
+    options = ["--device", "cpu", "--hidden", "256", "--layers", "1", "--workloads", "decode batch 1"]
+    names = ["--variants", "bf16,planned,torchao_fp8", "--compile", "bf16,planned,torchao_fp8"]
+    monkeypatch.setattr(sys, "argv", ["llama.py", *options, *names, "--json", str(tmp_path / "llama.json")])
+    assert llama.main() in (0, 1)
+    assert done == ["bf16,planned", "compile bf16,planned", "torchao_fp8", "compile torchao_fp8"]
+
+
 def test_compiled_rows_come_by_group_and_workload_within_their_time(load, monkeypatch):
     pytest.importorskip("transformers")
     llama = load("llama")
@@ -1200,7 +1217,9 @@ def test_compiled_rows_come_by_group_and_workload_within_their_time(load, monkey
     bench.ids = {"prefill": torch.zeros(1), "decode": torch.zeros(1)}
     bench.models = {"bf16": "float", "planned": "int8", "torchao_fp8": "fp8"}
     bench.snr = {name: {"prefill": 30.0, "decode": 30.0} for name in bench.models}
-    llama.compiled_modes(bench, ["planned", "torchao_fp8"], ["eager", "compile", "compiled_graph"])
+    compiled_rows = llama.Compiled(bench, ["eager", "compile", "compiled_graph"])
+    for names in (["planned"], ["torchao_fp8"]):
+        compiled_rows.rows(names)
     modes, works = ("compile", "compiled_graph"), ("prefill", "decode")
     rows = [(row["variant"], row["workload"], row["mode"]) for row in bench.rows]
     assert rows == [(n, w, mode) for n in ("planned", "torchao_fp8") for w in works for mode in modes]
@@ -1210,7 +1229,7 @@ def test_compiled_rows_come_by_group_and_workload_within_their_time(load, monkey
     bench.rows.clear()
     called.clear()
     bench.arguments.budget = -1.0
-    llama.compiled_modes(bench, ["planned"], ["compile"])
+    llama.Compiled(bench, ["compile"]).rows(["planned"])
     assert [row["absent"] for row in bench.rows] == ["TimeoutError: no time left"] * 2
     assert called == []
 

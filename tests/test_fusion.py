@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import hwkern
 from hwkern import _fused_linear, _fusion, _no_grad, ops, reference
+from hwkern._back_off import _Recipes
 from hwkern._recipes import Recipe
-from hwkern.nn import Int8Linear
+from hwkern.nn import Calibration, Int8Linear
 from hwkern.nn.merged import EPILOGUE_TOKENS, Merged
 
 transformers = pytest.importorskip("transformers")
@@ -104,6 +105,18 @@ def patched(model: Any, **options: Any) -> hwkern.Report:
     names = [name for name, module in model.named_modules() if hwkern._layers.int8_class(module) is not None]
     inside = [name for name in names if any(part.isdigit() for part in name.split("."))]
     return hwkern.patch(model.eval(), include=inside, **options)
+
+
+def patched_as(model: Any, schemes: dict[str, str], folded: bool = False) -> None:
+    """Each layer of a Llama as the first ending of its name that fits says; ``folded``: its norms are divided."""
+    recipes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            scheme = next(scheme for ending, scheme in schemes.items() if name.endswith(ending))
+            smooth = (2.0,) * module.in_features if folded and not name.endswith(("o_proj", "down_proj")) else ()
+            calibration = Calibration(smooth=smooth, folded=bool(smooth))
+            recipes[name] = Recipe(scheme, calibration, 16 if "/" in scheme else None)
+    hwkern.patch(model.eval(), plan=_Recipes(recipes))
 
 
 def fused_in(model: nn.Module) -> set[str]:
@@ -206,8 +219,8 @@ def test_the_mlp_in_one_operator_has_the_bits_of_two(dtype: torch.dtype, gated: 
     given = (norm, None, "rms", 1e-5, 1.0)
     y, h = _fused_linear.norm_linear(x, weight, scale, bias, *given, residual)
     want = _fused_linear.activation_linear(y, last, last_scale, None, "silu", gated, h)
-    codes = (norm, None, ops.NORMS["rms"], 1e-5, 1.0, ops.ACTIVATIONS["silu"], gated)
-    arguments = (x, residual, weight, scale, bias, *codes, last, last_scale, None)
+    codes = (norm, None, ops.NORMS["rms"], 1e-5, 1.0, False, ops.ACTIVATIONS["silu"], gated)
+    arguments = (x, residual, weight, scale, bias, *codes, last, last_scale, None, False)
     call = torch.ops.hwkern.norm_mlp_no_grad.default
     with torch.no_grad():
         assert torch.equal(call(*arguments), want)
@@ -216,6 +229,63 @@ def test_the_mlp_in_one_operator_has_the_bits_of_two(dtype: torch.dtype, gated: 
         torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
     with pytest.raises(RuntimeError, match="no gradient"):
         call(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("m", "first_only", "last_only"), [(1, True, True), (6, True, False), (70, False, True)])
+@pytest.mark.parametrize("wide", [100, 160])  # rows of 100 start at no multiple of 16 bytes
+def test_the_mlp_in_one_operator_takes_weight_only_layers(
+    dtype: torch.dtype, gated: bool, m: int, first_only: bool, last_only: bool, wide: int, device: str
+) -> None:
+    k = 96
+    x, residual = (torch.randn(m, k, device=device).to(dtype) for _ in range(2))
+    weight, scale = weights(2 * wide if gated else wide, k, device)
+    last, last_scale = weights(k, wide, device)
+    bias, norm = torch.randn(len(weight), device=device), torch.randn(k, device=device)
+    given = (norm, None, "rms_rounded", 1e-5, 0.0)
+    if first_only:
+        found = ops.norm_quantize(x, norm, None, residual, None, *given[2:], True)
+        y, h = ops.weight_only_linear(found.y, weight, scale, bias), found.h
+    else:
+        y, h = _fused_linear.norm_linear(x, weight, scale, bias, *given, residual)
+    activated = torch.nn.functional.silu((y[:, :wide] if gated else y).float()).to(dtype)
+    if gated:
+        activated = activated * y[:, wide:]
+    codes = (norm, None, ops.NORMS["rms_rounded"], 1e-5, 0.0, first_only, ops.ACTIVATIONS["silu"], gated)
+    with torch.no_grad():
+        got = torch.ops.hwkern.norm_mlp_no_grad.default(
+            x, residual, weight, scale, bias, *codes, last, last_scale, None, last_only
+        )
+    if last_only:
+        # The kernel's activation may be 4 float32 ulp off torch's, so that it rounds to the next value of dtype, and
+        # gated its product then to the next again: 2 units of each term, and one of the result.
+        want = reference.weight_only_linear(activated, last[:, :wide], last_scale, None, torch.float64) + h.double()
+        terms = activated.double().abs() @ (last[:, :wide].double().abs() * last_scale.double()[:, None]).T
+        assert bool(((got - want).abs() <= torch.finfo(dtype).eps * (2 * terms + want.abs())).all())
+    else:
+        assert torch.equal(got, _fused_linear.activation_linear(y, last, last_scale, None, "silu", gated, h))
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_rounded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_s_operator_takes_weight_only_layers(dtype: torch.dtype, kind: str, device: str) -> None:
+    k = 100
+    weight, scale = weights(48, k, device)
+    gain, bias = torch.randn(k, device=device).to(dtype), torch.randn(48, device=device).to(dtype)
+    shift = gain.flip(0) if kind == "layer" else None
+    call = torch.ops.hwkern.norm_linear_no_grad.default
+    wide = torch.randn(6, 2 * k, device=device).to(dtype)
+    for x in (wide[:, :k], wide[::2, k:], wide[:0, :k], wide[:, :k].reshape(2, 3, k).transpose(0, 1), wide[0, :k]):
+        y = ops.norm_quantize(x, gain, shift, None, None, kind, 1e-5, 0.0, True).y
+        want = ops.weight_only_linear(y, weight, scale, bias)
+        with torch.no_grad():
+            got = call(x, weight, scale, bias, gain, shift, ops.NORMS[kind], 1e-5, 0.0, True)
+        assert got.shape == want.shape
+        assert torch.equal(got, want)
+    arguments = (x, weight, scale, bias, gain, shift, ops.NORMS[kind], 1e-5, 0.0, True)
+    with torch.no_grad():
+        torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -233,7 +303,7 @@ def test_the_norm_s_operator_of_inference_has_the_bits_of_the_public_one(
     for x in (wide[:, :k], wide[::2, k:], wide[:0, :k], wide[:, :k].reshape(2, 3, k).transpose(0, 1), wide[0, :k]):
         want, _ = _fused_linear.norm_linear(x, weight, scale, bias, gain, shift, kind, 1e-5)
         with torch.no_grad():
-            got = call(x, weight, scale, every_other, gain, shift, ops.NORMS[kind], 1e-5, 0.0)
+            got = call(x, weight, scale, every_other, gain, shift, ops.NORMS[kind], 1e-5, 0.0, False)
         assert got.shape == want.shape
         assert torch.equal(got, want)
 
@@ -247,8 +317,9 @@ def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of
     linear, norm = torch.ops.hwkern.linear_no_grad.default, torch.ops.hwkern.norm_linear_no_grad.default
     mlp = torch.ops.hwkern.norm_mlp_no_grad.default
     one, two = torch.ones(48, device="cuda"), torch.ones(64, device="cuda")
+    every_other = torch.ones(64, 2, device="cuda")[:, 0]
     last, last_scale = weights(64, 48, "cuda")
-    plain = (None, two, None, ops.NORMS["rms"], 1e-5, 0.0, ops.ACTIVATIONS["silu"])
+    plain = (None, two, None, ops.NORMS["rms"], 1e-5, 0.0, False, ops.ACTIVATIONS["silu"])
     wrong: list[tuple[Any, tuple[Any, ...], str]] = [
         (linear, (x[:, :40], weight, scale, None, False), "K16"),
         (linear, (x, weight.cpu(), scale, None, False), "one device"),
@@ -258,12 +329,13 @@ def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of
         (linear, (x, weight.float(), scale, None, False), "int8"),
         (linear, (x.double(), weight, scale, None, False), "float32, float16 or bfloat16"),
         (linear, (x[0, 0], weight, scale, None, False), "scalar"),
-        (norm, (x, weight, scale, None, one, None, 1, 1e-5, 0.0), "one element per row"),
-        (norm, (x, weight, scale, None, torch.ones(64, 2, device="cuda")[:, 0], None, 1, 1e-5, 0.0), "contiguous"),
-        (mlp, (x, x.half(), weight, scale, *plain, False, last, last_scale, None), "residual"),
-        (mlp, (x, x[:1], weight, scale, *plain, False, last, last_scale, None), "residual"),
-        (mlp, (x, x, weight, scale, *plain, True, last, last_scale, None), "K16"),
-        (mlp, (x, x, weight, scale, *plain, False, *weights(32, 48, "cuda"), None), "the last layer's outputs"),
+        (norm, (x, weight, scale, None, one, None, 1, 1e-5, 0.0, False), "one element per row"),
+        (norm, (x, weight, scale, None, two, None, 1, 1e-5, 0.0, True), "float16 or bfloat16"),
+        (norm, (x, weight, scale, None, every_other, None, 1, 1e-5, 0.0, False), "contiguous"),
+        (mlp, (x, x.half(), weight, scale, *plain, False, last, last_scale, None, False), "residual"),
+        (mlp, (x, x[:1], weight, scale, *plain, False, last, last_scale, None, False), "residual"),
+        (mlp, (x, x, weight, scale, *plain, True, last, last_scale, None, False), "K16"),
+        (mlp, (x, x, weight, scale, *plain, False, *weights(32, 48, "cuda"), None, False), "the last layer's outputs"),
     ]
     with torch.no_grad():
         for call, arguments, sentence in wrong:
@@ -276,8 +348,8 @@ def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         for _ in range(3):
-            linear(x, weight, scale, None, False), norm(x, weight, scale, None, two, None, 1, 1e-5, 0.0)
-            mlp(x, x, weight, scale, *plain, False, last, last_scale, None)
+            linear(x, weight, scale, None, False), norm(x, weight, scale, None, two, None, 1, 1e-5, 0.0, False)
+            mlp(x, x, weight, scale, *plain, False, last, last_scale, None, False)
         assert torch.cuda.memory_allocated() == before
 
 
@@ -925,7 +997,8 @@ def test_a_compiled_fused_model_sees_a_replaced_weight() -> None:
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
-def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16", "w8a16/w8a8"])
+def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
     """From Python 3.12 on guards pass over what holds only modules, dicts, tensors and constants, all of it at once."""
     wrapper = getattr(pytest.importorskip("torch._dynamo.guards"), "GuardManagerWrapper", None)
     if not hasattr(wrapper, "find_tag_safe_roots"):
@@ -933,8 +1006,8 @@ def test_guards_on_layers_look_into_nothing_but_modules(monkeypatch: pytest.Monk
     roots: list[Any] = []
     finalize = wrapper.finalize
     monkeypatch.setattr(wrapper, "finalize", lambda self: (roots.append(self.root), finalize(self)))
-    model = llama()
-    patched(model)
+    model = llama().bfloat16()
+    patched_as(model, {"": scheme})
     run(torch.compile(model, fullgraph=True, backend="eager"), inputs_of(model))
 
     def look(manager: Any) -> Iterator[tuple[str, type]]:
@@ -983,6 +1056,37 @@ def test_compiling_is_not_taken_for_exporting(monkeypatch: pytest.MonkeyPatch) -
     many = {"input_ids": torch.randint(3, 99, (1, EPILOGUE_TOKENS + 1))}
     run(torch.compile(model, fullgraph=True, backend=backend, dynamic=False), many)
     assert names == [*few[:2], "hwkern.norm_linear.default", "hwkern.activation_linear.default"]
+
+
+SCHEMES = [
+    {"": "w8a8"},
+    {"": "w8a16"},
+    {"down_proj": "w8a16", "": "w8a8"},
+    {"down_proj": "w8a8", "": "w8a16"},
+    {"o_proj": "w8a8", "": "w8a16/w8a8"},
+]
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("schemes", SCHEMES, ids=str)
+def test_every_scheme_is_three_operators_of_inference_a_block(schemes: dict[str, str], folded: bool) -> None:
+    """A compiled decoding step spends its time on the host: what a plan may choose must not cost it more calls."""
+    model = llama(num_hidden_layers=1).bfloat16()
+    patched_as(model, schemes, folded)
+    names: list[str] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        names.extend(str(node.target) for node in graph.graph.nodes if "hwkern" in str(node.target))
+        return graph.forward
+
+    inputs = {"input_ids": torch.randint(3, 99, (1, 1))}
+    with torch.no_grad():
+        want = model(**inputs)[0]
+        got = torch.compile(model, fullgraph=True, backend=backend)(**inputs)[0]
+    assert names == [f"hwkern.{name}_no_grad.default" for name in ("norm_linear", "linear", "norm_mlp")]
+    # In eager calls on the CPU W8A16 layers are apart, and round what lies between them: a few units of bfloat16.
+    assert float((got - want).norm() / want.norm()) < 8 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")

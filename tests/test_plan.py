@@ -341,6 +341,30 @@ def test_the_task_sends_layers_back_and_names_them(device: Device) -> None:
     assert torch.cosine_similarity(model(x), exact, dim=-1).min() > 0.99
 
 
+@pytest.mark.parametrize(("smoothed", "taken"), [(7.0, "w8a8+smooth"), (9.9, "keep")])
+def test_the_task_is_tried_with_the_accurate_recipes_before_layers_go_back(
+    device: Device, smoothed: float, taken: str
+) -> None:
+    """W8A8 is within the layers' bound and not within the task's; smoothed it is, and worth it where it is faster."""
+    device.speed = {**SPEED, "w8a8+smooth": smoothed, "w8a16": 12.0, "w8a8-static": 12.0}
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    x = torch.randn(64, K)
+    x[:, 7] *= 8
+
+    def fragile(candidate: nn.Module, batches: Any) -> float:
+        return 0.5 if type(candidate.get_submodule("0")) is Int8Linear else 1.0
+
+    found = make(model, batches=[x], accuracy=hwkern.Accuracy(max_metric_drop=0.1), metric=fragile)
+    assert found.recipes["0"].name == taken
+    assert found.task is not None
+    assert (found.task.after, "0" in found.task.kept) == (1.0, taken == "keep")
+    assert found.policy == "balanced"
+    assert make(model, batches=[x]).recipes["0"].name == "w8a8"
+    careful = make(model, batches=[x], policy="accurate")
+    assert careful.recipes["0"].name == ("w8a8+smooth" if smoothed < 9.7 else "w8a8")
+    assert hwkern.Plan.from_dict(found.to_dict()).recipes == found.recipes
+
+
 def test_tied_layers_are_planned_as_one(device: Device) -> None:
     model = nn.Sequential(nn.Linear(K, K), nn.Linear(K, K))
     model[1].weight = model[0].weight
@@ -880,6 +904,34 @@ def test_w8a8_throughout_is_held_against_the_layers_own_choices(
     assert {recipe.name for recipe in found.recipes.values()} == {"w8a8"}
     assert found.whole["after_ms"] == [700.0]
     assert {r.name for r in make(Net(), verify=False).recipes.values()} == {"w8a16"}
+
+
+@pytest.mark.parametrize("best", ["Int8Linear", "WeightOnlyInt8Linear"])
+def test_layers_behind_a_divided_norm_are_tried_in_w8a8_with_the_same_vector(
+    monkeypatch: pytest.MonkeyPatch, best: str
+) -> None:
+    """Alone W8A16 is the fastest; together W8A8 may be, which is one kernel with the norm. The smoothing is free."""
+    from test_calibrate import IDS, llama
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        kinds = {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+        return {"eager": [1.0 if not kinds else 0.7 if kinds == {best} else 0.8]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    model = llama()
+    found, alone = (
+        make(model, batches=IDS, include="*_proj", verify=verify, accuracy=hwkern.Accuracy(min_snr_db=10))
+        for verify in (True, False)
+    )
+    folded = {name: recipe.calibration for name, recipe in alone.recipes.items() if recipe.calibration.folded}
+    assert len(folded) == 5
+    assert {recipe.scheme for recipe in alone.recipes.values()} == {"w8a16"}
+    scheme = {"Int8Linear": "w8a8", "WeightOnlyInt8Linear": "w8a16"}[best]
+    assert {recipe.scheme for recipe in found.recipes.values()} == {scheme}
+    assert {name: r.calibration for name, r in found.recipes.items() if r.calibration.folded} == folded
 
 
 def test_a_plan_for_one_way_of_running_says_so_and_comes_back() -> None:

@@ -17,6 +17,7 @@
 
 #include "bindings/call.h"
 #include "core/status.h"
+#include "quant/fused.h"
 
 namespace py = pybind11;
 using namespace hwkern;
@@ -157,7 +158,7 @@ class Arguments {
  private:
   const Value* values_;
   size_t index_ = 0;
-  std::array<std::unique_ptr<TorchTensor, Delete>, 16> owned_;
+  std::array<std::unique_ptr<TorchTensor, Delete>, 20> owned_;
 };
 
 // ---- what the operators are made of ----------------------------------------------------------------------------------
@@ -271,14 +272,41 @@ struct Place {
   }
 };
 
-int64_t workspace_of(const Rows& x, const Layer& layer) {
-  return static_cast<int64_t>(linear_workspace_bytes(x.m, layer.k));
-}
-
 Tensor bytes(int64_t count, const Tensor& x) { return empty(&count, 1, torch.int8(), x.device); }
 
-// The product of m quantized rows, which lie in `workspace` as a Linear's do.
-Gemm product(int8_t* workspace, int64_t m, const Layer& layer, void* y, DType dtype) {
+// What the rows before a product take: quantized, as a Linear's lie in its workspace, and behind those, where the layer
+// is weight-only, in x's dtype.
+int64_t quantized_bytes(int64_t m, const Layer& layer) {
+  return round_up(static_cast<int64_t>(linear_workspace_bytes(m, layer.k)), kRowAlignment);
+}
+int64_t workspace_of(const Rows& x, const Layer& layer, bool weight_only) {
+  return quantized_bytes(x.m, layer) + (weight_only ? x.m * layer.k * size_of(dtype_of(x.t)) : 0);
+}
+
+// A Linear or a WeightOnlyLinear of m rows.
+template <typename Problem>
+Problem whole(const void* x, int64_t ldx, int64_t m, const Layer& layer, bool constant, void* y, DType dtype) {
+  Problem p{};
+  p.x = x, p.ldx = ldx, p.x_dtype = dtype;
+  p.weight = static_cast<int8_t*>(layer.weight.data), p.ldb = layer.columns;
+  p.weight_scale = static_cast<float*>(layer.scale.data), p.weight_is_constant = constant;
+  p.bias = layer.bias.data, p.bias_dtype = dtype_of(layer.bias);
+  p.y = y, p.ldy = layer.n, p.y_dtype = dtype;
+  p.m = m, p.n = layer.n, p.k = layer.k;
+  return p;
+}
+
+// y = layer(rows) + residual, of m rows that our own kernel has just left in `workspace`: so the weight is constant.
+void product(int8_t* workspace, int64_t m, const Layer& layer, bool weight_only, const void* residual, void* y,
+             DType dtype, Stream stream) {
+  const auto add = [&](auto& p) {
+    if (residual) p.residual = residual, p.ldr = layer.n, p.residual_dtype = dtype;
+  };
+  if (weight_only) {
+    auto p = whole<WeightOnlyLinear>(workspace + quantized_bytes(m, layer), layer.k, m, layer, true, y, dtype);
+    add(p);
+    return check(weight_only_linear(p, kChoose, stream));
+  }
   Gemm p{};
   p.a = workspace, p.lda = layer.columns;
   p.scale_m = reinterpret_cast<float*>(workspace + m * layer.columns);
@@ -287,12 +315,13 @@ Gemm product(int8_t* workspace, int64_t m, const Layer& layer, void* y, DType dt
   p.bias = layer.bias.data, p.bias_dtype = dtype_of(layer.bias);
   p.d = y, p.ldd = layer.n, p.d_dtype = dtype;
   p.m = m, p.n = layer.n, p.k = layer.k;
-  return p;
+  add(p);
+  check(gemm(p, kChoose, stream));
 }
 
 // y = layer(norm(h)) of h = x + residual, or of x.
-void norm_product(const Rows& x, const Rows* residual, const NormOf& norm, const Layer& layer, int8_t* workspace,
-                  void* h, void* y, Stream stream) {
+void norm_product(const Rows& x, const Rows* residual, const NormOf& norm, const Layer& layer, bool weight_only,
+                  int8_t* workspace, void* h, void* y, Stream stream) {
   const DType dtype = dtype_of(x.t);
   NormQuantize p{};
   p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype;
@@ -300,12 +329,13 @@ void norm_product(const Rows& x, const Rows* residual, const NormOf& norm, const
   p.weight = norm.weight.data, p.weight_dtype = dtype_of(norm.weight);
   p.bias = norm.bias.data, p.bias_dtype = dtype_of(norm.bias);
   p.h = h, p.ldh = p.ldy = x.k;
+  p.y = weight_only ? workspace + quantized_bytes(x.m, layer) : nullptr;
   p.q = workspace, p.ldq = layer.columns;
   p.scale = reinterpret_cast<float*>(workspace + x.m * layer.columns);
   p.m = x.m, p.k = x.k;
   p.eps = norm.eps, p.offset = norm.offset, p.norm = norm.kind;
   check(norm_quantize(p, stream));
-  check(gemm(product(workspace, x.m, layer, y, dtype), kChoose, stream));
+  product(workspace, x.m, layer, weight_only, nullptr, y, dtype, stream);
 }
 
 // ---- the operators ---------------------------------------------------------------------------------------------------
@@ -318,54 +348,49 @@ Tensor linear_no_grad(Arguments& arguments) {
   const Place place(x.t);
   Tensor y = x.output(layer.n);
   if (x.m == 0 || layer.n == 0) return y;
-  const auto fill = [&](auto& p) {
-    p.x = x.t.data, p.ldx = x.ld, p.x_dtype = dtype_of(x.t);
-    p.weight = static_cast<int8_t*>(layer.weight.data), p.ldb = layer.columns;
-    p.weight_scale = static_cast<float*>(layer.scale.data);
-    p.weight_is_constant = !layer.copied && seen(layer.weight.data);
-    p.bias = layer.bias.data, p.bias_dtype = dtype_of(layer.bias);
-    p.y = y.data, p.ldy = layer.n, p.y_dtype = p.x_dtype;
-    p.m = x.m, p.n = layer.n, p.k = x.k;
-  };
+  const bool constant = !layer.copied && seen(layer.weight.data);
+  const DType dtype = dtype_of(x.t);
   if (weight_only) {
-    WeightOnlyLinear p{};
-    fill(p);
+    const auto p = whole<WeightOnlyLinear>(x.t.data, x.ld, x.m, layer, constant, y.data, dtype);
     check(weight_only_linear(p, kChoose, place.stream));
     return y;
   }
-  Linear p{};
-  fill(p);
-  const int64_t size = workspace_of(x, layer);
+  const int64_t size = workspace_of(x, layer, false);
   const Tensor workspace = bytes(size, x.t);
+  const auto p = whole<Linear>(x.t.data, x.ld, x.m, layer, constant, y.data, dtype);
   check(linear(p, kChoose, workspace.data, static_cast<size_t>(size), place.stream));
   return y;
 }
 
 // norm_linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight,
-//                     Tensor? norm_bias, int norm, float eps, float offset) -> Tensor
+//                     Tensor? norm_bias, int norm, float eps, float offset, bool weight_only) -> Tensor
 Tensor norm_linear_no_grad(Arguments& arguments) {
   const Rows x(arguments.tensor());
   const Layer layer(arguments, x.k, x.t);
   const NormOf norm(arguments, x.k, x.t);
+  const bool weight_only = arguments.boolean();
   const Place place(x.t);
   Tensor y = x.output(layer.n);
   if (x.m == 0 || layer.n == 0) return y;
-  const Tensor workspace = bytes(workspace_of(x, layer), x.t);
-  norm_product(x, nullptr, norm, layer, static_cast<int8_t*>(workspace.data), nullptr, y.data, place.stream);
+  const Tensor workspace = bytes(workspace_of(x, layer, weight_only), x.t);
+  norm_product(x, nullptr, norm, layer, weight_only, static_cast<int8_t*>(workspace.data), nullptr, y.data,
+               place.stream);
   return y;
 }
 
 // norm_mlp_no_grad(Tensor x, Tensor residual, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? norm_weight,
-//          Tensor? norm_bias, int norm, float eps, float offset, int activation, bool gated, Tensor last_weight,
-//          Tensor last_scale, Tensor? last_bias) -> Tensor
+//          Tensor? norm_bias, int norm, float eps, float offset, bool weight_only, int activation, bool gated,
+//          Tensor last_weight, Tensor last_scale, Tensor? last_bias, bool last_weight_only) -> Tensor
 Tensor norm_mlp_no_grad(Arguments& arguments) {
   const Rows x(arguments.tensor()), residual(arguments.tensor());
   require(residual.t.device == x.t.device, "hwkern needs all tensors on one device.");
   const Layer inputs(arguments, x.k, x.t);
   const NormOf norm(arguments, x.k, x.t);
+  const bool weight_only = arguments.boolean();
   const auto activation = static_cast<Activation>(arguments.integer());
   const bool gated = arguments.boolean();
   const Layer last(arguments, gated ? inputs.n / 2 : inputs.n, x.t);
+  const bool last_weight_only = arguments.boolean();
   require(residual.t.dtype == x.t.dtype && residual.m == x.m && residual.k == x.k && last.n == x.k &&
               inputs.n == (gated ? 2 * last.k : last.k),
           "norm_mlp_no_grad: the residual and the last layer's outputs are of x's shape and dtype, and the first layer "
@@ -374,24 +399,23 @@ Tensor norm_mlp_no_grad(Arguments& arguments) {
   const Place place(x.t);
   Tensor y = x.output(x.k);
   if (x.m == 0) return y;
-  // One allocation: what the norm adds up to, the first product, and the rows that are quantized for either product.
+  // One allocation: what the norm adds up to, the first product, and the rows that stand before either product.
   const DType dtype = dtype_of(x.t);
   const int64_t row = size_of(dtype);
   const int64_t sums = round_up(x.m * x.k * row, kRowAlignment), wide = round_up(x.m * inputs.n * row, kRowAlignment);
-  const Tensor scratch = bytes(sums + wide + std::max(workspace_of(x, inputs), workspace_of(x, last)), x.t);
+  const Tensor scratch =
+      bytes(sums + wide + std::max(workspace_of(x, inputs, weight_only), workspace_of(x, last, last_weight_only)), x.t);
   auto* h = static_cast<int8_t*>(scratch.data);
   int8_t *first = h + sums, *workspace = first + wide;
-  norm_product(x, &residual, norm, inputs, workspace, h, first, place.stream);
+  norm_product(x, &residual, norm, inputs, weight_only, workspace, h, first, place.stream);
   ActivationQuantize p{};
   p.x = first, p.ldx = p.ldup = inputs.n, p.x_dtype = dtype;
   p.up = gated ? first + last.k * row : nullptr;
   p.q = workspace, p.ldq = last.columns;
   p.scale = reinterpret_cast<float*>(workspace + x.m * last.columns);
   p.m = x.m, p.k = last.k, p.activation = activation;
-  check(activation_quantize(p, place.stream));
-  Gemm sum = product(workspace, x.m, last, y.data, dtype);
-  sum.residual = h, sum.ldr = x.k, sum.residual_dtype = dtype;
-  check(gemm(sum, kChoose, place.stream));
+  check(activation_quantize(p, last_weight_only ? workspace + quantized_bytes(x.m, last) : nullptr, place.stream));
+  product(workspace, x.m, last, last_weight_only, h, y.data, dtype, place.stream);
   return y;
 }
 
@@ -402,8 +426,8 @@ struct Operator {
 };
 
 constexpr Operator kLinear{"linear_no_grad", "tttov", linear_no_grad};
-constexpr Operator kNormLinear{"norm_linear_no_grad", "tttooovvv", norm_linear_no_grad};
-constexpr Operator kNormMlp{"norm_mlp_no_grad", "ttttooovvvvvtto", norm_mlp_no_grad};
+constexpr Operator kNormLinear{"norm_linear_no_grad", "tttooovvvv", norm_linear_no_grad};
+constexpr Operator kNormMlp{"norm_mlp_no_grad", "ttttooovvvvvvttov", norm_mlp_no_grad};
 
 template <const Operator& op>
 void kernel(Value* values, uint64_t, uint64_t) {

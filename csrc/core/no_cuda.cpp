@@ -27,7 +27,7 @@ Status launch_quantize_per_token(const Quantize&, bool, Stream) { return kNoCuda
 Status launch_quantize_static(const Quantize&, ScaleAxis, Stream) { return kNoCuda; }
 Status launch_dequantize(const Dequantize&, ScaleAxis, Stream) { return kNoCuda; }
 Status launch_norm_quantize(const NormQuantize&, const Device&, Stream) { return kNoCuda; }
-Status launch_activation_quantize(const ActivationQuantize&, const Device&, Stream) { return kNoCuda; }
+Status launch_activation_quantize(const ActivationQuantize&, void*, const Device&, Stream) { return kNoCuda; }
 Status launch_embedding(const Embedding&, const Device&, Stream) { return kNoCuda; }
 Status launch_attention(const Attention&, void*, const Device&, Stream) { return kNoCuda; }
 

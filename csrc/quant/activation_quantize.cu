@@ -25,11 +25,12 @@ __device__ __forceinline__ void apply(Activation activation, RowVector<T>& x, co
   x.stay_packed();
 }
 
-// blockDim = (threads of a row, rows of a block); blockDim.y > 1 only with blockDim.x == 32. WHOLE: rows are whole (see
-// RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything goes.
+// `dense`: y [M, K], which is stored as well, or null. blockDim = (threads of a row, rows of a block); blockDim.y > 1 only
+// with blockDim.x == 32. WHOLE: rows are whole (see RowVector) and fit in registers. Otherwise (with VECTORS = 1) anything
+// goes.
 template <typename T, bool GATED, int VECTORS, bool WHOLE>
 __global__ void __launch_bounds__(MAX_THREADS, 1)
-    activation_quantize_kernel(const ActivationQuantize p, const bool rows_aligned) {
+    activation_quantize_kernel(const ActivationQuantize p, T* const dense, const bool rows_aligned) {
   using Row = RowVector<T>;
   const bool aligned = WHOLE || rows_aligned;
   const int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -48,6 +49,12 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
   }
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) apply<T, GATED>(p.activation, kept[v], factor[v]);
+  T* y = dense + m * p.k;
+  auto store = [&](const Row& row, uint32_t c) {
+    if (dense) row.template store<WHOLE>(y, c, p.k, aligned);
+  };
+#pragma unroll
+  for (int v = 0; v < VECTORS; ++v) store(kept[v], first + v * stride);
   auto apply_again = [&](uint32_t c) {
     Row row, its_factor;
     row.load(x, c, p.k, aligned);
@@ -75,30 +82,36 @@ __global__ void __launch_bounds__(MAX_THREADS, 1)
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) kept[v].template quantize<WHOLE>(q, first + v * stride, p.ldq, aligned, same);
   if constexpr (!WHOLE) {
-    for (uint32_t c = first + VECTORS * stride; c < p.ldq; c += stride)
-      apply_again(c).quantize(q, c, p.ldq, aligned, same);
+    for (uint32_t c = first + VECTORS * stride; c < p.ldq; c += stride) {
+      const Row row = apply_again(c);
+      row.quantize(q, c, p.ldq, aligned, same);
+      store(row, c);
+    }
   }
 }
 
 template <typename T, bool GATED>
-Status launch_activation(const ActivationQuantize& p, const Device& device, Stream stream) {
+Status launch_activation(const ActivationQuantize& p, T* y, const Device& device, Stream stream) {
   constexpr int COUNT = RowVector<T>::COUNT;
   const int64_t vectors = ceil_div(p.ldq, COUNT);
   const bool aligned = is_aligned(p.x, 16) && p.ldx % COUNT == 0 && is_aligned(p.q, COUNT) && p.ldq % COUNT == 0 &&
-                       (!GATED || (is_aligned(p.up, 16) && p.ldup % COUNT == 0));
+                       (!GATED || (is_aligned(p.up, 16) && p.ldup % COUNT == 0)) &&
+                       (!y || (is_aligned(y, 16) && p.k % COUNT == 0));
   const RowShape shape(aligned && p.k % COUNT == 0, p.m, vectors, device.sm_count);
   const Launch at{shape.grid, shape.block, 0, 1, device.compute >= 90};
-  if (!shape.whole) return launch<activation_quantize_kernel<T, GATED, 1, false>>(at, stream, p, aligned);
-  return shape.vectors == 1 ? launch<activation_quantize_kernel<T, GATED, 1, true>>(at, stream, p, true)
-                            : launch<activation_quantize_kernel<T, GATED, 4, true>>(at, stream, p, true);
+  if (!shape.whole) return launch<activation_quantize_kernel<T, GATED, 1, false>>(at, stream, p, y, aligned);
+  return shape.vectors == 1 ? launch<activation_quantize_kernel<T, GATED, 1, true>>(at, stream, p, y, true)
+                            : launch<activation_quantize_kernel<T, GATED, 4, true>>(at, stream, p, y, true);
 }
 
 }  // namespace
 
-Status launch_activation_quantize(const ActivationQuantize& p, const Device& device, Stream stream) {
+Status launch_activation_quantize(const ActivationQuantize& p, void* y, const Device& device, Stream stream) {
   return with_float_type(p.x_dtype, [&](auto zero) {
     using T = decltype(zero);
-    return p.up ? launch_activation<T, true>(p, device, stream) : launch_activation<T, false>(p, device, stream);
+    T* dense = static_cast<T*>(y);
+    return p.up ? launch_activation<T, true>(p, dense, device, stream)
+                : launch_activation<T, false>(p, dense, device, stream);
   });
 }
 

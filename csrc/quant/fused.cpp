@@ -44,19 +44,25 @@ static Status validate(const ActivationQuantize& p) {
 }
 
 // Validates, then launches on the current device.
-template <typename Problem>
-static Status on_device(const Problem& p, Status (*launch)(const Problem&, const Device&, Stream), Stream stream) {
+template <typename Problem, typename Launch>
+static Status on_device(const Problem& p, Launch launch) {
   if (p.m == 0) return kSuccess;
   if (const Status status = validate(p); !status.ok()) return status;
   Device device;
   const Status status = current_device(&device);
-  return status.ok() ? launch(p, device, stream) : status;
+  return status.ok() ? launch(device) : status;
 }
 
-Status norm_quantize(const NormQuantize& p, Stream stream) { return on_device(p, launch_norm_quantize, stream); }
+Status norm_quantize(const NormQuantize& p, Stream stream) {
+  return on_device(p, [&](const Device& device) { return launch_norm_quantize(p, device, stream); });
+}
+
+Status activation_quantize(const ActivationQuantize& p, void* y, Stream stream) {
+  return on_device(p, [&](const Device& device) { return launch_activation_quantize(p, y, device, stream); });
+}
 
 Status activation_quantize(const ActivationQuantize& p, Stream stream) {
-  return on_device(p, launch_activation_quantize, stream);
+  return activation_quantize(p, nullptr, stream);
 }
 
 }  // namespace hwkern

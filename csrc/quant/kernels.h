@@ -15,7 +15,7 @@ Status launch_quantize_per_token(const Quantize& problem, bool release_early, St
 Status launch_quantize_static(const Quantize& problem, ScaleAxis axis, Stream stream);
 Status launch_dequantize(const Dequantize& problem, ScaleAxis axis, Stream stream);
 Status launch_norm_quantize(const NormQuantize& problem, const Device& device, Stream stream);
-Status launch_activation_quantize(const ActivationQuantize& problem, const Device& device, Stream stream);
+Status launch_activation_quantize(const ActivationQuantize& problem, void* y, const Device& device, Stream stream);
 Status launch_embedding(const Embedding& problem, const Device& device, Stream stream);
 
 }  // namespace hwkern

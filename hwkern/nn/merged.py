@@ -21,7 +21,7 @@ from hwkern import _fused_linear, ops
 from hwkern._no_grad import norm_linear_no_grad, norm_mlp_no_grad, preferred
 from hwkern._tracing import exporting, functorch_level, tracing_state
 from hwkern.nn.linear import Int8Linear
-from hwkern.nn.weight_only import WeightOnlyInt8Linear, weight_only
+from hwkern.nn.weight_only import WeightOnlyInt8Linear, takes, weight_only
 
 _LOCK = threading.Lock()
 
@@ -170,6 +170,10 @@ class Merged(Held):
         """Whether the layers leave this many tokens in float."""
         return self.few >= 0 and math.prod(x.shape[:-1]) <= self.few
 
+    def in_one(self, x: Tensor) -> bool:
+        """Whether the operators of inference, which compute a layer with its neighbours, take this many tokens."""
+        return preferred() and (not self.in_float(x) or takes(x, x.dtype))
+
     def linear(self, x: Tensor) -> Tensor:
         """``x [..., K]`` -> ``[..., n]``, every member's outputs side by side."""
         weight, scale, bias = self._read()
@@ -190,12 +194,12 @@ class Merged(Held):
     ) -> Tensor:
         """``linear(norm(x))``; the norm as in ``ops.norm_quantize``."""
         weight, scale, bias = self._read()
-        if self.in_float(x):
+        code, in_float = ops.NORMS[kind], self.in_float(x)
+        if self.in_one(x):
+            return norm_linear_no_grad(x, weight, scale, bias, norm_weight, norm_bias, code, eps, offset, in_float)
+        if in_float:
             y: Any = ops.norm_quantize(x, norm_weight, norm_bias, None, None, kind, eps, offset, True).y
             return weight_only(y, weight, scale, bias, self.k, self.cell)
-        code = ops.NORMS[kind]
-        if preferred():
-            return norm_linear_no_grad(x, weight, scale, bias, norm_weight, norm_bias, code, eps, offset)
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
             return _fused_linear.launch_norm_linear(x, weight, self.cell, norm_weight, norm_bias, code, eps, offset)
         return _fused_linear.norm_linear(x, weight, scale, bias, norm_weight, norm_bias, kind, eps, offset)[0]
@@ -229,7 +233,7 @@ class Merged(Held):
         activation: str,
         gated: bool,
     ) -> Tensor:
-        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens, where `preferred`, W8A8 alone.
+        """``h + last(activation(linear(norm(h))))`` of ``h = x + residual``: few tokens that both take `in_one`.
 
         One operator: each has a dispatcher's way to go, which is what a decoding step spends its time on.
         """
@@ -237,7 +241,7 @@ class Merged(Held):
         norm_weight, norm_bias, kind, eps, offset = norm
         return norm_mlp_no_grad(
             x, residual, weight, scale, bias, norm_weight, norm_bias, ops.NORMS[kind], eps, offset,
-            ops.ACTIVATIONS[activation], gated, *last._read(),
+            self.in_float(x), ops.ACTIVATIONS[activation], gated, *last._read(), last.in_float(x),
         )  # fmt: skip
 
     def after_activation(self, x: Tensor, activation: str, gated: bool, residual: Tensor | None = None) -> Tensor:

@@ -71,6 +71,11 @@ class WeightOnlyInt8Conv1D(WeightOnlyInt8Linear, Int8Conv1D):
 FEW_TOKENS = 64
 
 
+def takes(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether ``weight_only_linear`` is the way for ``x`` in this dtype, and not a matmul on the widened weight."""
+    return x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)
+
+
 def weight_only(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, k: int, cell: ops.LaunchCell
 ) -> Tensor:
@@ -83,7 +88,7 @@ def weight_only(
         return y
     dtype = cast_dtype(x)
     # The packed weight alone cannot tell K = 17 from K = 32: another K goes to the matmul, which refuses it.
-    if x.shape[-1] == k and (x.is_cpu or (dtype != torch.float32 and math.prod(x.shape[:-1]) <= FEW_TOKENS)):
+    if x.shape[-1] == k and takes(x, dtype):
         if compiles_inference(x):
             return linear_no_grad(x, weight, weight_scale, bias, True)
         return ops.weight_only_linear(x, weight, weight_scale, bias)
