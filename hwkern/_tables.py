@@ -154,7 +154,7 @@ def try_smaller(
     trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
     for name, candidate in tables.items():
         trial.layers[name].chosen = trial.layers[name].candidates.index(candidate)
-    with _both_tables(model, trial, tables) as put, torch.no_grad(), evaluating(model):
+    with _both_tables(model, trial, {name for first in tables for name in trial.layers[first].names}) as put, torch.no_grad(), evaluating(model):
         put("float")
         exact = _exact(model, batches[0])
         put("int8")
