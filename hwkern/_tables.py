@@ -154,33 +154,35 @@ def try_smaller(
     trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
     for name, candidate in tables.items():
         trial.layers[name].chosen = trial.layers[name].candidates.index(candidate)
-    with _both_tables(model, trial, {name for first in tables for name in trial.layers[first].names}) as put, torch.no_grad(), evaluating(model):
+    places = {name for first in tables for name in trial.layers[first].names}
+    with _both_tables(model, trial, places) as put, torch.no_grad(), evaluating(model):
         put("float")
         exact = _exact(model, batches[0])
         put("int8")
-        if not (problem := _problem(model, batches[0], exact)):
-            ratios = _ratios(model, put, distinct(batches), modes, show)
+        problem = _problem(model, batches[0], exact)
+        ratios = {} if problem else _ratios(model, put, distinct(batches), modes, show)
     if problem:
         _give_up(result, list(tables), problem)
         return
-    why = _slower(trial, tables, ratios, modes)
-    if not why and not holds(trial):
-        why = "the task does not hold with it"
-    for name, candidate in tables.items():
-        if why:
+    if why := _slower(trial, tables, ratios, modes) or ("" if holds(trial) else "the task does not hold with it"):
+        for name, candidate in tables.items():
             candidate.ruled_out = why
             result.layers[name].reason += f"; {why}"
-            continue
+        return
+    most = max(max(each) for each in ratios.values())
+    for name, candidate in tables.items():
         layer = trial.layers[name]
-        keep, most = layer.candidates[0], max(map(max, ratios.values()))
+        keep = layer.candidates[0]
         candidate.ruled_out, keep.ruled_out = "", f"{candidate.name} is smaller, and the whole model is not slower"
         layer.reason = (
             f"{candidate.weight_bytes / keep.weight_bytes:.2f}× the bytes at {candidate.snr_db:.1f} dB; alone "
             f"{score(candidate, keep, layer.calls):.2f}× the time, but the whole model takes {most:.3f}× at most "
             f"({result.policy})"
         )
-    if not why:
-        result.layers, result.task = trial.layers, trial.task
+    result.layers, result.task = trial.layers, trial.task
+    if result.whole:  # timed with the float tables
+        count = f"{len(tables)} more embedding{'s' if len(tables) > 1 else ''}"
+        result.whole["text"] += f" With {count} in int8 at most {most:.3f}× that."
 
 
 def _slower(trial: Plan, tables: Iterable[str], ratios: Mapping[str, Sequence[float]], modes: Sequence[str]) -> str:
