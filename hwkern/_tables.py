@@ -221,8 +221,7 @@ def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Itera
         for layer, int8, plain in swapped:
             _put_back(layer, cast(nn.Module, plain), int8)  # with its weight
         yield put
-    finally:
-        put("int8")
+    finally:  # float tables that are in their places are the model's own
         unpatch(model, include=[name for name in _swapped(model) if name in recipes])
 
 
