@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import random
 import statistics
 import sys
 import time
@@ -37,8 +36,8 @@ import torch
 import transformers
 
 import hwkern
-from hwkern import _batches
-from hwkern._timing import lower_quartile, without_gc
+from hwkern import _batches, _timing
+from hwkern._timing import lower_quartile
 from hwkern.bench.limits import at_most
 from hwkern.bench.subjects import captured
 
@@ -48,8 +47,6 @@ BATCHES = ((1, 1), (2, 1), (4, 1), (8, 1))  # of images, or of 30 seconds of sou
 LEAST, MOST, SECONDS = 15, 60, 0.08  # rounds of a cell: as many as fill these seconds
 BLOCKS = (6, 24)  # of so many rounds in a second reading: at least, at most
 MODEL_SECONDS = 60.0  # a model that is not done by then is absent: it must not cost the others their rows
-
-RANDOM = random.Random(0)
 
 Inputs = dict[str, torch.Tensor]
 Made = tuple[Any, Any, str]  # class, config, kind of input
@@ -152,30 +149,7 @@ Samples = dict[str, list[float]]
 
 def samples(calls: Calls, cuda: bool, rounds: int | None = None) -> Samples:
     """Seconds of each call, in turn and in changing order: so many rounds, or as many as fill ``SECONDS``."""
-
-    def wait() -> None:
-        if cuda:
-            torch.cuda.synchronize()
-
-    found: Samples = {name: [] for name in calls}
-    wanted, turn, order = LEAST if rounds is None else rounds, -2, list(calls)
-    with torch.no_grad(), without_gc():
-        while turn < wanted:
-            # Drawn, because a fixed order can be in step with a beat of the host's; then backwards, so that each call
-            # is first as often as the other.
-            order = RANDOM.sample(list(calls), len(calls)) if turn % 2 == 0 else order[::-1]
-            for name in order:
-                wait()
-                start = time.perf_counter()
-                calls[name]()
-                wait()
-                spent = time.perf_counter() - start
-                if turn >= 0:
-                    found[name].append(spent)
-                elif turn == -1 and rounds is None:  # the first round warms up, the second says how many there will be
-                    wanted = max(LEAST, min(MOST, round(SECONDS / max(spent, 1e-6))))
-            turn += 1
-    return found
+    return _timing.in_turn(calls, cuda, SECONDS, (LEAST, MOST), rounds)
 
 
 def in_turn(calls: Calls, cuda: bool) -> dict[str, float]:

@@ -18,7 +18,7 @@ from hwkern._layers import Layer, Selector, tied
 from hwkern._measure import Clock, Shape, bucket, kept_layers, stamp
 from hwkern._observe import Seen, observe
 from hwkern._recipes import Recipe, dtype_of, float_rows
-from hwkern._tables import try_tables, with_their_tables
+from hwkern._tables import try_smaller, try_tables, with_their_tables
 from hwkern._whole import check_whole, send_back
 from hwkern.calibrate import (
     OBSERVERS,
@@ -116,6 +116,7 @@ def make_plan(
             return task.drop(trial.task.before, after) <= bound
 
         check_whole(result, model, found, clock.modes, show, holds)
+        try_smaller(result, model, found, clock.modes, show, holds)
         watch.lap("the whole model")
     result.phases, result.seconds = watch.laps, round(sum(watch.laps.values()), 3)
     result.measured, result.reused = clock.measured, clock.reused

@@ -1,16 +1,30 @@
-"""Embeddings in a plan: tables and the heads that share their weight, and whether the model can do with int8 ones."""
+"""Embeddings in a plan: tables and the heads that share their weight, whether the model can do with int8 ones, and
+whether it takes longer with them.
+
+A lookup in an int8 table reads half of the bytes, and costs the host up to a microsecond or two more in an eager call:
+alone it is slower there for few tokens, and of a model's milliseconds that is a thousandth, which only the whole model
+shows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import contextlib
+import functools
+import statistics
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hwkern import _batches
-from hwkern._layers import Layer, tied
+from hwkern._choose import score
+from hwkern._console import progress
+from hwkern._layers import Layer, find_layers, tied
 from hwkern._observe import evaluating
+from hwkern._timing import in_turn, lower_quartile
+from hwkern.nn.packed import PackedLayer
 
 if TYPE_CHECKING:
     from hwkern.plan import Plan
@@ -19,6 +33,10 @@ if TYPE_CHECKING:
 #: 40 dB; what falls below this reads the table's weight, or its dtype, somewhere beside calling it.
 LEAST_DB = 10.0
 ROWS = 64  # of the output, some more at most
+#: The model is timed with tables of both kinds in turn, call by call: seconds of each kind, and calls.
+SECONDS, ROUNDS = 0.06, (5, 40)
+#: A batch that seems to take longer with int8 tables is timed again, so many times in all; all calls count together.
+READINGS = 4
 
 
 def with_their_tables(layers: Sequence[Layer], unusable: dict[str, str]) -> dict[str, str]:
@@ -51,8 +69,6 @@ def _sample(output: Any) -> Tensor:
 def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
     """Run the first batch with the tables that the plan makes int8; where the model cannot, it keeps them all."""
     from hwkern._back_off import _Recipes, _swapped, trial_place
-    from hwkern._whole import send_back
-    from hwkern.calibrate import snr_db
     from hwkern.patch import patch, unpatch
 
     layers = [
@@ -62,26 +78,188 @@ def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
         return
     recipes = {name: layer.choice.recipe for layer in layers for name in layer.names}
     with torch.no_grad(), evaluating(model):
-        try:
-            exact = _sample(_batches.call(model, batches[0]))
-        except ValueError:  # an output without a float tensor: then only whether it runs at all counts
-            exact = None
-        problem = ""
+        exact = _exact(model, batches[0])
         patch(model, originals=trial_place(model), plan=_Recipes(recipes))
         try:
-            output = _batches.call(model, batches[0])
-            if exact is not None and bool(exact.isfinite().all()):
-                found = snr_db(exact, _sample(output))
-                problem = f"the model's output has {found:.1f} dB with it" if found < LEAST_DB else ""
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
-            first = (str(error).splitlines() or [""])[0]
-            problem = f"the model does not run with it ({type(error).__name__}: {first[:100]})"
+            problem = _problem(model, batches[0], exact)
         finally:
             unpatch(model, include=[name for name in _swapped(model) if name in recipes])
     if problem:
-        why = f"{problem}: it reads the weight itself"
-        send_back(result, [layer.name for layer in layers], why)
-        for layer in layers:  # nothing may choose one again: no other times, no bound, no trial of the whole model
-            del layer.candidates[1:]
+        _give_up(result, [layer.name for layer in layers], problem)
+
+
+def _exact(model: nn.Module, batch: Any) -> Tensor | None:
+    """Some of its output with float tables; None without a float tensor: then only whether it runs at all counts."""
+    try:
+        return _sample(_batches.call(model, batch))
+    except ValueError:
+        return None
+
+
+def _problem(model: nn.Module, batch: Any, exact: Tensor | None) -> str:
+    """Why the model, with int8 tables, cannot do with them; empty where it can."""
+    from hwkern.calibrate import snr_db
+
+    try:
+        output = _batches.call(model, batch)
+        if exact is not None and bool(exact.isfinite().all()):
+            found = snr_db(exact, _sample(output))
+            return f"the model's output has {found:.1f} dB with it" if found < LEAST_DB else ""
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, ValueError, IndexError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        return f"the model does not run with it ({type(error).__name__}: {first[:100]})"
+    return ""
+
+
+def _give_up(result: Plan, names: Sequence[str], problem: str) -> None:
+    """They stay float for good: no other times, no bound and no trial of the whole model may choose one again."""
+    from hwkern._whole import send_back
+
+    send_back(result, names, f"{problem}: it reads the weight itself")
+    for name in names:
+        del result.layers[name].candidates[1:]
+
+
+# ---- for their bytes ------------------------------------------------------------------------------------------------
+
+
+def try_smaller(
+    result: Plan,
+    model: nn.Module,
+    batches: Sequence[Any],
+    modes: Sequence[str],
+    show: bool,
+    holds: Callable[[Plan], bool],
+) -> None:
+    """Make the tables int8 that alone are slower so, where the whole model, as planned, is not: for half of the bytes.
+
+    All of them or none: where no batch takes more than 0.5 % longer, in each mode that the model can be timed in, and
+    with policy "fastest" all of them together not longer at all. Not with "accurate". A table that shares its weight
+    with a head goes with that. ``holds``: whether the task holds with a plan that is to be taken instead of ``result``.
+    """
+    from hwkern._whole import distinct
+
+    held = set() if result.task is None else set(result.task.kept)
+    tables = {
+        layer.name: candidate
+        for layer in result.layers.values()
+        if layer.kind == "Embedding" and layer.calls and not layer.chosen and not set(layer.names) & held
+        for candidate in layer.candidates[1:]
+        if candidate.snr_db >= result.accuracy.min_snr_db
+    }
+    if not tables or result.policy == "accurate":
+        return
+    trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+    for name, candidate in tables.items():
+        trial.layers[name].chosen = trial.layers[name].candidates.index(candidate)
+    places = {name for first in tables for name in trial.layers[first].names}
+    with _both_tables(model, trial, places) as put, torch.no_grad(), evaluating(model):
+        put("float")
+        exact = _exact(model, batches[0])
+        put("int8")
+        problem = _problem(model, batches[0], exact)
+        ratios = {} if problem else _ratios(model, put, distinct(batches), modes, show)
+    if problem:
+        _give_up(result, list(tables), problem)
+        return
+    if why := _slower(trial, tables, ratios, modes) or ("" if holds(trial) else "the task does not hold with it"):
+        for name, candidate in tables.items():
+            candidate.ruled_out = why
+            result.layers[name].reason += f"; {why}"
+        return
+    most = max(max(each) for each in ratios.values())
+    for name, candidate in tables.items():
+        layer = trial.layers[name]
+        keep = layer.candidates[0]
+        candidate.ruled_out, keep.ruled_out = "", f"{candidate.name} is smaller, and the whole model is not slower"
+        layer.reason = (
+            f"{candidate.weight_bytes / keep.weight_bytes:.2f}× the bytes at {candidate.snr_db:.1f} dB; alone "
+            f"{score(candidate, keep, layer.calls):.2f}× the time, but the whole model takes {most:.3f}× at most "
+            f"({result.policy})"
+        )
+    result.layers, result.task = trial.layers, trial.task
+    if result.whole:  # timed with the float tables
+        count = f"{len(tables)} more embedding{'s' if len(tables) > 1 else ''}"
+        result.whole["text"] += f" With {count} in int8 at most {most:.3f}× that."
+
+
+def _slower(trial: Plan, tables: Iterable[str], ratios: Mapping[str, Sequence[float]], modes: Sequence[str]) -> str:
+    """In what the whole model is slower with int8 tables, or they are where it could not be timed; empty if nowhere."""
+    from hwkern._whole import TRIAL_NOISE, fast
+
+    every = [ratio for each in ratios.values() for ratio in each]
+    if not every or not fast([trial.layers[name] for name in tables], [mode for mode in modes if mode not in ratios]):
+        return "slower alone, in a way of running in which the whole model cannot be timed"
+    if max(every) > 1 + TRIAL_NOISE:
+        return f"the whole model takes up to {max(every):.3f}× the time with it"
+    if trial.policy == "fastest" and (mean := statistics.mean(every)) > 1:
+        return f"the whole model takes {mean:.3f}× the time with it (fastest)"
+    return ""
+
+
+@contextlib.contextmanager
+def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Iterator[Callable[[str], None]]:
+    """The model by the trial's recipes; what it gives puts the "int8" or the "float" tables into their places."""
+    from hwkern._back_off import _Recipes, _swapped, trial_place
+    from hwkern.patch import _put_back, _set, patch, unpatch
+
+    recipes = {name: recipe for name, recipe in trial.recipes.items() if recipe.scheme != "keep"}
+    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
+    swapped = [
+        (layer, layer.module, layer.module._original.module)
+        for layer in find_layers(model, embeddings=True)
+        if layer.names[0] in tables and isinstance(layer.module, PackedLayer) and layer.module._original is not None
+    ]
+
+    def put(kind: str) -> None:
+        for layer, int8, plain in swapped:
+            _set(layer, int8 if kind == "int8" else cast(nn.Module, plain))
+
+    try:
+        for layer, int8, plain in swapped:
+            _put_back(layer, cast(nn.Module, plain), int8)  # with its weight
+        yield put
+    finally:  # float tables that are in their places are the model's own
+        unpatch(model, include=[name for name in _swapped(model) if name in recipes])
+
+
+def _ratios(
+    model: nn.Module, put: Callable[[str], None], batches: Sequence[Any], modes: Sequence[str], show: bool
+) -> dict[str, list[float]]:
+    """Mode → time with int8 tables over time with float ones, of each batch; without "graph" where there is none."""
+    from hwkern._whole import TRIAL_NOISE, Graphs
+
+    device, graphs = _batches.device_of(model), Graphs()
+    found: dict[str, list[float]] = {}
+    with progress("Trying int8 tables", len(modes) * len(batches), show) as step:
+        for mode in modes:
+            ratios = []
+            for i, batch in enumerate(batches):
+                calls: dict[str, Callable[[], object]] = {}
+                for kind in ("float", "int8"):
+                    put(kind)
+                    if mode == "eager":
+                        calls[kind] = functools.partial(_call, model, put, kind, batch)
+                    elif (graph := graphs.of((i, kind), model, batch, device)) is not None:
+                        calls[kind] = graph.replay
+                if len(calls) < 2:
+                    break
+                samples: dict[str, list[float]] = {kind: [] for kind in calls}
+                for _ in range(READINGS):
+                    for kind, values in in_turn(calls, device.type == "cuda", SECONDS, ROUNDS).items():
+                        samples[kind] += values
+                    ratio = lower_quartile(samples["int8"]) / lower_quartile(samples["float"])
+                    if ratio <= 1 + TRIAL_NOISE:
+                        break
+                ratios.append(ratio)
+                step()
+            else:
+                found[mode] = ratios
+    return found
+
+
+def _call(model: nn.Module, put: Callable[[str], None], kind: str, batch: Any) -> None:
+    put(kind)
+    _batches.call(model, batch)

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ REST = 1.0  # behind each replay of a benchmark, in lengths of that replay: see 
 LEAST_TURNS, MOST_TURNS = 3, 200
 BALANCED_PEERS = 8  # up to so many get whole rounds of orders(); more are candidates of a search, with few turns each
 MAX_BUFFER_BYTES = 8 << 30  # rotating buffers never take more than this
+_RANDOM = random.Random(0)
 
 
 def rotations(bytes_per_call: float, l2_bytes: int, limit: int = MAX_BUFFER_BYTES) -> int:
@@ -165,6 +167,39 @@ def lower_quartile(values: Sequence[float]) -> float:
     For whole models, whose calls take milliseconds of the host: benchmarks/never_slower.py has the figures.
     """
     return statistics.quantiles(values, n=4, method="inclusive")[0]
+
+
+def in_turn(
+    calls: Mapping[str, Call], cuda: bool, seconds: float, bounds: tuple[int, int], rounds: int | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call until the device is done, in turn and in changing order.
+
+    So many ``rounds``; or as many as fill ``seconds`` for each call, within the ``bounds``.
+    """
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    wanted, turn, order = bounds[0] if rounds is None else rounds, -2, list(calls)
+    with torch.no_grad(), without_gc():
+        while turn < wanted:
+            # Drawn, because a fixed order can be in step with a beat of the host's; then backwards, so that each call
+            # is first as often as the other.
+            order = _RANDOM.sample(list(calls), len(calls)) if turn % 2 == 0 else order[::-1]
+            for name in order:
+                wait()
+                start = time.perf_counter()
+                calls[name]()
+                wait()
+                spent = time.perf_counter() - start
+                if turn >= 0:
+                    found[name].append(spent)
+                elif turn == -1 and rounds is None:  # the first round warms up, the second says how many there will be
+                    wanted = max(bounds[0], min(bounds[1], round(seconds / max(spent, 1e-6))))
+            turn += 1
+    return found
 
 
 def replay_seconds(graph: torch.cuda.CUDAGraph) -> float:

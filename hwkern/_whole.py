@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.last: Seconds | None = None
-        self._made: dict[int, torch.cuda.CUDAGraph] = {}
+        self._made: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._held: list[Tensor] = []
 
     def clear(self) -> None:
@@ -75,7 +75,7 @@ class Graphs:
         self._made.clear()
         self._held.clear()
 
-    def of(self, place: int, model: nn.Module, batch: Any, device: torch.device) -> torch.cuda.CUDAGraph | None:
+    def of(self, place: Hashable, model: nn.Module, batch: Any, device: torch.device) -> torch.cuda.CUDAGraph | None:
         """The graph of one call; None for a model that no graph can hold."""
         if place not in self._made:
             made = _graph(model, batch, device, next(iter(self._made.values()), None))
@@ -100,7 +100,7 @@ def check_whole(
 
     ``holds``: whether the task holds with a plan that is to be taken instead of ``result``.
     """
-    some = _distinct(batches)
+    some = distinct(batches)
     graphs = Graphs()
     with progress("Timing the whole model", len(SUSPECTS) + 2, show) as step:
         found: list[tuple[float, Plan, Reading]] = []
@@ -108,7 +108,7 @@ def check_whole(
             for trial in alternatives:
                 reading = _compared(model, trial, some, modes, graphs, most=1 - LEAST_GAIN)
                 unread = [mode for mode in modes if mode not in reading[0]]
-                never_slower = _worst(reading) <= 1 + TRIAL_NOISE and _fast(trial, unread)
+                never_slower = _worst(reading) <= 1 + TRIAL_NOISE and fast(trial.layers.values(), unread)
                 if (
                     never_slower
                     and _mean(reading) <= 1 - LEAST_GAIN
@@ -291,11 +291,11 @@ def _in_a_graph(layer: PlannedLayer, result: Plan) -> Candidate:
     return plain[alone.index(chosen)]
 
 
-def _fast(trial: Plan, modes: Sequence[str]) -> bool:
+def fast(layers: Iterable[PlannedLayer], modes: Sequence[str]) -> bool:
     """Whether no layer alone is slower in these modes, in which the whole model could not be timed."""
     return all(
         layer.choice.us[mode][m] <= layer.candidates[0].us[mode][m] * (1 + LAYER_NOISE)
-        for layer in trial.layers.values()
+        for layer in layers
         for mode in modes
         for m in layer.calls
     )
@@ -450,7 +450,7 @@ def _graph(
     return graph
 
 
-def _distinct(batches: Sequence[Any]) -> list[Any]:
+def distinct(batches: Sequence[Any]) -> list[Any]:
     """The first batch of each shape, four at most."""
     found: dict[str, Any] = {}
     for batch in batches:

@@ -441,12 +441,14 @@ def plan(
             them), or "any": slower in neither.
         metric: with ``accuracy.max_metric_drop``: layers go back to float until the task's own figure holds.
         include, exclude: as in :func:`hwkern.patch`.
-        verify: time the whole model with and without the plan at the end, and drop what does not pay.
+        verify: time the whole model with and without the plan at the end, drop what does not pay, and try there what
+            only the whole model can tell.
         save: keep the measured times in the user's cache folder.
         show: progress bars on stderr.
         embeddings: plan them too: a table becomes int8 for the memory where its rows hold the bound and looking them up
-            is not slower (not with policy "accurate"). One that shares its weight with the output head is planned with
-            it, as one layer; where it is kept, so is the head. False leaves both alone.
+            is not slower, or the whole model is not (with ``verify``; not with policy "accurate"). One that shares its
+            weight with the output head is planned with it, as one layer; where it is kept, so is the head. False leaves
+            both alone.
 
     Raises:
         ValueError: batches that are empty or ragged, a metric that returns NaN, options that cannot be.

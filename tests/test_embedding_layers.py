@@ -17,7 +17,7 @@ from test_patch import Snapshot, reasons, statuses
 from torch import nn
 
 import hwkern
-from hwkern import cli, ops, reference
+from hwkern import _tables, _whole, cli, ops, reference
 from hwkern._choose import POLICIES, Candidate, choose
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
@@ -620,6 +620,197 @@ def test_a_table_that_the_model_reads_is_not_chosen_later_either(
         found.decide()
         assert found.layers["embed"].choice.name == "keep"
         assert "it reads the weight itself" in found.layers["embed"].reason
+
+
+# ---- tables that are slower alone, in the whole model ---------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invented times of layers alone: int8 takes half of a float layer's time, of the head's three times as long, and
+    an int8 lookup 1.2 of a float one's. The whole model's are the same with every plan."""
+
+    def measure(self: Clock, shape: Shape, m: int, timings: Any) -> None:
+        int8 = 12.0 if shape.kind == "Embedding" else 30.0 if shape.n == ROWS else 5.0
+        for timing in timings:
+            for mode in self.modes:
+                self._known[self._key(shape, m, timing, mode)] = (10.0 if timing == "keep" else int8) * m
+
+    monkeypatch.setattr(Clock, "measure", measure)
+    monkeypatch.setattr(_whole, "seconds", lambda *_: {"eager": [1.0]})
+
+
+class Turns:
+    """Stands in for ``_timing.in_turn``: the calls run, but how long they take is said beforehand.
+
+    Attributes:
+        ratios: of the readings, one after the other; the last one stays.
+        seen: what kind of table each call of the last reading met.
+    """
+
+    def __init__(self, *ratios: float) -> None:
+        self.ratios, self.readings = list(ratios), 0
+        self.model: Any = None
+        self.seen: dict[str, str] = {}
+
+    def __call__(self, calls: dict[str, Any], *_: Any) -> dict[str, list[float]]:
+        ratio = self.ratios[min(self.readings, len(self.ratios) - 1)]
+        self.readings += 1
+        for kind, call in calls.items():
+            call()
+            self.seen[kind] = type(self.model.embed).__name__ if self.model is not None else ""
+        return {"float": [1.0] * 5, "int8": [ratio] * 5}
+
+
+def tried(turns: Turns, model: nn.Module, ids: torch.Tensor, **options: Any) -> Any:
+    turns.model = model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_tables, "in_turn", turns)
+        return hwkern.plan(model, [(ids,), (ids[:, :3],)], save=False, show=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "taken", "readings"),
+    [
+        ([1.0], True, 2),  # one of each of the two batches
+        ([1.004], True, 2),
+        ([1.02, 1.0, 1.004], True, 3),  # the first batch twice: half of its calls are as fast
+        ([1.006], False, 8),  # each batch as often as it may be
+        ([1.0, 1.006], False, 5),
+    ],
+)
+def test_a_table_that_is_slower_alone_is_taken_where_the_whole_model_is_not(
+    ids: torch.Tensor, slow_tables: None, ratios: list[float], taken: bool, readings: int
+) -> None:
+    model, turns = Net().eval(), Turns(*ratios)
+    before = Snapshot(model)
+    plan = tried(turns, model, ids)
+    before.assert_same(model)
+    assert turns.seen == {"float": "Embedding", "int8": "Int8Embedding"}
+    assert turns.readings == readings
+    table = plan.layers["embed"]
+    assert table.choice.name == ("int8" if taken else "keep")
+    said = plan.explain("embed")
+    if taken:
+        assert f"1.20× the time, but the whole model takes {max(ratios[-1], 1.0):.3f}× at most (balanced)" in said
+        assert "int8 is smaller, and the whole model is not slower" in said
+        assert "With 1 more embedding in int8 at most" in str(plan)
+        hwkern.patch(model, plan=plan)
+        assert isinstance(model.embed, Int8Embedding)
+        assert isinstance(model.body, Int8Linear)
+    else:
+        assert "int8 takes 1.20× the time" in said  # why it was not taken at once
+        assert "; the whole model takes up to 1.006× the time with it" in said
+    assert hwkern.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).recipes == plan.recipes
+
+
+def test_policies_bounds_and_ties_hold_for_the_trial_too(ids: torch.Tensor, slow_tables: None) -> None:
+    def kept(ratio: float = 0.9, tied: bool = False, **options: Any) -> tuple[bool, int]:
+        turns = Turns(ratio)
+        plan = tried(turns, Net(tied).eval(), ids, **options)
+        return plan.layers["embed"].choice.name == "keep", turns.readings
+
+    assert kept() == (False, 2)
+    assert kept(policy="smallest") == (False, 2)
+    assert kept(policy="fastest") == (False, 2)
+    assert kept(1.002) == (False, 2)
+    assert kept(1.002, policy="fastest") == (True, 2)  # within the noise, and not faster
+    for options in (
+        {"policy": "accurate"},
+        {"accuracy": hwkern.Accuracy(min_snr_db=45)},
+        {"verify": False},
+        {"accuracy": hwkern.Accuracy(max_metric_drop=0.1), "metric": in_int8},
+        {"tied": True},  # a float head's table
+    ):
+        assert kept(**options) == (True, 2 * ("metric" in options)), options
+
+
+def test_a_table_that_the_task_sent_back_is_not_tried(
+    monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, fast_tables: list[tuple[Shape, int]]
+) -> None:
+    monkeypatch.setattr(_whole, "seconds", lambda *_: {"eager": [1.0]})
+    turns = Turns(1.0)
+    bound = hwkern.Accuracy(max_metric_drop=0.1)
+    table = tried(turns, Net().eval(), ids, accuracy=bound, metric=in_int8).layers["embed"]
+    assert (table.choice.name, table.reason) == ("keep", "back to float for the in_int8's sake")
+    assert turns.readings == 0
+
+
+def in_int8(model: nn.Module, batches: Any) -> float:
+    """A task that int8 tables, and nothing else, make worse."""
+    return 0.0 if any(isinstance(module, Int8Embedding) for module in model.modules()) else 1.0
+
+
+def test_a_trial_of_tables_leaves_the_model_as_it_was_whatever_happens(ids: torch.Tensor, slow_tables: None) -> None:
+    class Stops(Turns):
+        def __call__(self, calls: dict[str, Any], *_: Any) -> dict[str, list[float]]:
+            calls["float"]()
+            raise KeyboardInterrupt
+
+    model = Net().eval()
+    before = Snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        tried(Stops(), model, ids)
+    before.assert_same(model)
+    for kind, sentence in ((ReadsItsTable, "the model does not run with it"), (CastsToItsTable, "output has")):
+        reader = kind().eval()
+        turns, before = Turns(1.0), Snapshot(reader)
+        table = tried(turns, reader, ids).layers["embed"]
+        before.assert_same(reader)
+        assert turns.readings == 0
+        assert sentence in table.reason
+        assert [candidate.name for candidate in table.candidates] == ["keep"]
+
+
+def test_a_table_in_several_places_is_tried_in_all_of_them(ids: torch.Tensor, slow_tables: None) -> None:
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Embedding(ROWS, WIDTH)
+            self.second.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            places.append((type(self.embed).__name__, type(self.second).__name__))
+            return super().forward(ids) + self.second(ids).sum()
+
+    places: list[tuple[str, str]] = []
+    model = Twice().eval()
+    plan = tried(Turns(1.0), model, ids)
+    assert set(places) == {("Embedding", "Embedding"), ("Int8Embedding", "Int8Embedding")}
+    assert plan.layers["embed"].names == ("embed", "second")
+    hwkern.patch(model, plan=plan)
+    assert model.embed.weight is model.second.weight
+
+
+@pytest.mark.parametrize(("graph", "captured", "taken"), [(1.0, True, True), (1.02, True, False), (1.0, False, False)])
+def test_tables_are_tried_in_every_way_of_running(
+    monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, slow_tables: None, graph: float, captured: bool, taken: bool
+) -> None:
+    """In graphs too; where the model cannot be captured, no lookup alone may be slower in one."""
+    made = []
+
+    class Graph:
+        def replay(self) -> None:
+            made.append("replay")
+
+    class ByMode(Turns):
+        def __call__(self, calls: dict[str, Any], *rest: Any) -> dict[str, list[float]]:
+            self.ratios = [graph if hasattr(calls["int8"], "__self__") else 1.0]
+            return super().__call__(calls, *rest)
+
+    def of(self: Any, place: Any, model: Any, batch: Any, device: Any) -> Graph | None:
+        made.append((place[1], type(model.embed).__name__))
+        return Graph() if captured else None
+
+    monkeypatch.setattr("hwkern._measure.modes_of", lambda device, mode="any": ("eager", "graph"))
+    monkeypatch.setattr(_whole.Graphs, "of", of)
+    plan = tried(ByMode(), Net().eval(), ids)
+    assert (plan.layers["embed"].choice.name == "int8") == taken
+    assert made[0] == ("float", "Embedding")
+    if captured:
+        assert ("int8", "Int8Embedding") in made
+    else:
+        assert "in which the whole model cannot be timed" in plan.explain("embed")
 
 
 def test_the_command_line_decides_about_tables(

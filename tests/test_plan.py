@@ -18,7 +18,7 @@ from test_patch import Snapshot
 from torch import nn
 
 import hwkern
-from hwkern import _choose, _measure, _timing, _whole, metrics
+from hwkern import _choose, _measure, _tables, _timing, _whole, metrics
 from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
@@ -770,18 +770,20 @@ def test_trials_of_the_whole_model_leave_no_trace_in_it(device: Device, monkeypa
     """Not in the modules, nor in what they hold, nor in how their tensors lie in memory: the very model comes back."""
     model = bert()
     original = copy.deepcopy(model)
-    tried = []
+    tried: list[Any] = []
 
     def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
         tried.append(sum(isinstance(module, Int8Linear) for module in model.modules()))
         return {"eager": [1.2 if tried[-1] else 1.0]}
 
     monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_tables, "in_turn", lambda *_: tried.append("tables") or {"float": [1.0] * 5, "int8": [2.0] * 5})
     monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
         (name, mode): 10.0 if name == "keep" else 11.0 for name in names for mode in modes
     })  # fmt: skip
     found = hwkern.plan(model, IDS, show=False, save=False)
-    assert max(tried) == 7
+    assert tried.count("tables") == _tables.READINGS
+    assert max(each for each in tried if each != "tables") == 7
     assert not hwkern.patch(model, plan=found).swapped
     del model.__dict__["_hwkern_plan"]
     for (name, before), (_, after) in zip(original.named_modules(), model.named_modules(), strict=True):

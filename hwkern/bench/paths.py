@@ -247,7 +247,7 @@ DEFAULT_PATHS = (
     "fp32", "tf32", "fp16", "bf16", "dynamic-fbgemm", "dynamic-onednn", "bitsandbytes", "hwkern-patch", "hwkern-plan",
     "fp16+graph", "bf16+graph", "hwkern-patch+graph", "hwkern-plan+graph", "trt-fp16", "trt-hwkern", "trt-fp32",
     "trt-int8", "bf16+compile", "bf16+compile+graph", "hwkern-plan+compile", "hwkern-plan+compile+graph",
-    "torchao-int8+compile", "torchao-fp8+compile",
+    "torchao-int8+compile", "torchao-fp8+compile", "torchao-fp8+compile+graph",
 )  # fmt: skip
 
 
