@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 #: 40 dB; what falls below this reads the table's weight, or its dtype, somewhere beside calling it.
 LEAST_DB = 10.0
 ROWS = 64  # of the output, some more at most
-#: The model is timed with tables of both kinds in turn, call by call: seconds of each kind for all batches together, and
-#: calls for each.
+#: The model is timed with tables of both kinds in turn, call by call: so many seconds of each for all
+#: batches, and so many calls of a batch.
 SECONDS, ROUNDS = 0.24, (3, 160)
 #: So many such readings, and the second number where int8 tables seem to take longer; all calls count together. One
 #: reading's mean ratio scatters by some 0.7 % in eager calls from a busy host, by 0.1 % in graphs (H100).
