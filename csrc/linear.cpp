@@ -38,9 +38,12 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
 
   Device device;
   if (const Status status = current_device(&device); !status.ok()) return status;
-  if (config_id == kChoose && may_take_one_launch(p)) config_id = remembered<linear_choose>(p.m, p.n, p.k, device);
+  if (config_id == kChoose)
+    config_id = may_take_one_launch(p) ? remembered<linear_choose>(p.m, p.n, p.k, device)
+                                       : remembered<gemm_choose>(p.m, p.n, p.k, device, /*b_is_constant=*/true);
+  const GemmConfig* config = gemm_config(config_id);
   bool beside = false;  // a GEMM of the linear's own, beside quantize
-  if (const GemmConfig* config = gemm_config(config_id); config && config->scheme == Scheme::kW8A8Linear) {
+  if (config && config->scheme == Scheme::kW8A8Linear) {
     if (const Status status = validate_quantize(quantize); !status.ok()) return status;
     if (const Status status = validate_gemm(product); !status.ok()) return status;
     if (p.k > config->max_k)
@@ -52,7 +55,8 @@ Status linear(const Linear& p, int config_id, void* workspace, size_t workspace_
     if (!beside) return launch_linear_sm90(p, *config, device.sm_count, stream);
   }
 
-  const Status status = quantize_per_token(quantize, /*release_early=*/p.weight_is_constant, stream);
+  const bool release_early = p.weight_is_constant && !(config && linear_product_waits(*config, p.m, p.n, p.k, device));
+  const Status status = quantize_per_token(quantize, release_early, stream);
   if (!status.ok()) return status;
   if (beside) return launch_linear_beside_sm90(product, config_id, device.sm_count, stream);
   product.b_is_constant = true;  // the kernel before the GEMM is quantize's; before that one: weight_is_constant

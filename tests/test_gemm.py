@@ -260,6 +260,17 @@ def test_the_cost_model_prefers_small_tiles_for_few_rows_and_large_ones_for_many
     assert chosen(8192)["block_m"] * chosen(8192)["block_n"] >= 128 * 128
 
 
+def test_few_rows_get_what_was_measured_to_be_fast_on_an_h100():
+    """Persistent blocks where each has several tiles; for constant weights, times with scales that come from memory."""
+    choose = _native.extension().gemm_choose
+    h100 = (132, 90, 232448)
+    assert [choose(m, 28672, 4096, *h100, True) for m in (1, 32, 64, 128)] == [254, 254, 250, 256]
+    assert [choose(m, 28672, 4096, *h100, False) for m in (1, 32, 64)] == [215, 209, 209]
+    for n, k in ((4096, 4096), (6144, 4096), (4096, 14336)):
+        assert [choose(m, n, k, *h100, True) for m in (32, 64)] == [217, 217]
+    assert choose(32, 4096, 4096, *h100, False) == 206
+
+
 def test_a_gpu_with_little_shared_memory_gets_a_config_that_fits():
     """99 KB a block: compute capability 8.6, 8.9 and 12.0."""
     native = _native.extension()

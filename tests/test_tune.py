@@ -266,8 +266,8 @@ def test_explain_shows_measured_times_and_what_they_mean(machine):
 
 def test_a_layer_is_measured_apart_from_its_product(machine):
     """4096×768×768: the model lets one launch quantize; say that here another one-launch config is the faster."""
-    assert tune_module.model_choice(4096, 768, 768, GPU, "bfloat16", LAYER) == 403
-    times = {(401, LAYER): 4.0, (403, LAYER): 5.0, (second_best(4096, 768, 768), PRODUCT): 5.0}
+    assert tune_module.model_choice(4096, 768, 768, GPU, "bfloat16", LAYER) == 406
+    times = {(401, LAYER): 4.0, (406, LAYER): 5.0, (second_best(4096, 768, 768), PRODUCT): 5.0}
     machine(lambda config, kind: times.get((config, kind), 10.0))
     found = tune([(768, 768)], m=[4096], show=False)
     assert {(step.kind, step.config) for step in found.steps} == {
@@ -278,11 +278,11 @@ def test_a_layer_is_measured_apart_from_its_product(machine):
     assert _choice.config_for(0, 4000, 768, 768, torch.bfloat16) == second_best(4096, 768, 768)
     explained = explain(4096, 768, 768)
     assert (explained.chosen, explained.layer_chosen) == (second_best(4096, 768, 768), 401)
-    assert {c.id: c.layer_us for c in explained.candidates if c.id in (401, 403)} == {401: 4.0, 403: 5.0}
+    assert {c.id: c.layer_us for c in explained.candidates if c.id in (401, 406)} == {401: 4.0, 406: 5.0}
     assert all(c.measured_us is None for c in explained.candidates if c.id >= 401)
     assert "⇒ 401" in str(explained)
     _choice.tuned.clear()  # as in a new process
-    assert "403 was" not in explain(4096, 768, 768).layer_reason
+    assert "406 was" not in explain(4096, 768, 768).layer_reason
     assert "config 401 was measured 25.0% faster" in explain(4096, 768, 768).layer_reason
     use_tuned()
     assert _choice.config_for(0, 4000, 768, 768, torch.bfloat16, LAYER) == 401

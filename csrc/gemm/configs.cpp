@@ -35,22 +35,22 @@ constexpr int kAnyNewer = 999;
              sm90_shared_bytes(BN, STAGES, PINGPONG, BOXES),                   \
              1},
 // ROWS of B are BLOCK_N of the table, TOKENS of A its BLOCK_M.
-#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, RELEASE) \
-  GemmConfig{ID,                                                                \
-             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES,            \
-             90,                                                                \
-             90,                                                                \
-             TOKENS,                                                            \
-             ROWS,                                                              \
-             kSm90BlockK,                                                       \
-             1,                                                                 \
-             ROWS / 16,                                                         \
-             1,                                                                 \
-             STAGES,                                                            \
-             1,                                                                 \
-             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS),      \
-             BLOCKS,                                                            \
-             Scheme::kW8A8,                                                     \
+#define HWKERN_SM90_SPLIT_ROW(ID, ROWS, TOKENS, SPLIT, STAGES, BLOCKS, RELEASE, PERSISTENT) \
+  GemmConfig{ID,                                                                            \
+             "sm90_" #TOKENS "x" #ROWS "x128_k" #SPLIT "_s" #STAGES,                        \
+             90,                                                                            \
+             90,                                                                            \
+             TOKENS,                                                                        \
+             ROWS,                                                                          \
+             kSm90BlockK,                                                                   \
+             1,                                                                             \
+             ROWS / 16,                                                                     \
+             1,                                                                             \
+             STAGES,                                                                        \
+             1,                                                                             \
+             sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS, PERSISTENT),      \
+             BLOCKS,                                                                        \
+             Scheme::kW8A8,                                                                 \
              SPLIT},
 // A cluster or the copy engine needs Hopper or newer.
 #define HWKERN_W8A16_ROW(ID, BM, BN, WN, WK, STAGES, X_STAGES, TMA, CLUSTER, BLOCKS) \
@@ -118,13 +118,14 @@ constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
 // What was timed of the split-K rows, and the model fitted to: at most four tiles of few tokens, and none mostly empty; two
 // rounds of blocks, and one for more than 512 tokens, where tiles of more than 224 were left out; rows from 230 on with
-// large matrices alone.
+// large matrices alone; persistent ones where blocks have several tiles.
 bool split_fits(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device) {
   if (config.block_m < 64 && m > 4 * config.block_m) return false;
   if (5 * config.block_m > 13 * std::max<int64_t>(m, 24)) return false;
-  if (config.id >= 230 && n * k < int64_t{8} << 20) return false;
+  if (config.id >= 230 && !is_large(n, k)) return false;
   const int64_t blocks = ceil_div(m, config.block_m) * ceil_div(n, config.block_n) * config.split_k;
   const int64_t slots = int64_t{device.sm_count} * config.blocks_per_sm;
+  if (sm90_split_persistent(config.id) && (blocks <= slots || m > 512)) return false;
   return m <= 512 ? blocks <= 2 * slots : blocks <= slots && config.block_m <= 224;
 }
 

@@ -85,19 +85,22 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   return kFixedUs + kShortUs / double(k) + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
 }
 
-// What a split-K row takes more than the formula below says, fitted with its constants.
+// What a split-K row takes more than the formula below says, fitted with its constants; and what still where B is constant and
+// large, by times with scales that come from memory: beside scales in L2 206 took 6.8 µs at 32×4096×4096, and takes 8.3.
 constexpr struct {
   int id;
-  double us;
-} kSplitRowUs[] = {{201, -0.91}, {206, -0.95}, {209, -0.91}, {215, -1.38}, {217, -0.49}, {218, 0.13}, {219, -1.11},
-                   {222, -0.37}, {223, -0.11}, {224, 0.52},  {225, -0.19}, {227, 0.54},  {228, 1.07}, {230, -0.18},
-                   {231, -0.22}, {232, 0.13},  {233, -0.37}, {234, -0.44}, {235, -0.70}, {236, 0.95}, {237, -0.36},
-                   {238, -0.21}, {239, -0.22}, {240, -0.19}, {241, 0.09},  {242, 0.07},  {243, 0.21}, {245, -0.44},
-                   {246, -0.77}, {247, -1.00}, {248, 1.04},  {249, -0.80}};
+  double us, constant_us = 0;
+} kSplitRowUs[] = {{201, -0.91, -0.3}, {206, -0.95, 0.7}, {209, -0.91},     {215, -1.38},      {217, -0.49, -0.45},
+                   {218, 0.13},        {219, -1.11},      {222, -0.37},     {223, -0.11},      {224, 0.52},
+                   {225, -0.19},       {227, 0.54},       {228, 1.07},      {230, -0.18},      {231, -0.22},
+                   {232, 0.38, -0.25}, {233, -0.37},      {234, -0.44},     {235, -0.70},      {236, 0.95},
+                   {237, -0.36},       {238, -0.21},      {239, -0.22},     {240, -0.19},      {241, 0.09},
+                   {242, 0.07},        {243, 0.21},       {245, -0.44},     {246, -0.77, 0.4}, {247, -1.00},
+                   {248, 1.04},        {249, -0.80, 0.6}, {250, 1.6, -1.6}, {254, 1.5, -3.2},  {256, 1.6}};
 
-double split_row_us(int id) {
+double split_row_us(int id, bool large_constant) {
   for (const auto& row : kSplitRowUs)
-    if (row.id == id) return row.us;
+    if (row.id == id) return row.us + (large_constant ? row.constant_us : 0);
   return 0;
 }
 
@@ -137,7 +140,9 @@ double predict_split(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   const double waiting_us = b_is_constant ? 0 : next_fits ? kWait * first_us : partly_us;
   const double busy = std::min(1.0, double(blocks) / device.sm_count);
   const double tiles_us = tiles_m == 1 ? 0 : busy * (c.split_k > 1 ? kSplitTokenTilesUs : kTokenTilesUs);
-  return kFixedUs + stream_us + out_us + kRoundUs * (rounds - 1) + waiting_us + tiles_us + split_row_us(c.id);
+  const double rounds_us = sm90_split_persistent(c.id) ? 0 : kRoundUs * (rounds - 1);
+  return kFixedUs + stream_us + out_us + rounds_us + waiting_us + tiles_us +
+         split_row_us(c.id, b_is_constant && is_large(n, k));
 }
 
 }  // namespace
@@ -159,12 +164,12 @@ int linear_sm90_groups(const GemmConfig& c, int64_t m, int64_t n, int sm_count) 
 //   400   64 × 64     128×3072×768 4.8 / 5.2, 256×1536×384 4.0 / 4.5, 512×384×384 3.9 / 4.2; but with fewer than 24 blocks,
 //                     64×768×768, 4.3 / 3.8, and with more than one an SM, 256×3072×768, 6.1 / 5.6
 //                     and at 512×768×768, 5.0 / 4.8
-//   401   128 × 128   4096×3072×768 24.6 / 25.5; but with 384 columns a block, 2048×3072×768,
+//   401   128 × 128   4096×3072×768 24.0 / 26.6; but with 384 columns a block, 2048×3072×768,
 //                     15.9 / 14.0, with 576, 4096×2304×768, 21.7 / 20.0, and with 96 blocks, 3000×3072×768, 23.8 / 21.5
-//   403   64 × 128    384 columns a block, 4096×768×768 11.2 / 11.4; but with 256 columns, 2048×768×768, 8.4 / 7.1, with 768,
-//                     2048×3072×768, 16.0 / 14.9, and where rows are few, 1024×3072×768, 10.5 / 9.7
+//   406   64 × 192    384 columns a block, 4096×768×768 10.8 / 12.0; but with 192 columns, 2048×768×768, 8.4 / 7.4, with 768,
+//                     2048×3072×768, 16.5 / 15.5, and where rows are few, 1024×3072×768, 11.3 / 10.0
 static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& device) {
-  const GemmConfig &small = *gemm_config(400), &square = *gemm_config(401), &low = *gemm_config(403);
+  const GemmConfig &small = *gemm_config(400), &square = *gemm_config(401), &low = *gemm_config(406);
   if (m < small.block_m || m > 8192 || n < 1 || k < 1 || k > small.max_k || !gemm_runs_on(square, device)) return -1;
   if (m <= 512) {
     const int64_t blocks = ceil_div(m, small.block_m) * ceil_div(n, small.block_n);
@@ -182,10 +187,18 @@ static int choose_one_launch(int64_t m, int64_t n, int64_t k, const Device& devi
   return m > 1024 && columns(low) == 384 ? low.id : -1;
 }
 
+// Whether the blocks are at most one an SM, and are so on most of the SMs.
+static bool fills_one_wave(const GemmConfig& c, int64_t m, int64_t n, const Device& device) {
+  const int64_t blocks = ceil_div(m, c.block_m) * ceil_div(n, c.block_n) * c.split_k;
+  return gemm_runs_on(c, device) && blocks <= device.sm_count && 10 * blocks >= 7 * device.sm_count;
+}
+
 // The GEMM after quantize: gemm_choose's, but where tiles of 128 tokens are one wave of blocks for most of the SMs, they
 // were faster in a layer, and where few columns leave tiles of two widths little to gain, consumers that share a tile were.
 // Those / gemm_choose's, µs: 222 / 209 1024×768×768 5.7 / 6.1, 223 / 225 512×3072×768 7.1 / 7.6, 223 / 228 2048×768×3072
-// 16.8 / 17.6, 106 / 107 4096×768×3072 28.9 / 30.2. The GEMMs that start beside quantize:
+// 16.8 / 17.6, 106 / 107 4096×768×3072 28.9 / 30.2. So were blocks that have an SM alone instead of two an SM, which may start
+// late (linear_product_waits), 230 / 209 512×768×768 4.9 / 5.1, 234 / 219 512×2304×768 6.5 / 7.0, and fewer blocks of 128 tokens
+// split in two, 232 / 217 512×768×3072 8.9 / 9.3. The GEMMs that start beside quantize:
 //   410   128 × 128   1024×3072×768 9.7 / 10.5 (106), 2048×768×3072 16.4 / 17.0 (223); but 1024×2304×768 9.4 / 9.0 (225),
 //                     2048×768×768 7.9 / 7.1 (219), 4096×768×768 11.8 / 11.4 (106), 2048×3072×768 15.6 / 14.9 (108)
 //   411   128 × 192   one wave of blocks and a long K, 4096×768×3072 26.8 / 27.5 (106); but 4096×2304×768 21.4 / 20.6 (108),
@@ -195,15 +208,32 @@ static int choose_after_quantize(int64_t m, int64_t n, int64_t k, const Device& 
   if (m < 512 || n > 3072 || k <= 640 || k > 3072) return id;
   if (id == 107 && n <= 768) return k > 2048 && ceil_div(m, 128) * ceil_div(n, 192) <= device.sm_count ? 411 : 106;
   if ((id == 106 && m <= 1024) || (id == 223 && m >= 2048 && k > 2048)) return 410;
-  const GemmConfig* other = gemm_config(id == 209 ? 222 : id == 104 || id == 225 || id == 228 ? 223 : -1);
-  if (!other || !gemm_runs_on(*other, device)) return id;
-  const int64_t blocks = ceil_div(m, other->block_m) * ceil_div(n, other->block_n);
-  return blocks <= device.sm_count && 10 * blocks >= 7 * device.sm_count ? other->id : id;
+  auto is_wave = [&](int other) { return fills_one_wave(*gemm_config(other), m, n, device); };
+  if (id == 209) return is_wave(222) ? 222 : is_wave(230) ? 230 : id;
+  if (id == 217 && k > 2048) return is_wave(232) ? 232 : id;
+  if (id == 219 && m <= 512) return is_wave(234) ? 234 : id;
+  return (id == 104 || id == 225 || id == 228) && is_wave(223) ? 223 : id;
 }
 
 int linear_choose(int64_t m, int64_t n, int64_t k, const Device& device) {
   const int one_launch = choose_one_launch(m, n, k, device);
   return one_launch >= 0 ? one_launch : choose_after_quantize(m, n, k, device);
+}
+
+// Measured with constant weights, started late / early, µs. One block an SM for most of them, K not split, is better
+// started late:
+//   223   512×3072×768 7.4 / 7.7, 256×6144×4096 17.7 / 18.1, 512×4096×4096 19.3 / 19.4
+//   225   1024×2304×768 8.6 / 9.2
+//   230   512×768×768 4.9 / 5.1
+//   234   512×2304×768 6.5 / 7.1
+//   222   1024×768×3072 11.7 / 12.1, 256×4096×4096 12.8 / 13.0; but with 48 blocks, 512×768×768, 5.2 / 5.1, and in two
+//         rounds, 2048×768×768, 10.6 / 10.4
+// and so is the GEMM of few rows of a very long K, 4096×14336: M = 1 23.0 / 24.1, M = 16 24.6 / 26.4, M = 64 25.6 / 25.7. Others
+// are not: 217 64×4096×4096 10.7 / 8.8, 512×768×3072 9.7 / 9.3, 219 2048×768×768 8.6 / 7.4, 410 1024×3072×768 10.9 / 10.0.
+bool linear_product_waits(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const Device& device) {
+  if (!is_sm90_split(c.id)) return false;
+  if (m <= 64 && k > 8192) return true;
+  return m >= 256 && c.split_k == 1 && c.blocks_per_sm == 1 && fills_one_wave(c, m, n, device);
 }
 
 double gemm_predict_us(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device,

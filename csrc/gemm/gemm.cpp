@@ -55,7 +55,7 @@ Status gemm(const Gemm& p, int config_id, Stream stream) {
   if (!gemm_runs_on(*config, device))
     return {StatusCode::kUnsupportedDevice,
             "gemm: this config is for another GPU: see its compute capabilities and shared memory"};
-  if (is_sm90_split(config_id)) return launch_gemm_sm90_split(p, config_id, stream);
+  if (is_sm90_split(config_id)) return launch_gemm_sm90_split(p, config_id, device.sm_count, stream);
   return config_id >= kFirstSm90Id ? launch_gemm_sm90(p, config_id, device.sm_count, stream)
                                    : launch_gemm_sm80(p, config_id, device.compute, stream);
 }

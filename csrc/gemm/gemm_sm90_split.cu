@@ -12,8 +12,12 @@
 //                   straight from registers and adds what it is sent to its own; laid out by token in shared memory, they
 //                   are finished with 16-byte stores along N.
 //
+// Blocks of a row that is PERSISTENT take tile after tile: weights of the next one stream while the last one is finished.
+//
 // What bounds it is bytes in flight: 3 TB/s × 1.5 µs of loaded latency are 4.5 MB, 34 KB an SM; the rings hold 48 KB and
 // more of weights.
+#include <algorithm>
+
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue.cuh"
@@ -35,11 +39,12 @@ constexpr int MMA_K = 32, BLOCK_K = kSm90BlockK;
 constexpr int SLAB_ROWS = 16;  // rows of B that one warp of a warpgroup accumulates
 constexpr int VECTOR = 8;  // outputs of one token that one thread finishes at a time
 
-template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, int RELEASE_>
+template <int ROWS_, int TOKENS_, int SPLIT_, int STAGES_, int BLOCKS_, int RELEASE_, bool PERSISTENT_>
 struct Config {
   static constexpr int ROWS = ROWS_, TOKENS = TOKENS_, SPLIT = SPLIT_;
   static constexpr int STAGES = STAGES_, BLOCKS_PER_SM = BLOCKS_;
   static constexpr int RELEASE = RELEASE_;
+  static constexpr bool PERSISTENT = PERSISTENT_;
   static constexpr int CONSUMERS = ROWS / 64, WARPS = CONSUMERS * 4, CONSUMER_THREADS = WARPS * 32;
   // A wgmma and a box of the copy engine take at most 256 tokens: more are two of half the width.
   static constexpr int MMAS = TOKENS > 256 ? 2 : 1, MMA_N = TOKENS / MMAS;
@@ -57,19 +62,21 @@ struct Config {
   static constexpr int PART_EIGHTS = PART_TOKENS / 8;
   static constexpr int PIECE_BYTES = PART_TOKENS * SLAB_ROWS * 4;
 
-  static constexpr int STAGING_BYTES = ROWS * TOKENS * 4;  // over the ring, when it is done
+  // The block's own sums: over the ring when it is done, or beside it.
+  static constexpr int STAGING_BYTES = ROWS * TOKENS * 4, STAGING = PERSISTENT ? RING_BYTES : 0;
   static constexpr int RECEIVE_BYTES = sm90_split_receive_bytes(ROWS, TOKENS, SPLIT);
-  static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
+  static constexpr bool OWN_RECEIVE = sm90_split_own_receive(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, PERSISTENT);
   static constexpr int RECEIVE =
       OWN_RECEIVE ? (RING_BYTES > STAGING_BYTES ? RING_BYTES : STAGING_BYTES) : STAGING_BYTES;
   static constexpr int TERMS =
-      sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);  // offset of the scales
+      sm90_split_data_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, PERSISTENT);  // offset of the scales
   static constexpr int BARRIERS = TERMS + TOKENS * 4 + ROWS * kColumnTermBytes;
-  static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM);
+  static constexpr int SHARED_BYTES = sm90_split_shared_bytes(ROWS, TOKENS, SPLIT, STAGES, BLOCKS_PER_SM, PERSISTENT);
 
   static_assert(RELEASE > 0, "a block that never says so holds the next launch back until it ends");
   static_assert(ROWS % 64 == 0 && TOKENS % (8 * MMAS) == 0 && TOKENS <= 384);
   static_assert(WARPS % SPLIT == 0 && SPLIT <= 8);
+  static_assert(!PERSISTENT || (SPLIT == 1 && !WIDE));
   static_assert(!WIDE || (CONSUMERS == 2 && SPLIT == 1 && BLOCKS_PER_SM == 1));
   static_assert(RECEIVE_BYTES == (SPLIT - 1) * PART_SLABS * PIECE_BYTES);
   static_assert(CONSUMER_THREADS % (8 * PART_SLABS) == 0, "a thread keeps its columns from token to token");
@@ -80,7 +87,12 @@ struct Params {
   Boxes weights, tokens;
   Gemm gemm;
   int tile_tokens, box_tokens;  // of a token tile, and of each box of one: all but the last have as many
-  int tiles_m, k_tiles;
+  int tiles_m, tiles, k_tiles;
+};
+
+// The first row and token of a tile, and how many there are of both: the last tile's boxes end with the matrices.
+struct Tile {
+  int row0, token0, rows, tokens;
 };
 
 // Where the sum of (token, row) of a warp's slab lies, in words. The exclusive-or stays inside two tokens' 128 bytes and
@@ -165,12 +177,15 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   const int warp_id = threadIdx.x / 32, lane_id = threadIdx.x % 32;
 
   const int rank = C::SPLIT > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
-  // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
-  const int tile = blockIdx.x / C::SPLIT, row_tile = params.tiles_m == 1 ? tile : tile / params.tiles_m;
-  const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * params.tile_tokens;
-  // How many there are of both: the last tile's boxes end with the matrices.
-  const int rows = static_cast<int>(min(p.n - row0, int64_t{C::ROWS}));
-  const int tokens = static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}));
+  const int first_tile = blockIdx.x / C::SPLIT, stride = gridDim.x;
+  auto tile_at = [&](int tile) {
+    // All token tiles of a row tile follow each other, so that memory is read once. Few tokens need no division.
+    const int row_tile = params.tiles_m == 1 ? tile : tile / params.tiles_m;
+    const int row0 = row_tile * C::ROWS, token0 = (tile - row_tile * params.tiles_m) * params.tile_tokens;
+    return Tile{row0, token0, static_cast<int>(min(p.n - row0, int64_t{C::ROWS})),
+                static_cast<int>(min(p.m - token0, int64_t{params.tile_tokens}))};
+  };
+  auto another = [&](int& tile) { return C::PERSISTENT && (tile += stride) < params.tiles; };
   const int k_first = params.k_tiles * rank / C::SPLIT, k_count = params.k_tiles * (rank + 1) / C::SPLIT - k_first;
 
   if (warp_id == C::WARPS && ptx::elect_one()) {
@@ -192,36 +207,47 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
     // NOTE: the time that these threads take for a step bounds the kernel where steps are short. One thread for both
     // operands, not elected (see elect_one), took 0.2 – 0.3 µs a step.
     if (warp_id == C::WARPS && ptx::elect_one()) {
-      const CUtensorMap* map = rows < C::ROWS ? &params.weights.last : &params.weights.whole;
       if (!p.b_is_constant) ptx::grid_wait();
+      int index = first_tile;
+      do {
+        const Tile tile = tile_at(index);
+        const CUtensorMap* map = tile.rows < C::ROWS ? &params.weights.last : &params.weights.whole;
 #pragma unroll 1
-      for (int i = 0; i < k_count; ++i, at.advance()) {
-        const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES;
-        ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-        ptx::mbarrier_arrive_expect(barrier, rows * BLOCK_K);
-        if (params.tiles_m == 1) {
-          ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
-        } else {
-          ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, row0);
+        for (int i = 0; i < k_count; ++i, at.advance()) {
+          const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES;
+          ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+          ptx::mbarrier_arrive_expect(barrier, tile.rows * BLOCK_K);
+          if (params.tiles_m == 1) {
+            ptx::tma_load_once(smem, map, barrier, (k_first + i) * BLOCK_K, tile.row0);
+          } else {
+            ptx::tma_load(smem, map, barrier, (k_first + i) * BLOCK_K, tile.row0);
+          }
         }
-      }
+      } while (another(index));
     } else if (warp_id == C::WARPS + 1 && ptx::elect_one()) {
-      auto map_of = [&](int box) {
-        return tokens - box * C::MMA_N < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
-      };
-      ptx::tma_prefetch_map(map_of(0));
+      ptx::tma_prefetch_map(&params.tokens.whole);
       ptx::grid_wait();
-      const int release = max(k_count - C::RELEASE, 0);
+      const int tiles = C::PERSISTENT ? (params.tiles - first_tile - 1) / stride + 1 : 1;
+      int left = k_count * tiles;  // steps to ask for
+      if (left < C::RELEASE) ptx::grid_release();
+      int index = first_tile;
+      do {
+        const Tile tile = tile_at(index);
+        auto map_of = [&](int box) {
+          return tile.tokens - box * C::MMA_N < params.box_tokens ? &params.tokens.last : &params.tokens.whole;
+        };
 #pragma unroll 1
-      for (int i = 0; i < k_count; ++i, at.advance()) {
-        const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES + C::BYTES_B;
-        if (i == release) ptx::grid_release();
-        ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
-        ptx::mbarrier_arrive_expect(barrier, tokens * BLOCK_K);
-        ptx::tma_load(smem, map_of(0), barrier, (k_first + i) * BLOCK_K, token0);
-        if (C::WIDE && tokens > C::MMA_N)
-          ptx::tma_load(smem + C::MMA_N * BLOCK_K, map_of(1), barrier, (k_first + i) * BLOCK_K, token0 + C::MMA_N);
-      }
+        for (int i = 0; i < k_count; ++i, at.advance()) {
+          const uint32_t barrier = full + at.stage * 8, smem = base + at.stage * C::STAGE_BYTES + C::BYTES_B;
+          if (left-- == C::RELEASE) ptx::grid_release();
+          ptx::mbarrier_wait(empty + at.stage * 8, at.parity ^ 1);
+          ptx::mbarrier_arrive_expect(barrier, tile.tokens * BLOCK_K);
+          ptx::tma_load(smem, map_of(0), barrier, (k_first + i) * BLOCK_K, tile.token0);
+          if (C::WIDE && tile.tokens > C::MMA_N)
+            ptx::tma_load(smem + C::MMA_N * BLOCK_K, map_of(1), barrier, (k_first + i) * BLOCK_K,
+                          tile.token0 + C::MMA_N);
+        }
+      } while (another(index));
     }
     __syncwarp();
     if (C::SPLIT > 1) ptx::cluster_wait();
@@ -229,130 +255,140 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) gemm_sm90_split(
   }
 
   if (C::WIDE) ptx::setmaxnreg_inc<232>();
-  // Asked for here and waited for after the main loop.
-  float2 my_column{};
-  float my_scales[(C::TOKENS - 1) / C::CONSUMER_THREADS + 1];
-  if (!p.b_is_constant) ptx::grid_wait();
-  if (threadIdx.x < C::ROWS) my_column = column_terms(p, row0 + threadIdx.x);
-  if (p.b_is_constant) ptx::grid_wait();
-#pragma unroll
-  for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
-    my_scales[t / C::CONSUMER_THREADS] = t + threadIdx.x < C::TOKENS ? row_scale(p, token0 + t + threadIdx.x) : 0;
-
-  // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
-  int32_t acc[C::MMAS][C::MMA_N / 2];
-  // Invariant: on entry to step i the wgmmas of step i - 1 may still run; its buffer is not yet released.
   RingPosition<C::STAGES> at;
-  int previous = 0;
+  int index = first_tile;
+  do {
+    const Tile tile = tile_at(index);
+    // Asked for here and waited for after the main loop.
+    float2 my_column{};
+    float my_scales[(C::TOKENS - 1) / C::CONSUMER_THREADS + 1];
+    if (!p.b_is_constant) ptx::grid_wait();
+    if (threadIdx.x < C::ROWS) my_column = column_terms(p, tile.row0 + threadIdx.x);
+    if (p.b_is_constant) ptx::grid_wait();
+#pragma unroll
+    for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
+      my_scales[t / C::CONSUMER_THREADS] =
+          t + threadIdx.x < C::TOKENS ? row_scale(p, tile.token0 + t + threadIdx.x) : 0;
+
+    // NOTE: not zeroed here for a block that gets nothing of a short K: ptxas then serialises the wgmmas (C7515).
+    int32_t acc[C::MMAS][C::MMA_N / 2];
+    // Invariant: on entry to step i the wgmmas of step i - 1 may still run; its buffer is not yet released.
+    int previous = 0;
 #pragma unroll 1
-  for (int i = 0; i < k_count; ++i) {
-    ptx::mbarrier_wait(full + at.stage * 8, at.parity);
-    const uint32_t buffer = base + at.stage * C::STAGE_BYTES;
-    const uint64_t a = ptx::wgmma_descriptor(buffer + warp_id / 4 * 64 * BLOCK_K);
-    const uint64_t b = ptx::wgmma_descriptor(buffer + C::BYTES_B);
-    ptx::wgmma_fence();
+    for (int i = 0; i < k_count; ++i) {
+      ptx::mbarrier_wait(full + at.stage * 8, at.parity);
+      const uint32_t buffer = base + at.stage * C::STAGE_BYTES;
+      const uint64_t a = ptx::wgmma_descriptor(buffer + warp_id / 4 * 64 * BLOCK_K);
+      const uint64_t b = ptx::wgmma_descriptor(buffer + C::BYTES_B);
+      ptx::wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < BLOCK_K / MMA_K; ++step)
+      for (int step = 0; step < BLOCK_K / MMA_K; ++step)
 #pragma unroll
-      for (int j = 0; j < C::MMAS; ++j)
-        ptx::wgmma_m64k32_s8(acc[j], a + step * MMA_K / 16, b + (j * C::MMA_N * BLOCK_K + step * MMA_K) / 16,
-                             i > 0 || step > 0);
-    ptx::wgmma_commit();
-    if (i > 0) {
-      ptx::wgmma_wait<1>();
-      if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty + previous * 8);
-    }
-    previous = at.stage;
-    at.advance();
-  }
-  ptx::wgmma_wait<0>();
-  float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
-  float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
-  if (threadIdx.x < C::ROWS) columns[threadIdx.x] = my_column;
-#pragma unroll
-  for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
-    if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = my_scales[t / C::CONSUMER_THREADS];
-
-  // D's fragment of a warp: lane (group, pair) holds rows group, group + 8 of tokens pair, pair + 1 of every 8. Sums travel
-  // as they lie in registers, 16 bytes a lane and 8 tokens.
-  auto sums_of = [&](int eight) {
-    const int32_t* of = &acc[eight * 8 / C::MMA_N][eight * 8 % C::MMA_N / 2];
-    return k_count > 0 ? int4{of[0], of[1], of[2], of[3]} : int4{};
-  };
-  const int part_warp = warp_id % C::PART_SLABS;
-  if (C::SPLIT > 1) {
-    ptx::cluster_wait();  // the others have started
-    if (!C::OWN_RECEIVE) {
-      ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
-      if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, threadIdx.x);
-      ptx::mbarrier_wait(ready, 0);
-    }
-    // To each block those that it finishes; a block keeps a slot for each of the others.
-#pragma unroll
-    for (int to = 0; to < C::SPLIT; ++to) {
-      if (to == rank || (!C::BY_TOKEN && to != warp_id / C::PART_SLABS)) continue;
-      const int slot = rank < to ? rank : rank - 1;
-      const uint32_t target = ptx::cluster_address(
-          base + C::RECEIVE + (slot * C::PART_SLABS + part_warp) * C::PIECE_BYTES + lane_id * 16, to);
-#pragma unroll
-      for (int j = 0; j < C::PART_EIGHTS; ++j)
-        ptx::store_to_block(target + j * 512, ptx::cluster_address(received, to),
-                            sums_of((C::BY_TOKEN ? to * C::PART_EIGHTS : 0) + j));
-    }
-  }
-  if (C::SPLIT == 1 || C::OWN_RECEIVE) ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
-  if (C::SPLIT > 1) ptx::mbarrier_wait(received, 0);
-  int32_t* staging = reinterpret_cast<int32_t*>(shared);
-  int32_t* warp_slab = staging + part_warp * C::PART_TOKENS * SLAB_ROWS;
-  const int group = lane_id / 4, pair = lane_id % 4 * 2;
-#pragma unroll
-  for (int part = 0; part < C::SPLIT; ++part) {
-    if (part != (C::BY_TOKEN ? rank : 0) || (!C::BY_TOKEN && warp_id / C::PART_SLABS != rank)) continue;
-#pragma unroll
-    for (int j = 0; j < C::PART_EIGHTS; ++j) {
-      int4 sum = sums_of(part * C::PART_EIGHTS % (C::TOKENS / 8) + j);
-#pragma unroll
-      for (int slot = 0; slot < C::SPLIT - 1; ++slot) {
-        const int4 other = *reinterpret_cast<const int4*>(
-            shared + C::RECEIVE + (slot * C::PART_SLABS + part_warp) * C::PIECE_BYTES + j * 512 + lane_id * 16);
-        sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+        for (int j = 0; j < C::MMAS; ++j)
+          ptx::wgmma_m64k32_s8(acc[j], a + step * MMA_K / 16, b + (j * C::MMA_N * BLOCK_K + step * MMA_K) / 16,
+                               i > 0 || step > 0);
+      ptx::wgmma_commit();
+      if (i > 0) {
+        ptx::wgmma_wait<1>();
+        if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty + previous * 8);
       }
-      int32_t* eight = warp_slab + j * 8 * SLAB_ROWS;
-      eight[slab_word(pair, group)] = sum.x;
-      eight[slab_word(pair + 1, group)] = sum.y;
-      eight[slab_word(pair, group + 8)] = sum.z;
-      eight[slab_word(pair + 1, group + 8)] = sum.w;
+      previous = at.stage;
+      at.advance();
     }
-  }
-  ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the sums of the block's part lie there
+    ptx::wgmma_wait<0>();
+    if (C::PERSISTENT) {
+      if (threadIdx.x % 128 == 0) ptx::mbarrier_arrive(empty + previous * 8);
+      ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the tile before is finished
+    }
+    float* scale_m = reinterpret_cast<float*>(shared + C::TERMS);
+    float2* columns = reinterpret_cast<float2*>(shared + C::TERMS + C::TOKENS * 4);
+    if (threadIdx.x < C::ROWS) columns[threadIdx.x] = my_column;
+#pragma unroll
+    for (int t = 0; t < C::TOKENS; t += C::CONSUMER_THREADS)
+      if (t + threadIdx.x < C::TOKENS) scale_m[t + threadIdx.x] = my_scales[t / C::CONSUMER_THREADS];
 
-  // 8 lanes take 4 tokens of 16 columns, neighbouring groups of 8 neighbouring columns.
-  const int slab = threadIdx.x / 8 % C::PART_SLABS, half = threadIdx.x % 2;
-  const int slab0 = C::BY_TOKEN ? 0 : rank * C::PART_SLABS, first_token = C::BY_TOKEN ? rank * C::PART_TOKENS : 0;
-  const int column = (slab0 + slab) * SLAB_ROWS + half * VECTOR;
-  const Share<C> mine{staging + slab * C::PART_TOKENS * SLAB_ROWS,
-                      scale_m + first_token,
-                      columns + column,
-                      token0 + first_token,
-                      row0 + column,
-                      static_cast<int>(threadIdx.x / (8 * C::PART_SLABS) * 4 + threadIdx.x / 2 % 4),
-                      min(tokens - first_token, C::PART_TOKENS),
-                      half};
-  if (has_options(p)) {
-    mine.store_with_options(p);
-  } else {
-    switch (p.d_dtype) {
-      case DType::kFloat32: mine.template store<float>(p); break;
-      case DType::kFloat16: mine.template store<__half>(p); break;
-      case DType::kBFloat16: mine.template store<__nv_bfloat16>(p); break;
-      default: mine.template store<int32_t>(p); break;
+    // D's fragment of a warp: lane (group, pair) holds rows group, group + 8 of tokens pair, pair + 1 of every 8. Sums travel
+    // as they lie in registers, 16 bytes a lane and 8 tokens.
+    auto sums_of = [&](int eight) {
+      const int32_t* of = &acc[eight * 8 / C::MMA_N][eight * 8 % C::MMA_N / 2];
+      return k_count > 0 ? int4{of[0], of[1], of[2], of[3]} : int4{};
+    };
+    const int part_warp = warp_id % C::PART_SLABS;
+    if (C::SPLIT > 1) {
+      ptx::cluster_wait();  // the others have started
+      if (!C::OWN_RECEIVE) {
+        ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
+        if (threadIdx.x < C::SPLIT) ptx::mbarrier_arrive_cluster(ready, threadIdx.x);
+        ptx::mbarrier_wait(ready, 0);
+      }
+      // To each block those that it finishes; a block keeps a slot for each of the others.
+#pragma unroll
+      for (int to = 0; to < C::SPLIT; ++to) {
+        if (to == rank || (!C::BY_TOKEN && to != warp_id / C::PART_SLABS)) continue;
+        const int slot = rank < to ? rank : rank - 1;
+        const uint32_t target = ptx::cluster_address(
+            base + C::RECEIVE + (slot * C::PART_SLABS + part_warp) * C::PIECE_BYTES + lane_id * 16, to);
+#pragma unroll
+        for (int j = 0; j < C::PART_EIGHTS; ++j)
+          ptx::store_to_block(target + j * 512, ptx::cluster_address(received, to),
+                              sums_of((C::BY_TOKEN ? to * C::PART_EIGHTS : 0) + j));
+      }
     }
-  }
+    if (!C::PERSISTENT && (C::SPLIT == 1 || C::OWN_RECEIVE))
+      ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the ring is free
+    if (C::SPLIT > 1) ptx::mbarrier_wait(received, 0);
+    int32_t* staging = reinterpret_cast<int32_t*>(shared + C::STAGING);
+    int32_t* warp_slab = staging + part_warp * C::PART_TOKENS * SLAB_ROWS;
+    const int group = lane_id / 4, pair = lane_id % 4 * 2;
+#pragma unroll
+    for (int part = 0; part < C::SPLIT; ++part) {
+      if (part != (C::BY_TOKEN ? rank : 0) || (!C::BY_TOKEN && warp_id / C::PART_SLABS != rank)) continue;
+#pragma unroll
+      for (int j = 0; j < C::PART_EIGHTS; ++j) {
+        int4 sum = sums_of(part * C::PART_EIGHTS % (C::TOKENS / 8) + j);
+#pragma unroll
+        for (int slot = 0; slot < C::SPLIT - 1; ++slot) {
+          const int4 other = *reinterpret_cast<const int4*>(
+              shared + C::RECEIVE + (slot * C::PART_SLABS + part_warp) * C::PIECE_BYTES + j * 512 + lane_id * 16);
+          sum = {sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w};
+        }
+        int32_t* eight = warp_slab + j * 8 * SLAB_ROWS;
+        eight[slab_word(pair, group)] = sum.x;
+        eight[slab_word(pair + 1, group)] = sum.y;
+        eight[slab_word(pair, group + 8)] = sum.z;
+        eight[slab_word(pair + 1, group + 8)] = sum.w;
+      }
+    }
+    ptx::named_barrier_sync<1, C::CONSUMER_THREADS>();  // the sums of the block's part lie there
+
+    // 8 lanes take 4 tokens of 16 columns, neighbouring groups of 8 neighbouring columns.
+    const int slab = threadIdx.x / 8 % C::PART_SLABS, half = threadIdx.x % 2;
+    const int slab0 = C::BY_TOKEN ? 0 : rank * C::PART_SLABS, first_token = C::BY_TOKEN ? rank * C::PART_TOKENS : 0;
+    const int column = (slab0 + slab) * SLAB_ROWS + half * VECTOR;
+    const Share<C> mine{staging + slab * C::PART_TOKENS * SLAB_ROWS,
+                        scale_m + first_token,
+                        columns + column,
+                        tile.token0 + first_token,
+                        tile.row0 + column,
+                        static_cast<int>(threadIdx.x / (8 * C::PART_SLABS) * 4 + threadIdx.x / 2 % 4),
+                        min(tile.tokens - first_token, C::PART_TOKENS),
+                        half};
+    if (has_options(p)) {
+      mine.store_with_options(p);
+    } else {
+      switch (p.d_dtype) {
+        case DType::kFloat32: mine.template store<float>(p); break;
+        case DType::kFloat16: mine.template store<__half>(p); break;
+        case DType::kBFloat16: mine.template store<__nv_bfloat16>(p); break;
+        default: mine.template store<int32_t>(p); break;
+      }
+    }
+  } while (another(index));
 #endif
 }
 
 template <typename C>
-Status launch_config(const Gemm& p, Stream stream) {
+Status launch_config(const Gemm& p, int sm_count, Stream stream) {
   if (!encode_tiled()) return kNoTensorMaps;
   Params params;
   params.gemm = p;
@@ -363,18 +399,20 @@ Status launch_config(const Gemm& p, Stream stream) {
       !make_boxes(&params.tokens, p.a, p.m, p.k, p.lda, params.box_tokens))
     return kTensorMapRefused;
   params.k_tiles = static_cast<int>(ceil_div(p.k, BLOCK_K));
-  const int64_t blocks = params.tiles_m * ceil_div(p.n, C::ROWS) * C::SPLIT;
-  if (blocks > INT32_MAX) return invalid("gemm: M x N is too large for one launch");
+  const int64_t tiles = params.tiles_m * ceil_div(p.n, C::ROWS), slots = int64_t{sm_count} * C::BLOCKS_PER_SM;
+  const int64_t blocks = (C::PERSISTENT ? std::min(tiles, slots) : tiles) * C::SPLIT;
+  if (tiles * C::SPLIT > INT32_MAX - slots) return invalid("gemm: M x N is too large for one launch");
+  params.tiles = static_cast<int>(tiles);
   return launch<gemm_sm90_split<C>>(
       {dim3(static_cast<unsigned>(blocks)), dim3(C::THREADS), C::SHARED_BYTES, C::SPLIT, p.overlap}, stream, params);
 }
 
 }  // namespace
 
-Status launch_gemm_sm90_split(const Gemm& problem, int config_id, Stream stream) {
+Status launch_gemm_sm90_split(const Gemm& problem, int config_id, int sm_count, Stream stream) {
   switch (config_id) {
 #define HWKERN_CASE(ID, ...) \
-  case ID: return launch_config<Config<__VA_ARGS__>>(problem, stream);
+  case ID: return launch_config<Config<__VA_ARGS__>>(problem, sm_count, stream);
     HWKERN_SM90_SPLIT_CONFIGS(HWKERN_CASE)
 #undef HWKERN_CASE
     default: return invalid("gemm: this id is not one of the sm90 split-K kernels");

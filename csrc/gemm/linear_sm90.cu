@@ -99,9 +99,10 @@ __device__ __forceinline__ uint32_t rounded(const float* x, float inverse) {
 
 // Rows first … first + SHARE of the block's, as whole 128-byte rows of wgmma's tiles of A, and their scales. What would
 // be a row beyond the share or beyond x is the last one again: no branches, and the same bytes twice do no harm.
-template <typename C, typename T, bool WHOLE>
-__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0,
-                                              int first) {
+// `send(row, count)`, for the rows that a warp has done, called by all of its threads.
+template <typename C, typename T, bool WHOLE, typename Send>
+__device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* rows, float* scales, int64_t m0, int first,
+                                              Send send) {
   using Row = RowVector<T>;
   constexpr int VECTORS = C::K_MAX * static_cast<int>(sizeof(T)) / 16 / 32;  // a lane's, of one row
   constexpr int WARPS = C::THREADS / 32, MOST = WHOLE ? (C::BLOCKS_PER_SM > 1 ? 12 : 18) / VECTORS : 1;
@@ -153,6 +154,8 @@ __device__ __forceinline__ void quantize_rows(const Params& params, uint8_t* row
           *reinterpret_cast<decltype(packed)*>(out + v * (STRIDE / BLOCK_K) * C::TILE_A) = packed;
       }
     }
+    ptx::fence_proxy_async();
+    send(first + r, min(ROWS, C::SHARE - r));
   }
 }
 
@@ -211,10 +214,12 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     ptx::tma_prefetch_map(&params.out.b.whole);
     // The rows of the others in the cluster, and their scales.
     ptx::mbarrier_arrive_expect(rows_full, (C::CLUSTER - 1) * C::SHARE * (k_tiles * BLOCK_K + 4));
-    if (p.b_is_constant) produce(0, ahead);
   }
   __syncthreads();
   if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // this block's barrier can be used by the others
+  // The last warp has the fewest rows, as a rule none, so nobody waits for its requests.
+  constexpr int FIRST_PRODUCER = C::THREADS / 32 - 1;
+  if (p.b_is_constant && warp == FIRST_PRODUCER && ptx::elect_one()) produce(0, ahead);
   // The terms of all tiles, into L2 alone, so that nobody waits here. Asked for after the rows, from a cold memory, they
   // cost a layer 2 – 7 % more; brought to shared memory here, 11 – 14 %, because the warp's rows came later.
   if (warp == 1 && p.b_is_constant) {
@@ -224,44 +229,50 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
       if (p.bias) ptx::prefetch_l2(static_cast<const uint8_t*>(p.bias) + n * (p.bias_dtype == DType::kFloat32 ? 4 : 2));
     }
   }
+  __syncwarp();
+  if (C::CLUSTER > 1) ptx::cluster_wait();  // the others have started
   ptx::grid_wait();
   ptx::grid_release();
-  if (warp == 0 && !p.b_is_constant && ptx::elect_one()) produce(0, ahead);
+  if (!p.b_is_constant && warp == FIRST_PRODUCER && ptx::elect_one()) produce(0, ahead);
 
   {
     const int first = rank * C::SHARE;
+    // The same bytes to all others of the cluster.
+    auto copy_to_others = [&](uint32_t from, int bytes) {
+#pragma unroll 1
+      for (int other = 1; other < C::CLUSTER; ++other) {
+        const int to = (rank + other) % C::CLUSTER;
+        ptx::bulk_copy_to_block(ptx::cluster_address(from, to), from, bytes, ptx::cluster_address(rows_full, to));
+      }
+    };
+    // Each warp sends its own rows: the network is busy while other rows are still on their way from memory.
+    auto send = [&](int row, int count) {
+      __syncwarp();
+      if (C::CLUSTER > 1 && ptx::elect_one()) {
+#pragma unroll 1
+        for (int k = 0; k < k_tiles; ++k) copy_to_others(base + k * C::TILE_A + row * BLOCK_K, count * BLOCK_K);
+      }
+      __syncwarp();
+    };
     auto quantize_as = [&](auto type) {
       using T = decltype(type);
-      if (params.rows_whole) return quantize_rows<C, T, true>(params, shared, scales, m0, first);
-      return quantize_rows<C, T, false>(params, shared, scales, m0, first);
+      if (params.rows_whole) return quantize_rows<C, T, true>(params, shared, scales, m0, first, send);
+      return quantize_rows<C, T, false>(params, shared, scales, m0, first, send);
     };
     switch (params.x_dtype) {
       case DType::kFloat16: quantize_as(__half{}); break;
       case DType::kBFloat16: quantize_as(__nv_bfloat16{}); break;
       default: quantize_as(float{}); break;
     }
-    ptx::fence_proxy_async();
+    ptx::fence_proxy_async();  // of the scales
     __syncthreads();
-    if constexpr (C::CLUSTER > 1) {
-      constexpr int OTHERS = C::CLUSTER - 1;
-      ptx::cluster_wait();  // the others have started
-      // One tile of K, or the scales, a copy; a thread of each warp asks for some.
-      if (ptx::elect_one()) {
-#pragma unroll 1
-        for (int copy = warp; copy < OTHERS * (k_tiles + 1); copy += C::THREADS / 32) {
-          const int to = (rank + 1 + copy % OTHERS) % C::CLUSTER, part = copy / OTHERS;
-          const uint32_t from =
-              part < k_tiles ? base + part * C::TILE_A + first * BLOCK_K : base + C::SCALES + first * 4;
-          ptx::bulk_copy_to_block(ptx::cluster_address(from, to), from, C::SHARE * (part < k_tiles ? BLOCK_K : 4),
-                                  ptx::cluster_address(rows_full, to));
-        }
-      }
-      __syncwarp();
-    }
+    if (C::CLUSTER > 1 && warp == 0 && ptx::elect_one()) copy_to_others(base + C::SCALES + first * 4, C::SHARE * 4);
+    __syncwarp();
   }
 
   if (warpgroup == 0) {
     if constexpr (C::MOVES_REGISTERS) ptx::setmaxnreg_dec<C::FOR_PRODUCER>();
+    if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();
     if (warp == 0) {
       if (ptx::elect_one()) produce(ahead, buffers);
     } else if (warp == 1) {
@@ -286,7 +297,11 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     uint8_t* staging = shared + C::STAGING + consumer * kSm90BoxBytes;
     RingPosition<C::STAGES> ring;
     if (C::TURNS && consumer == 1) ring.skip(k_tiles);
-    if (C::CLUSTER > 1) ptx::mbarrier_wait(rows_full, 0);
+    if (C::CLUSTER > 1) {
+      ptx::mbarrier_wait(rows_full, 0);
+      __syncwarp();
+      ptx::cluster_arrive_relaxed();  // this block has what it gets from the others
+    }
     int previous = 0;  // the buffer of the step before
     int i = C::TURNS ? consumer : 0;
     for (uint32_t round = 0; i < tiles; i += C::TURNS ? 2 : 1, ++round) {
@@ -338,7 +353,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
     }
   }
   __syncwarp();
-  if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed(), ptx::cluster_wait();  // the others have what they get from here
+  if (C::CLUSTER > 1) ptx::cluster_wait();  // the others have what they get from here
 #endif
 }
 
