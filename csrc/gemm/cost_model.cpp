@@ -6,7 +6,8 @@
 //   split-K rows              164 shapes (Llama-3-8B, M 1 … 512, and 768×768), B constant and not: 0.3 %, 5 % at worst; and
 //                             25 small ones as the rows were before, with less weight
 //   wgmma rows                66 shapes (M 128 … 8192), constant B: the choice, from the split-K rows too, is 0.2 % slower
-//                             than the best in the geometric mean, 4 % at worst (4096×768×3072)
+//                             than the best in the geometric mean, 4 % at worst (4096×768×3072); kNarrow and kBeside later,
+//                             to Llama-3-8B's 28 of M 128 … 8192, a GPU that rests between replays: 0.01 %, 0.3 % at worst
 // Other GPUs are ranked with the same constants; they were not measured.
 #include <algorithm>
 #include <cmath>
@@ -65,9 +66,13 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
   constexpr double kFixedUs = 2.12;
   constexpr double kPair = 1.169;  // blocks of a cluster wait for each other: longer tiles
   constexpr double kWide = 1.081;  // more than 128 columns a tile, without a cluster
-  constexpr double kNarrow = 1.003;  // tiles of two widths: not all blocks have as much as the busiest
+  constexpr double kNarrow = 1.01;  // tiles of two widths: not all blocks have as much as the busiest
   constexpr double kShortUs =
       460;  // over K: a short main loop hides less of the next tile's first loads (0.6 µs at 768)
+  // Ping-pong without a cluster asks L2 for more bytes than with one, but L2 serves requests of several SMs for the same
+  // ones at once. For K = 4096, 108 was faster than 107 by 0.2 – 1.1 % at 1024 … 4096 rows; at 8192, where the power limit
+  // rules, 107 by 0.3 – 0.4 % (but 108 by 0.3 % for N = 4096), at 512 by 1 %. For K = 14336, 103 was faster than both.
+  constexpr double kBeside = 0.885;
   const int64_t tiles_m = ceil_div(m, c.block_m * c.cluster), clusters = device.sm_count / c.cluster;
   const int narrow = sm90_narrow(c.id);
   const Sm90Columns columns = sm90_columns(tiles_m, n, clusters, c.block_n, narrow);
@@ -81,7 +86,9 @@ double predict_wgmma(const GemmConfig& c, int64_t m, int64_t n, int64_t k, const
                          double(ceil_div(k, c.block_k)) / kMacsPerUs;
   const double epilogue_us = kEpilogueUsPerColumn * (columns.narrow > 0 ? narrow : c.block_n) * exposed;
   const double memory_us = (double(n) * k + double(m) * k + kOutBytes * double(m) * n) / kMemoryBytesPerUs;
-  const double l2_us = l2_bytes(tiles_m, tiles_n, m, n, k) / kL2BytesPerUs;
+  const bool beside = c.warps_m == 4 && c.cluster == 1 && c.block_n > 128 && tiles_m >= 8 && m < 8192 && n >= 4096 &&
+                      k >= 4096 && k <= 8192;
+  const double l2_us = (beside ? kBeside : 1) * l2_bytes(tiles_m, tiles_n, m, n, k) / kL2BytesPerUs;
   return kFixedUs + kShortUs / double(k) + smooth_max(smooth_max(memory_us, l2_us), loop_us + epilogue_us);
 }
 
