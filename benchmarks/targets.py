@@ -142,7 +142,7 @@ def lines(results: Path, gpu: str = "h100") -> list[list[str]]:
         if value is None or math.isnan(value):
             measured, verdict = "–", "not measured"
         else:
-            measured = f"{value:.0f}{target.unit}" if value >= 100 else f"{value:.2f}{target.unit}"
+            measured = f"{value:.0f}{target.unit}" if value >= 100 else f"{value:.3f}{target.unit}"
             met = "met" if target.holds(value, target.must) else "open"
             verdict = "reached" if target.holds(value, target.reach) else met
         found.append([target.what, f"{sign} {text(target.must)}", f"{sign} {text(target.reach)}", measured, verdict])

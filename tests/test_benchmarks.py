@@ -513,7 +513,7 @@ def test_a_target_is_computed_from_the_rows_of_its_layers(load, tmp_path, us, ve
     others = [{**rows[0], "m": 64, "us": 1e9}, {**rows[0], "n": 8192, "k": 8192, "us": 1e9}]
     result(tmp_path, "gemm", rows + others)
     found = verdicts(load, tmp_path)
-    assert found["GEMM, M 1024–8192, against CUTLASS's best"] == [f"{100 / us:.2f}×", verdict]
+    assert found["GEMM, M 1024–8192, against CUTLASS's best"] == [f"{100 / us:.3f}×", verdict]
     assert found["GEMM, M 1–64, against CUTLASS's best"][1] == "open"
 
 
@@ -526,9 +526,9 @@ def test_a_layer_target_takes_the_worst_m_and_leaves_out_the_host(load, tmp_path
     rows = [row(1, 50.0, small), row(1, 50.0, large), row(16, 80.0, small), row(16, 50.0, large), host]
     result(tmp_path, "linear", [*rows, row(512, 200.0, (768, 768)), row(4096, 50.0, (768, 768))])
     found = verdicts(load, tmp_path)
-    assert found["layer with quantization against bf16, least M"] == [f"{(1.25 * 2) ** 0.5:.2f}×", "reached"]
-    assert found["BERT's layers, M 512–4096, against bf16, least"] == ["0.50×", "open"]
-    assert found["BERT's layers, M 4096, against bf16"] == ["2.00×", "reached"]
+    assert found["layer with quantization against bf16, least M"] == [f"{(1.25 * 2) ** 0.5:.3f}×", "reached"]
+    assert found["BERT's layers, M 512–4096, against bf16, least"] == ["0.500×", "open"]
+    assert found["BERT's layers, M 4096, against bf16"] == ["2.000×", "reached"]
 
 
 def test_a_target_may_be_an_upper_limit(load, tmp_path):
@@ -537,8 +537,8 @@ def test_a_target_may_be_an_upper_limit(load, tmp_path):
     result(tmp_path, "fused", [*rows, {"operator": "gelu", "of_alone": 9.0}])
     result(tmp_path, "sweep", [{"worst": [[1.07, 32]]}, {"worst": [[1.16, 64], [1.0, 2]]}])
     found = verdicts(load, tmp_path)
-    assert found["norm with quantization, time over the norm's alone"] == ["1.04×", "met"]
-    assert found["largest t(M + 1) / t(M), M 1–512"] == ["1.16×", "open"]
+    assert found["norm with quantization, time over the norm's alone"] == ["1.039×", "met"]
+    assert found["largest t(M + 1) / t(M), M 1–512"] == ["1.160×", "open"]
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -746,7 +746,7 @@ def test_the_targets_are_a_table_too(site):
     (root / "README.md").write_text(PAGE.format("targets-x"), encoding="utf-8")
     assert start("tables", "--root", root).returncode == 0
     text = (root / "README.md").read_text(encoding="utf-8")
-    assert "| GEMM, M 1–64, against CUTLASS's best | ≥ 1.18× | ≥ 1.3× | 2.00× | reached |" in text
+    assert "| GEMM, M 1–64, against CUTLASS's best | ≥ 1.18× | ≥ 1.3× | 2.000× | reached |" in text
     assert start("tables", "--root", root, "--check").returncode == 0
 
 
