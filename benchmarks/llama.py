@@ -394,7 +394,8 @@ def main() -> int:
         if name != "bf16":
             bench.add(name)
     bench.save()
-    compiled, ours = Compiled(bench, modes), [name for name in to_compile if name in ("bf16", *OURS)]
+    compiled = Compiled(bench, modes)
+    ours = [name for name in to_compile if name in ("bf16", *OURS) and name in bench.models]
     plain_modes(bench, together, modes)
     if ours:
         compiled.rows(ours)

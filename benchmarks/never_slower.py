@@ -149,7 +149,7 @@ Samples = dict[str, list[float]]
 
 def samples(calls: Calls, cuda: bool, rounds: int | None = None) -> Samples:
     """Seconds of each call, in turn and in changing order: so many rounds, or as many as fill ``SECONDS``."""
-    return _timing.in_turn(calls, cuda, SECONDS, (LEAST, MOST), rounds)
+    return _timing.in_turn(calls, torch.device("cuda" if cuda else "cpu"), SECONDS, (LEAST, MOST), rounds)
 
 
 def in_turn(calls: Calls, cuda: bool) -> dict[str, float]:

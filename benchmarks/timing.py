@@ -59,8 +59,12 @@ def host_us(peers: Mapping[str, Call], blocks: int = 60, calls: int = 200) -> di
 
 def environment(device: str, commit: str | None = None) -> dict[str, Any]:
     """hwkern.bench.record's, with this script's command line, without the folders of this machine."""
-    words = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+    def shown(word: str) -> str:
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        return option + equals + (Path(value).name if Path(value).is_absolute() else value)
+
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(shown, sys.argv[1:])])
     found = _looked_up(device, command, commit)
     return found if device.startswith("cuda") else found | {"threads": 1}
 

@@ -17,7 +17,7 @@
 // other on a stream may start while their predecessor still runs. Each waits for it before it touches anything but
 // constant weights, and lets its own successor start only after that wait, so everything that was enqueued before the
 // predecessor has completed by then. One exception: the quantize kernel of a linear with constant weights lets its
-// GEMM start at once (see quantize_per_token_kernel).
+// GEMM start at once (see quantize_per_token_kernel) unless that gains nothing (linear_product_waits).
 #pragma once
 
 #include <cstddef>

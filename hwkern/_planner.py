@@ -341,16 +341,29 @@ def _int8_bytes(unit: _Unit, recipe: Recipe) -> int:
 def _hold_task(
     result: Plan, model: nn.Module, task: Metric, batches: Sequence[Any], max_drop: float, show: bool
 ) -> None:
-    """Send layers back to float until the task holds; or, where that is faster, take the accurate recipes first."""
+    """Send layers back to float until the task holds; or, where that is faster, take the accurate recipes first.
+
+    The plan's policy is then "accurate", so that whatever decides again, on another GPU or without a folding, does it by
+    what the task was tried with. Tables stay what they were. Not with "smallest", which does not ask for time.
+    """
     _send_back_for(result, model, task, batches, max_drop, show)
-    if result.task is not None and result.task.kept and result.policy != "accurate":
-        accurate = _copy(result, policy="accurate")
-        accurate.decide()
-        _send_back_for(accurate, model, task, batches, max_drop, show)
-        if _us(accurate) < _us(result):
-            result.layers, result.task = accurate.layers, accurate.task
-        else:
-            _settle(result)
+    if result.task is None or not result.task.kept or result.policy not in ("balanced", "fastest"):
+        return
+    accurate = _copy(result, policy="accurate")
+    accurate.decide()
+    for name, layer in result.layers.items():
+        if layer.kind == "Embedding":
+            accurate.layers[name] = replace(layer)
+    faster = _us(accurate) < _us(result)  # what goes back only adds time
+    if faster:
+        try:
+            _send_back_for(accurate, model, task, batches, max_drop, show)
+        except ValueError:  # a metric that is no number with them
+            faster = False
+    if faster and _us(accurate) < _us(result):
+        result.layers, result.task, result.policy = accurate.layers, accurate.task, accurate.policy
+    else:
+        _settle(result)
 
 
 def _send_back_for(

@@ -218,18 +218,19 @@ def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Itera
     from hwkern.patch import _put_back, _set, patch, unpatch
 
     recipes = {name: recipe for name, recipe in trial.recipes.items() if recipe.scheme != "keep"}
-    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
-    swapped = [
-        (layer, layer.module, layer.module._original.module)
-        for layer in find_layers(model, embeddings=True)
-        if layer.names[0] in tables and isinstance(layer.module, PackedLayer) and layer.module._original is not None
-    ]
+    swapped: list[tuple[Layer, PackedLayer, nn.Module | None]] = []
 
     def put(kind: str) -> None:
         for layer, int8, plain in swapped:
             _set(layer, int8 if kind == "int8" else cast(nn.Module, plain))
 
+    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
     try:
+        swapped += [
+            (layer, layer.module, layer.module._original.module)
+            for layer in find_layers(model, embeddings=True)
+            if layer.names[0] in tables and isinstance(layer.module, PackedLayer) and layer.module._original is not None
+        ]
         for layer, int8, plain in swapped:
             _put_back(layer, cast(nn.Module, plain), int8)  # with its weight
         yield put
@@ -243,7 +244,7 @@ def _ratios(
     """Mode → time with int8 tables over time with float ones, of each batch; without "graph" where there is none."""
     from hwkern._whole import Graphs
 
-    cuda, graphs = _batches.device_of(model).type == "cuda", Graphs()
+    device, graphs = _batches.device_of(model), Graphs()
     found: dict[str, list[float]] = {}
     with progress("Trying int8 tables", len(modes), show) as step:
         for mode in modes:
@@ -251,7 +252,7 @@ def _ratios(
             calls = _calls(model, put, batches, mode, graphs)
             for turn in range(READINGS[1] if calls else 0):
                 for both, known in zip(calls, samples, strict=True):
-                    for kind, values in in_turn(both, cuda, SECONDS / len(batches), ROUNDS).items():
+                    for kind, values in in_turn(both, device, SECONDS / len(batches), ROUNDS).items():
                         known[kind] += values
                 found[mode] = [lower_quartile(known["int8"]) / lower_quartile(known["float"]) for known in samples]
                 if turn + 1 >= READINGS[0] and not _longer(found[mode]):

@@ -170,16 +170,16 @@ def lower_quartile(values: Sequence[float]) -> float:
 
 
 def in_turn(
-    calls: Mapping[str, Call], cuda: bool, seconds: float, bounds: tuple[int, int], rounds: int | None = None
+    calls: Mapping[str, Call], device: torch.device, seconds: float, bounds: tuple[int, int], rounds: int | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of each call until the device is done, in turn and in changing order.
+    """Seconds of each call until ``device`` is done, in turn and in changing order.
 
     So many ``rounds``; or as many as fill ``seconds`` for each call, within the ``bounds``.
     """
 
     def wait() -> None:
-        if cuda:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     found: dict[str, list[float]] = {name: [] for name in calls}
     wanted, turn, order = bounds[0] if rounds is None else rounds, -2, list(calls)

@@ -132,16 +132,19 @@ def check_whole(
                 names = [layer.name for layer in chosen if layer.speedup() < gain]
                 if names:
                     how = "slower" if len(names) == len(chosen) else "not faster"
-                    send_back(result, names, f"the whole model was {how} with it")
+                    others = send_back(result, names, f"the whole model was {how} with it")
+                    if others and not holds(result):
+                        send_back(result, others, "the task does not hold with it unfolded")
+                        holds(result)  # its account
                     left = _chosen(result)
                     reading = _compared(model, result, some, modes, graphs) if left else (reading[0], reading[0])
             step()
     _note(result, reading)
 
 
-def send_back(result: Plan, names: Sequence[str], why: str) -> None:
-    """These layers stay float; those of the same norm lose their folding."""
-    norms = set()
+def send_back(result: Plan, names: Sequence[str], why: str) -> list[str]:
+    """These layers stay float; those of the same norm, which are returned, lose their folding."""
+    norms, others = set(), []
     for layer in result.layers.values():
         if set(layer.names) & set(names):
             layer.choice.ruled_out = why
@@ -150,6 +153,8 @@ def send_back(result: Plan, names: Sequence[str], why: str) -> None:
     for layer in result.layers.values():
         if layer.group and layer.group in norms and layer.choice.recipe.calibration.folded:
             result._decide(layer, folded=False)
+            others.append(layer.name)
+    return others
 
 
 def _chosen(result: Plan) -> list[str]:

@@ -46,10 +46,10 @@ def start(name, *arguments):
 def test_recorded_command_can_be_typed_again(load, monkeypatch, tmp_path):
     """Only folders of this machine are left out: names with a slash stay, and what a shell would split is quoted."""
     timing = load("timing")
-    words = ["--first", "mistral/small,phi/base", "--workloads", "decode batch 1", "--json", f"{tmp_path}/a.json"]
+    words = ["--first", "mistral/small,phi/base", "--workloads", "decode batch 1", f"--json={tmp_path}/a.json"]
     monkeypatch.setattr(sys, "argv", [f"{tmp_path}/never_slower.py", *words])
     assert timing.environment("cpu")["command"] == (
-        "python benchmarks/never_slower.py --first mistral/small,phi/base --workloads 'decode batch 1' --json a.json"
+        "python benchmarks/never_slower.py --first mistral/small,phi/base --workloads 'decode batch 1' --json=a.json"
     )
 
 

@@ -741,7 +741,9 @@ def in_int8(model: nn.Module, batches: Any) -> float:
     return 0.0 if any(isinstance(module, Int8Embedding) for module in model.modules()) else 1.0
 
 
-def test_a_trial_of_tables_leaves_the_model_as_it_was_whatever_happens(ids: torch.Tensor, slow_tables: None) -> None:
+def test_a_trial_of_tables_leaves_the_model_as_it_was_whatever_happens(
+    ids: torch.Tensor, slow_tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stops(Turns):
         def __call__(self, calls: dict[str, Any], *_: Any) -> dict[str, list[float]]:
             calls["float"]()
@@ -751,6 +753,11 @@ def test_a_trial_of_tables_leaves_the_model_as_it_was_whatever_happens(ids: torc
     before = Snapshot(model)
     with pytest.raises(KeyboardInterrupt):
         tried(Stops(), model, ids)
+    before.assert_same(model)
+    with monkeypatch.context() as patch:  # before the first call, while its layers are looked for
+        patch.setattr(_tables, "find_layers", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            tried(Turns(1.0), model, ids)
     before.assert_same(model)
     for kind, sentence in ((ReadsItsTable, "the model does not run with it"), (CastsToItsTable, "output has")):
         reader = kind().eval()

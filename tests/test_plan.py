@@ -23,7 +23,7 @@ from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
 from hwkern.bench.subjects import captured
-from hwkern.nn import Calibration, Int8Linear, WeightOnlyInt8Linear
+from hwkern.nn import CalibratedInt8Linear, Calibration, Int8Linear, WeightOnlyInt8Linear
 
 planning = importlib.import_module("hwkern.plan")
 CALLS = {1: 10, 512: 1}
@@ -358,11 +358,30 @@ def test_the_task_is_tried_with_the_accurate_recipes_before_layers_go_back(
     assert found.recipes["0"].name == taken
     assert found.task is not None
     assert (found.task.after, "0" in found.task.kept) == (1.0, taken == "keep")
-    assert found.policy == "balanced"
+    assert found.policy == ("balanced" if taken == "keep" else "accurate")
+    again = found.for_device(model, show=False)  # the same device: nothing that the task was not tried with
+    assert (again.recipes, again.policy) == (found.recipes, found.policy)
     assert make(model, batches=[x]).recipes["0"].name == "w8a8"
     careful = make(model, batches=[x], policy="accurate")
     assert careful.recipes["0"].name == ("w8a8+smooth" if smoothed < 9.7 else "w8a8")
     assert hwkern.Plan.from_dict(found.to_dict()).recipes == found.recipes
+
+
+def test_accurate_recipes_that_the_metric_cannot_judge_cost_no_plan(device: Device) -> None:
+    """The plan with float layers, which holds, stands; the other branch's NaN is not the user's problem."""
+    device.speed = {**SPEED, "w8a8+smooth": 7.0, "w8a16": 12.0, "w8a8-static": 12.0}
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    x = torch.randn(64, K)
+    x[:, 7] *= 8
+
+    def fragile(candidate: nn.Module, batches: Any) -> float:
+        first = candidate.get_submodule("0")
+        return float("nan") if isinstance(first, CalibratedInt8Linear) else 0.5 if type(first) is Int8Linear else 1.0
+
+    found = make(model, batches=[x], accuracy=hwkern.Accuracy(max_metric_drop=0.1), metric=fragile)
+    assert (found.recipes["0"].name, found.policy) == ("keep", "balanced")
+    assert found.task is not None
+    assert (found.task.after, found.task.kept) == (1.0, ["0"])
 
 
 def test_tied_layers_are_planned_as_one(device: Device) -> None:

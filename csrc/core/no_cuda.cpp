@@ -20,8 +20,9 @@ Status device_properties(int, DeviceProperties*) { return kNoCuda; }
 Status current_device(Device*) { return kNoCuda; }
 Status launch_gemm_sm80(const Gemm&, int, int, Stream) { return kNoCuda; }
 Status launch_gemm_sm90(const Gemm&, int, int, Stream) { return kNoCuda; }
-Status launch_gemm_sm90_split(const Gemm&, int, Stream) { return kNoCuda; }
+Status launch_gemm_sm90_split(const Gemm&, int, int, Stream) { return kNoCuda; }
 Status launch_linear_sm90(const Linear&, const GemmConfig&, int, Stream) { return kNoCuda; }
+Status launch_linear_beside_sm90(const Gemm&, int, int, Stream) { return kNoCuda; }
 Status launch_w8a16(const WeightOnlyLinear&, int, const Device&, Stream) { return kNoCuda; }
 Status launch_quantize_per_token(const Quantize&, bool, Stream) { return kNoCuda; }
 Status launch_quantize_static(const Quantize&, ScaleAxis, Stream) { return kNoCuda; }

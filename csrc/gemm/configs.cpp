@@ -118,14 +118,15 @@ constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
 // What was timed of the split-K rows, and the model fitted to: at most four tiles of few tokens, and none mostly empty; two
 // rounds of blocks, and one for more than 512 tokens, where tiles of more than 224 were left out; rows from 230 on with
-// large matrices alone; persistent ones where blocks have several tiles.
+// large matrices alone; persistent ones for one tile of tokens, where blocks have 1.7 tiles in the mean, not where a few of
+// them have a second one.
 bool split_fits(const GemmConfig& config, int64_t m, int64_t n, int64_t k, const Device& device) {
   if (config.block_m < 64 && m > 4 * config.block_m) return false;
   if (5 * config.block_m > 13 * std::max<int64_t>(m, 24)) return false;
   if (config.id >= 230 && !is_large(n, k)) return false;
   const int64_t blocks = ceil_div(m, config.block_m) * ceil_div(n, config.block_n) * config.split_k;
   const int64_t slots = int64_t{device.sm_count} * config.blocks_per_sm;
-  if (sm90_split_persistent(config.id) && (blocks <= slots || m > 512)) return false;
+  if (sm90_split_persistent(config.id) && (2 * blocks < 3 * slots || m > config.block_m)) return false;
   return m <= 512 ? blocks <= 2 * slots : blocks <= slots && config.block_m <= 224;
 }
 

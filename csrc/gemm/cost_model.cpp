@@ -218,7 +218,7 @@ static int choose_after_quantize(int64_t m, int64_t n, int64_t k, const Device& 
   auto is_wave = [&](int other) { return fills_one_wave(*gemm_config(other), m, n, device); };
   if (id == 209) return is_wave(222) ? 222 : is_wave(230) ? 230 : id;
   if (id == 217 && k > 2048) return is_wave(232) ? 232 : id;
-  if (id == 219 && m <= 512) return is_wave(234) ? 234 : id;
+  if (id == 219 && m == 512) return is_wave(234) ? 234 : id;
   return (id == 104 || id == 225 || id == 228) && is_wave(223) ? 223 : id;
 }
 

@@ -11,10 +11,10 @@
 //   a warp        brings the column terms of the next epilogue
 //   consumers     one or two warpgroups: each has a tile of its own and multiplies while the other writes (ping-pong)
 //
-// What bounds it: the way from x to the first wgmma is exposed. Of the 13.3 thousand cycles that pass before it in 401 at
-// 4096×3072×768, rows take 6.5 to arrive, 1.9 to be rounded (150 instructions a row of 768 and warp), and 4.9 to get to the
-// other block of the cluster: the network between SMs carries 10 – 18 bytes a cycle and SM. So it wins where one wave of
-// blocks fills the GPU, or few tiles hardly use it: see linear_choose.
+// What bounds it: the way from x to the first wgmma is exposed. Of the 13.3 thousand cycles that passed before it in 401 at
+// 4096×3072×768, when all rows were sent at once, rows took 6.5 to arrive, 1.9 to be rounded (150 instructions a row of 768
+// and warp), and 4.9 to get to the other block of the cluster: the network between SMs carries 10 – 18 bytes a cycle and
+// SM. So it wins where one wave of blocks fills the GPU, or few tiles hardly use it: see linear_choose.
 #include "core/launch.cuh"
 #include "gemm/configs.h"
 #include "gemm/epilogue_sm90.cuh"
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(C::THREADS, C::BLOCKS_PER_SM) linear_sm90(cons
   }
   __syncthreads();
   if (C::CLUSTER > 1) ptx::cluster_arrive_relaxed();  // this block's barrier can be used by the others
-  // The last warp has the fewest rows, as a rule none, so nobody waits for its requests.
+  // The last warp has the fewest rows, in 401 and 406 none, so that nobody waits for its requests.
   constexpr int FIRST_PRODUCER = C::THREADS / 32 - 1;
   if (p.b_is_constant && warp == FIRST_PRODUCER && ptx::elect_one()) produce(0, ahead);
   // The terms of all tiles, into L2 alone, so that nobody waits here. Asked for after the rows, from a cold memory, they
