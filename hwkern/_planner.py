@@ -343,8 +343,8 @@ def _hold_task(
 ) -> None:
     """Send layers back to float until the task holds; or, where that is faster, take the accurate recipes first.
 
-    The plan's policy is then "accurate", so that whatever decides again, on another GPU or without a folding, does it by
-    what the task was tried with. Tables stay what they were. Not with "smallest", which does not ask for time.
+    The plan's policy is then "accurate", so that whatever decides again, on another GPU or without a folding, does it
+    by what the task was tried with. Tables stay what they were. Not with "smallest", which does not ask for time.
     """
     _send_back_for(result, model, task, batches, max_drop, show)
     if result.task is None or not result.task.kept or result.policy not in ("balanced", "fastest"):

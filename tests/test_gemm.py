@@ -269,7 +269,7 @@ def test_few_rows_get_what_was_measured_to_be_fast_on_an_h100():
     for n, k in ((4096, 4096), (6144, 4096), (4096, 14336)):
         assert [choose(m, n, k, *h100, True) for m in (32, 64)] == [217, 217]
     assert choose(32, 4096, 4096, *h100, False) == 206
-    # 136 and 148 tiles are a second one for a few blocks alone; and no persistent row took several tiles of tokens there.
+    # 136 and 148 tiles are a second one for a few blocks alone; none was timed with several tiles of tokens.
     for m, n, k in ((1, 17408, 5120), (1, 18944, 3584), (128, 17408, 8192), (128, 8192, 1024), (257, 10240, 14336)):
         assert choose(m, n, k, *h100, True) not in (250, 254, 256)
 
