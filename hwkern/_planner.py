@@ -349,7 +349,7 @@ def _hold_task(
     _send_back_for(result, model, task, batches, max_drop, show)
     if result.task is None or not result.task.kept or result.policy not in ("balanced", "fastest"):
         return
-    accurate = _copy(result, policy="accurate")
+    accurate = result._copy(policy="accurate")
     accurate.decide()
     for name, layer in result.layers.items():
         if layer.kind == "Embedding":
@@ -372,7 +372,7 @@ def _send_back_for(
     snr = {name: layer.choice.snr_db for layer in result.layers.values() for name in layer.names}
 
     def without(kept: Sequence[str]) -> dict[str, Recipe]:
-        trial = _copy(result)
+        trial = result._copy()
         send_back(trial, kept, "")  # for its recipes only
         return trial.recipes
 
@@ -386,10 +386,6 @@ def _settle(result: Plan) -> None:
     result.decide()
     if result.task is not None:
         send_back(result, result.task.kept, f"back to float for the {result.task.metric}'s sake")
-
-
-def _copy(result: Plan, **changes: Any) -> Plan:
-    return replace(result, layers={name: replace(layer) for name, layer in result.layers.items()}, **changes)
 
 
 def _us(result: Plan) -> float:

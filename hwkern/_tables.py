@@ -12,7 +12,6 @@ import contextlib
 import functools
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -155,7 +154,7 @@ def try_smaller(
     }
     if not tables or result.policy == "accurate":
         return
-    trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+    trial = result._copy()
     for name, candidate in tables.items():
         trial.layers[name].chosen = trial.layers[name].candidates.index(candidate)
     places = {name for first in tables for name in trial.layers[first].names}

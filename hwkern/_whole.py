@@ -222,7 +222,7 @@ def _plain_trial(result: Plan) -> Plan | None:
     width, 8×512: 4 % slower than W8A8 throughout. A folded smoothing stays. None where nothing changes.
     """
     held = set() if result.task is None else set(result.task.kept)
-    trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+    trial = result._copy()
     changed = False
     for layer in trial.layers.values():
         plain = _w8a8(layer, result)
@@ -260,7 +260,7 @@ def _together(result: Plan, model: nn.Module, wide: bool) -> Plan | None:
 
     fusable = could_fuse(model)
     held = set() if result.task is None else set(result.task.kept)
-    trial = replace(result, layers={name: replace(layer) for name, layer in result.layers.items()})
+    trial = result._copy()
     changed = False
     for layer in trial.layers.values():
         recipe = layer.choice.recipe

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,10 @@ class Plan:
             if not all(member.choice.recipe.calibration.folded for member in members):
                 for member in members:
                     self._decide(member, folded=False)
+
+    def _copy(self, **changes: Any) -> Plan:
+        """One whose layers can be decided otherwise; their candidates are the same ones."""
+        return replace(self, layers={name: replace(layer) for name, layer in self.layers.items()}, **changes)
 
     def _decide(self, layer: PlannedLayer, folded: bool) -> None:
         """``folded``: whether, where there are candidates with a divided norm, only those count (or none of them)."""

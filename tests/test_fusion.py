@@ -267,16 +267,22 @@ def test_the_mlp_in_one_operator_takes_weight_only_layers(
         assert torch.equal(got, _fused_linear.activation_linear(y, last, last_scale, None, "silu", gated, h))
 
 
-@pytest.mark.parametrize("kind", ["layer", "rms", "rms_rounded"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_norm_s_operator_takes_weight_only_layers(dtype: torch.dtype, kind: str, device: str) -> None:
+def norm_operands(dtype: torch.dtype, kind: str, device: str) -> tuple[Any, ...]:
+    """weight, scale, bias of a layer; gain, shift of the norm before it; inputs of many shapes and strides."""
     k = 100
     weight, scale = weights(48, k, device)
     gain, bias = torch.randn(k, device=device).to(dtype), torch.randn(48, device=device).to(dtype)
-    shift = gain.flip(0) if kind == "layer" else None
-    call = torch.ops.hwkern.norm_linear_no_grad.default
     wide = torch.randn(6, 2 * k, device=device).to(dtype)
-    for x in (wide[:, :k], wide[::2, k:], wide[:0, :k], wide[:, :k].reshape(2, 3, k).transpose(0, 1), wide[0, :k]):
+    inputs = (wide[:, :k], wide[::2, k:], wide[:0, :k], wide[:, :k].reshape(2, 3, k).transpose(0, 1), wide[0, :k])
+    return weight, scale, bias, gain, gain.flip(0) if kind == "layer" else None, inputs
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_rounded"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_s_operator_takes_weight_only_layers(dtype: torch.dtype, kind: str, device: str) -> None:
+    weight, scale, bias, gain, shift, inputs = norm_operands(dtype, kind, device)
+    call = torch.ops.hwkern.norm_linear_no_grad.default
+    for x in inputs:
         y = ops.norm_quantize(x, gain, shift, None, None, kind, 1e-5, 0.0, True).y
         want = ops.weight_only_linear(y, weight, scale, bias)
         with torch.no_grad():
@@ -293,14 +299,10 @@ def test_the_norm_s_operator_takes_weight_only_layers(dtype: torch.dtype, kind: 
 def test_the_norm_s_operator_of_inference_has_the_bits_of_the_public_one(
     dtype: torch.dtype, kind: str, device: str
 ) -> None:
-    k = 100
-    weight, scale = weights(48, k, device)
-    gain, bias = torch.randn(k, device=device).to(dtype), torch.randn(48, device=device).to(dtype)
-    shift = gain.flip(0) if kind == "layer" else None
+    weight, scale, bias, gain, shift, inputs = norm_operands(dtype, kind, device)
     call = torch.ops.hwkern.norm_linear_no_grad.default
-    wide = torch.randn(6, 2 * k, device=device).to(dtype)
     every_other = torch.stack((bias, bias), 1)[:, 0]  # stride 2
-    for x in (wide[:, :k], wide[::2, k:], wide[:0, :k], wide[:, :k].reshape(2, 3, k).transpose(0, 1), wide[0, :k]):
+    for x in inputs:
         want, _ = _fused_linear.norm_linear(x, weight, scale, bias, gain, shift, kind, 1e-5)
         with torch.no_grad():
             got = call(x, weight, scale, every_other, gain, shift, ops.NORMS[kind], 1e-5, 0.0, False)
