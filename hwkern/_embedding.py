@@ -7,6 +7,7 @@ on the CPU csrc/cpu/embedding.cpp; both give the bits of ``reference.int8_embedd
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,9 +30,12 @@ from hwkern._checks import (
 )
 from hwkern._cpu import _threads
 from hwkern._cuda import current_device, current_stream, extension, on_device
-from hwkern._tracing import dispatch_modes, functorch_level, profiling, tracing_state
+from hwkern._no_grad import IN_CPP, embedding_no_grad, implement
+from hwkern._tracing import compiles_inference, dispatch_modes, functorch_level, profiling, tracing_state
 
 _C = _native.extension()
+
+is_grad_enabled = torch.is_grad_enabled  # bound once: it runs on every call of every layer
 
 _lib = Library("hwkern", "FRAGMENT")
 _lib.define(
@@ -172,6 +176,25 @@ def _raise_outside(indices: Tensor, n: int, error: Exception) -> None:
 _lib.impl("int8_embedding", _cuda, "CUDA")
 _lib.impl("int8_embedding", _cpu, "CPU")
 
+_dtype_of = {code: dtype for dtype, code in DTYPES.items()}
+
+
+def _no_grad(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator of inference, of the public one's implementation: it is told the dtype as hwkern.h's number."""
+
+    def embedding(indices: Tensor, dim: int, weight: Tensor, weight_scale: Tensor, dtype: int) -> Tensor:
+        return call(indices, weight, weight_scale, _dtype_of[dtype], dim)
+
+    return embedding
+
+
+implement(
+    "embedding_no_grad",
+    _no_grad(_fake),
+    _no_grad(_cpu),
+    _no_grad(_cuda.__wrapped__),  # type: ignore[attr-defined]
+)
+
 
 # ---- the module's call ---------------------------------------------------------------------------------------------
 
@@ -199,7 +222,6 @@ class TableCell:
         ready = (
             weight.dtype is torch.int8
             and weight_scale.dtype is torch.float32
-            and dtype in FLOATS
             and tuple(weight_scale.shape) == (n,)
             and (weight.is_cuda or weight.is_cpu)
             and weight_scale.get_device() == device
@@ -217,10 +239,15 @@ class TableCell:
         return ready
 
 
+def _takes_cpp(indices: Tensor) -> bool:
+    """Whether a lookup that nobody needs to see goes to the C++ operator."""
+    return IN_CPP and indices.is_cuda and not is_grad_enabled()
+
+
 def eager_embedding(
     indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, k: int, cell: TableCell
 ) -> Tensor:
-    """:func:`int8_embedding` for ``Int8Embedding.forward``: around the dispatcher where nobody needs to see it."""
+    """:func:`int8_embedding` for ``Int8Embedding.forward``: around it where nobody needs to see it."""
     if (
         # as ops._is_plain
         not is_compiling()
@@ -229,7 +256,26 @@ def eager_embedding(
         and functorch_level() is None
         and tracing_state() is None
         and not profiling()
-        and ((wide := indices.dtype is torch.int64) or indices.dtype is torch.int32)
+        and dtype in FLOATS
+    ):
+        if _takes_cpp(indices):
+            try:
+                return embedding_no_grad(indices, k, weight, weight_scale, DTYPES[dtype])
+            except (ValueError, RuntimeError):  # the operator at the end speaks in torch's errors and in sentences
+                pass
+        elif (y := _from_cell(indices, weight, weight_scale, dtype, k, cell)) is not None:
+            return y
+    if compiles_inference(indices) and dtype in FLOATS:
+        return embedding_no_grad(indices, k, weight, weight_scale, DTYPES[dtype])
+    return torch.ops.hwkern.int8_embedding.default(indices, weight, weight_scale, dtype, k)
+
+
+def _from_cell(
+    indices: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype, k: int, cell: TableCell
+) -> Tensor | None:
+    """The rows by way of ``cell``; None where its kernel cannot take the tensors as they are."""
+    if (
+        ((wide := indices.dtype is torch.int64) or indices.dtype is torch.int32)
         and (m := indices.numel())
         and indices.is_contiguous()
         and (
@@ -260,4 +306,4 @@ def eager_embedding(
             except ValueError as error:
                 _raise_outside(indices, cell.n, error)
             return y
-    return torch.ops.hwkern.int8_embedding.default(indices, weight, weight_scale, dtype, k)
+    return None

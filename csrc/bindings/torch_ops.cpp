@@ -47,6 +47,8 @@ struct Torch {
   bool (*grad_mode)();
   int32_t (*cuda)();
   int32_t (*int8)();
+  int32_t (*int32)();
+  int32_t (*int64)();
   int32_t (*float32)();
   int32_t (*float16)();
   int32_t (*bfloat16)();
@@ -104,7 +106,7 @@ struct Tensor {
 
 Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, int32_t device) {
   std::vector<int64_t> strides(dim);
-  for (int64_t i = dim, stride = 1; i-- > 0; stride *= sizes[i]) strides[i] = stride;
+  for (int64_t i = dim, stride = 1; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;  // as torch
   TorchTensor* t;
   // torch has said on stderr how much it wanted; who catches its error looks for these words.
   if (torch.empty_strided(dim, sizes, strides.data(), dtype, torch.cuda(), device, &t))
@@ -123,6 +125,15 @@ DType dtype_of(const Tensor& t) {
   if (t.dtype == torch.float16()) return DType::kFloat16;
   if (t.dtype == torch.bfloat16()) return DType::kBFloat16;
   throw std::invalid_argument("hwkern takes float32, float16 or bfloat16.");
+}
+
+int32_t torch_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return torch.float32();
+    case DType::kFloat16: return torch.float16();
+    case DType::kBFloat16: return torch.bfloat16();
+    default: throw std::invalid_argument("hwkern writes float32, float16 or bfloat16.");
+  }
 }
 
 // The arguments of one call. `kinds` says what they are: t tensor, o optional tensor, v value. Every tensor is owned from
@@ -191,19 +202,15 @@ void require_vector(const Tensor& t, int64_t n, const Tensor& x) {
   dtype_of(t);
 }
 
-// One layer's weight [N, K16], scale [N] and bias [N] or none, for an x of k columns; copies where the kernels could not
-// read them as they are.
-struct Layer {
-  Tensor weight, scale, bias;
+// An int8 weight [N, K16] and its scale [N], for rows of k columns on x's device; copies where the kernels could not read
+// them as they are.
+struct Table {
+  Tensor weight, scale;
   int64_t n, k, columns;
   bool copied = false;
 
-  Layer(Arguments& arguments, int64_t k, const Tensor& x)
-      : weight(arguments.tensor()),
-        scale(arguments.tensor()),
-        bias(arguments.tensor()),
-        k(k),
-        columns(round_up(k, kRowAlignment)) {
+  Table(Arguments& arguments, int64_t k, const Tensor& x)
+      : weight(arguments.tensor()), scale(arguments.tensor()), k(k), columns(round_up(k, kRowAlignment)) {
     require(k >= 1 && k <= kMaxK, "the last dimension K must be in 1 … 2**17 - 1.");
     require(
         weight.dtype == torch.int8() && weight.dim == 2 && weight.sizes[1] == columns,
@@ -213,15 +220,23 @@ struct Layer {
     require(scale.dtype == torch.float32(), "a weight's scale must be float32.");
     n = weight.sizes[0];
     require_vector(scale, n, x);
-    require_vector(bias, n, x);
     copy_unless(weight.contiguous && is_aligned(weight.data, kRowAlignment), weight);
     copy_unless(scale.contiguous, scale);
-    copy_unless(!bias || bias.contiguous, bias);
   }
 
- private:
+ protected:
   void copy_unless(bool readable, Tensor& t) {
     if (!readable) t = copy_of(t), copied = true;
+  }
+};
+
+// One layer's weight and scale, and its bias [N] or none.
+struct Layer : Table {
+  Tensor bias;
+
+  Layer(Arguments& arguments, int64_t k, const Tensor& x) : Table(arguments, k, x), bias(arguments.tensor()) {
+    require_vector(bias, n, x);
+    copy_unless(!bias || bias.contiguous, bias);
   }
 };
 
@@ -419,6 +434,31 @@ Tensor norm_mlp_no_grad(Arguments& arguments) {
   return y;
 }
 
+// embedding_no_grad(Tensor indices, int dim, Tensor weight, Tensor weight_scale, int dtype) -> Tensor
+Tensor embedding_no_grad(Arguments& arguments) {
+  Tensor indices = arguments.tensor();
+  const int64_t k = arguments.integer();
+  require(indices.device_type == torch.cuda(), "hwkern needs all tensors on one device.");
+  require(indices.dtype == torch.int64() || indices.dtype == torch.int32(), "indices must be int64 or int32.");
+  const Table table(arguments, k, indices);
+  const auto dtype = static_cast<DType>(arguments.integer());
+  const Place place(indices);
+  if (!indices.contiguous) indices = copy_of(indices);
+  std::vector<int64_t> sizes(indices.sizes, indices.sizes + indices.dim);
+  Embedding p{};
+  p.m = 1;
+  for (const int64_t size : sizes) p.m *= size;
+  sizes.push_back(k);
+  Tensor y = empty(sizes.data(), indices.dim + 1, torch_dtype(dtype), indices.device);
+  p.indices = indices.data, p.wide_indices = indices.dtype == torch.int64();
+  p.weight = static_cast<int8_t*>(table.weight.data), p.ldb = table.columns;
+  p.weight_scale = static_cast<float*>(table.scale.data);
+  p.y = y.data, p.ldy = k, p.y_dtype = dtype;
+  p.n = table.n, p.k = k;
+  check(embedding(p, place.stream));
+  return y;
+}
+
 struct Operator {
   const char* name;
   const char* kinds;
@@ -428,6 +468,7 @@ struct Operator {
 constexpr Operator kLinear{"linear_no_grad", "tttov", linear_no_grad};
 constexpr Operator kNormLinear{"norm_linear_no_grad", "tttooovvvv", norm_linear_no_grad};
 constexpr Operator kNormMlp{"norm_mlp_no_grad", "ttttooovvvvvvttov", norm_mlp_no_grad};
+constexpr Operator kEmbedding{"embedding_no_grad", "tvttv", embedding_no_grad};
 
 template <const Operator& op>
 void kernel(Value* values, uint64_t, uint64_t) {
@@ -458,6 +499,7 @@ bool find_torch(const std::string& cpu_path, const std::string& cuda_path) {
          find(cpu, "aoti_torch_empty_strided", torch.empty_strided) && find(cpu, "aoti_torch_copy_", torch.copy) &&
          find(cpu, "aoti_torch_grad_mode_is_enabled", torch.grad_mode) &&
          find(cpu, "aoti_torch_device_type_cuda", torch.cuda) && find(cpu, "aoti_torch_dtype_int8", torch.int8) &&
+         find(cpu, "aoti_torch_dtype_int32", torch.int32) && find(cpu, "aoti_torch_dtype_int64", torch.int64) &&
          find(cpu, "aoti_torch_dtype_float32", torch.float32) && find(cpu, "aoti_torch_dtype_float16", torch.float16) &&
          find(cpu, "aoti_torch_dtype_bfloat16", torch.bfloat16) &&
          find(cpu, "aoti_torch_library_init_impl", torch.init_impl) && find(cpu, "torch_library_impl", torch.impl) &&
@@ -471,6 +513,7 @@ bool register_torch_ops(const std::string& cpu_path, const std::string& cuda_pat
   TorchLibrary* library;  // kept for good: its end would take the kernels away
   check(torch.init_impl("hwkern", "CUDA", "hwkern", 0, &library));
   implement<kLinear>(library), implement<kNormLinear>(library), implement<kNormMlp>(library);
+  implement<kEmbedding>(library);
   return true;
 }
 
