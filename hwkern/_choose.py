@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,7 +69,11 @@ def score(candidate: Candidate, keep: Candidate, calls: Mapping[int, int]) -> fl
 
 
 def worst(
-    candidate: Candidate, keep: Candidate, calls: Mapping[int, int], slack: float = 0.0
+    candidate: Candidate,
+    keep: Candidate,
+    calls: Mapping[int, int],
+    slack: float = 0.0,
+    modes: Container[str] = MODES,
 ) -> tuple[float, int, str]:
     """The largest ratio to the float layer at a number of tokens that matters: (ratio, tokens, mode).
 
@@ -77,6 +81,8 @@ def worst(
     """
     found = (0.0, 0, "")
     for mode, times in keep.us.items():
+        if mode not in modes:
+            continue
         whole, number = total(times, calls), sum(calls.values())
         for m, count in calls.items():
             if candidate.us[mode][m] <= times[m] + slack and slack:
@@ -84,6 +90,12 @@ def worst(
             if times[m] * count >= SHARE * whole or count >= CALLS_SHARE * number:
                 found = max(found, (candidate.us[mode][m] / times[m], m, mode))
     return found
+
+
+def slower_lookups(candidate: Candidate, keep: Candidate, calls: Mapping[int, int], policy: Policy) -> list[str]:
+    """The modes in which lookups in an int8 table take longer, alone, than a table taken for its bytes may."""
+    slack = LOOKUP_US if policy == "smallest" else 0.0
+    return [mode for mode in keep.us if worst(candidate, keep, calls, slack, (mode,))[0] > 1 + NOISE]
 
 
 def threshold(few: Candidate, many: Candidate, calls: Mapping[int, int]) -> int | None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hwkern import _batches
-from hwkern._choose import score
+from hwkern._choose import Candidate, score, slower_lookups
 from hwkern._console import progress
 from hwkern._layers import Layer, find_layers, tied
 from hwkern._observe import evaluating
@@ -35,10 +38,10 @@ LEAST_DB = 10.0
 ROWS = 64  # of the output, some more at most
 #: The model is timed with tables of both kinds in turn, call by call: so many seconds of each for all
 #: batches, and so many calls of a batch.
-SECONDS, ROUNDS = 0.24, (3, 160)
-#: So many such readings, and the second number where int8 tables seem to take longer; all calls count together. One
-#: reading's mean ratio scatters by some 0.7 % in eager calls from a busy host, by 0.1 % in graphs (H100).
-READINGS = (2, 4)
+SECONDS, ROUNDS = 0.12, (5, 160)
+#: So many such readings at most, whose calls count together; they end when the ratios are so many standard errors away
+#: from what is allowed.
+READINGS, SURE = 8, 3.0
 
 
 def with_their_tables(layers: Sequence[Layer], unusable: dict[str, str]) -> dict[str, str]:
@@ -138,41 +141,46 @@ def try_smaller(
     """Make the tables int8 that alone are slower so, where the whole model, as planned, is not: for half of the bytes.
 
     All of them or none: where the batches take no more than 0.5 % longer on average and none more than 1.5 %, in each
-    mode that the model can be timed in, and with policy "fastest" on average not longer at all. Not with "accurate". A
-    table that shares its weight with a head goes with that. ``holds``: whether the task holds with a plan that is to be
-    taken instead of ``result``.
+    mode in which a lookup alone is slower and that the model can be timed in, and with policy "fastest" on average not
+    longer at all. Not with "accurate". A table that shares its weight with a head goes with that. ``holds``: whether
+    the task holds with a plan that is to be taken instead of ``result``.
     """
     from hwkern._whole import distinct
 
     held = set() if result.task is None else set(result.task.kept)
-    tables = {
-        layer.name: candidate
-        for layer in result.layers.values()
-        if layer.kind == "Embedding" and layer.calls and not layer.chosen and not set(layer.names) & held
-        for candidate in layer.candidates[1:]
-        if candidate.snr_db >= result.accuracy.min_snr_db
-    }
+    tables: dict[str, Candidate] = {}
+    slower: set[str] = set()
+    for layer in result.layers.values():
+        if layer.kind != "Embedding" or not layer.calls or layer.chosen or set(layer.names) & held:
+            continue
+        for candidate in layer.candidates[1:]:
+            # What is not slower alone and not chosen went back to float for another reason.
+            where = slower_lookups(candidate, layer.candidates[0], layer.calls, result.policy)
+            if where and candidate.snr_db >= result.accuracy.min_snr_db:
+                tables[layer.name] = candidate
+                slower.update(where)
     if not tables or result.policy == "accurate":
         return
+    modes = [mode for mode in modes if mode in slower]
     trial = result._copy()
     for name, candidate in tables.items():
         trial.layers[name].chosen = trial.layers[name].candidates.index(candidate)
     places = {name for first in tables for name in trial.layers[first].names}
-    with _both_tables(model, trial, places) as put, torch.no_grad(), evaluating(model):
-        put("float")
+    with _both_tables(model, trial, places) as both, torch.no_grad(), evaluating(model):
+        both.put("float")
         exact = _exact(model, batches[0])
-        put("int8")
+        both.put("int8")
         problem = _problem(model, batches[0], exact)
-        ratios = {} if problem else _ratios(model, put, distinct(batches), modes, show)
+        effects = {} if problem else _effects(model, both, distinct(batches), modes, show)
     if problem:
         _give_up(result, list(tables), problem)
         return
-    if why := _slower(trial, tables, ratios, modes) or ("" if holds(trial) else "the task does not hold with it"):
+    if why := _slower(trial, tables, effects, modes) or ("" if holds(trial) else "the task does not hold with it"):
         for name, candidate in tables.items():
             candidate.ruled_out = why
             result.layers[name].reason += f"; {why}"
         return
-    said = ", ".join(f"{statistics.mean(each):.3f}× ({mode})" for mode, each in ratios.items())
+    said = ", ".join(f"{_mean(each):.3f}× ({mode})" for mode, each in effects.items())
     for name, candidate in tables.items():
         layer = trial.layers[name]
         keep = layer.candidates[0]
@@ -187,99 +195,217 @@ def try_smaller(
         result.whole["text"] += f" With {count} in int8 {said} of that."
 
 
-def _slower(trial: Plan, tables: Iterable[str], ratios: Mapping[str, Sequence[float]], modes: Sequence[str]) -> str:
+def _slower(trial: Plan, tables: Iterable[str], effects: Mapping[str, Sequence[Effect]], modes: Sequence[str]) -> str:
     """In what the whole model is slower with int8 tables, or they are where it could not be timed; empty if nowhere."""
     from hwkern._whole import fast
 
-    if not ratios or not fast([trial.layers[name] for name in tables], [mode for mode in modes if mode not in ratios]):
+    if not effects or not fast([trial.layers[name] for name in tables], [mode for mode in modes if mode not in effects]):
         return "slower alone, in a way of running in which the whole model cannot be timed"
-    for mode, each in ratios.items():
+    for mode, each in effects.items():
         if _longer(each):
-            mean = statistics.mean(each)
-            return f"the whole model takes {mean:.3f}× the time with it, {max(each):.3f}× at most ({mode})"
-    mean = statistics.mean(ratio for each in ratios.values() for ratio in each)
+            most = max(effect.ratio for effect in each)
+            return f"the whole model takes {_mean(each):.3f}× the time with it, {most:.3f}× at most ({mode})"
+        if _doubted(each):
+            whole = statistics.mean(effect.whole for effect in each)
+            return f"the whole model takes {whole:.3f}× the time with it, more than its lookups account for ({mode})"
+    mean = _mean([effect for each in effects.values() for effect in each])
     if trial.policy == "fastest" and mean > 1:
         return f"the whole model takes {mean:.3f}× the time with it (fastest)"
     return ""
 
 
-def _longer(ratios: Sequence[float]) -> bool:
-    """Whether the batches take longer than is given for half of a table's bytes."""
+# ---- how long the model takes with either kind ----------------------------------------------------------------------
+
+
+@dataclass
+class Effect:
+    """What int8 tables make of the time of one batch.
+
+    Attributes:
+        ratio: the model's time with them over that with float ones; of eager calls it is taken from the lookups, which
+            is where they differ: ``1 + (lookups in int8 - lookups in float) / model``. In a model of 2 ms on a host
+            whose calls scatter by 14 % its standard error is a tenth of that of the calls' own ratio.
+        error: its standard error.
+        whole: the ratio of the calls themselves.
+    """
+
+    ratio: float
+    error: float
+    whole: float
+
+
+@dataclass
+class _Samples:
+    """Seconds of one batch's calls with one kind of table, all and in the lookups alone."""
+
+    whole: list[float] = field(default_factory=list)
+    lookups: list[float] = field(default_factory=list)
+
+
+def _effect(plain: _Samples, int8: _Samples) -> Effect:
+    model = lower_quartile(plain.whole)
+    change = lower_quartile(int8.lookups) - lower_quartile(plain.lookups)
+    error = math.hypot(_error(plain.lookups), _error(int8.lookups))
+    return Effect(1 + change / model, error / model, lower_quartile(int8.whole) / model)
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of their lower quartile: of normal numbers it is the distance of the quartiles over √n."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / math.sqrt(len(values))
+
+
+def _mean(effects: Sequence[Effect]) -> float:
+    return statistics.mean(effect.ratio for effect in effects)
+
+
+def _longer(effects: Sequence[Effect], errors: float = 0.0) -> bool:
+    """Whether the batches take longer than is given for half of a table's bytes, by so many standard errors."""
     from hwkern._whole import NOISE, TRIAL_NOISE
 
-    return statistics.mean(ratios) > 1 + TRIAL_NOISE or max(ratios) > 1 + NOISE
+    mean_error = math.hypot(*(effect.error for effect in effects)) / len(effects)
+    return _mean(effects) - errors * mean_error > 1 + TRIAL_NOISE or any(
+        effect.ratio - errors * effect.error > 1 + NOISE for effect in effects
+    )
+
+
+def _doubted(effects: Sequence[Effect]) -> bool:
+    """Whether the calls as a whole say that something beside the lookups is slower."""
+    from hwkern._whole import NOISE
+
+    return statistics.mean(effect.whole for effect in effects) > 1 + NOISE
+
+
+def _settled(effects: Sequence[Effect]) -> bool:
+    """Whether more readings would change nothing."""
+    return _longer(effects, SURE) or not (_longer(effects, -SURE) or _doubted(effects))
+
+
+class Tables:
+    """The tables of a model that is patched with a trial's recipes, of both kinds.
+
+    Attributes:
+        places: of each the layer, the int8 and the float module.
+    """
+
+    def __init__(self, places: Sequence[tuple[Layer, PackedLayer, nn.Module]]) -> None:
+        self.places = places
+
+    def put(self, kind: str) -> None:
+        """The "int8" or the "float" ones into their places."""
+        from hwkern.patch import _set
+
+        for layer, int8, plain in self.places:
+            _set(layer, int8 if kind == "int8" else plain)
+
+    @contextlib.contextmanager
+    def lookups(self) -> Iterator[Callable[[], float]]:
+        """What it gives tells the host's seconds inside of them since it was last asked."""
+        spent = [0.0]
+
+        def enter(*_: Any) -> None:
+            spent[0] -= time.perf_counter()
+
+        def leave(*_: Any) -> None:
+            spent[0] += time.perf_counter()
+
+        def take() -> float:
+            seconds, spent[0] = spent[0], 0.0
+            return seconds
+
+        modules = [module for _, *both in self.places for module in both]
+        handles = [module.register_forward_pre_hook(enter) for module in modules]
+        handles += [module.register_forward_hook(leave) for module in modules]
+        try:
+            yield take
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 @contextlib.contextmanager
-def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Iterator[Callable[[str], None]]:
-    """The model by the trial's recipes; what it gives puts the "int8" or the "float" tables into their places."""
+def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Iterator[Tables]:
+    """The model by the trial's recipes, with these tables of both kinds; it comes back as it was."""
     from hwkern._back_off import _Recipes, _swapped, trial_place
-    from hwkern.patch import _put_back, _set, patch, unpatch
+    from hwkern.patch import _put_back, patch, unpatch
 
     recipes = {name: recipe for name, recipe in trial.recipes.items() if recipe.scheme != "keep"}
-    swapped: list[tuple[Layer, PackedLayer, nn.Module | None]] = []
-
-    def put(kind: str) -> None:
-        for layer, int8, plain in swapped:
-            _set(layer, int8 if kind == "int8" else cast(nn.Module, plain))
-
     patch(model, originals=trial_place(model), plan=_Recipes(recipes))
     try:
-        swapped += [
-            (layer, layer.module, layer.module._original.module)
+        places = [
+            (layer, layer.module, cast(nn.Module, layer.module._original.module))
             for layer in find_layers(model, embeddings=True)
             if layer.names[0] in tables and isinstance(layer.module, PackedLayer) and layer.module._original is not None
         ]
-        for layer, int8, plain in swapped:
-            _put_back(layer, cast(nn.Module, plain), int8)  # with its weight
-        yield put
+        for layer, int8, plain in places:
+            _put_back(layer, plain, int8)  # with its weight
+        yield Tables(places)
     finally:  # float tables that are in their places are the model's own
         unpatch(model, include=[name for name in _swapped(model) if name in recipes])
 
 
-def _ratios(
-    model: nn.Module, put: Callable[[str], None], batches: Sequence[Any], modes: Sequence[str], show: bool
-) -> dict[str, list[float]]:
-    """Mode → time with int8 tables over time with float ones, of each batch; without "graph" where there is none."""
+def _effects(
+    model: nn.Module, tables: Tables, batches: Sequence[Any], modes: Sequence[str], show: bool
+) -> dict[str, list[Effect]]:
+    """Mode → what int8 tables do to each batch; without "graph" where there is none."""
     from hwkern._whole import Graphs
 
-    device, graphs = _batches.device_of(model), Graphs()
-    found: dict[str, list[float]] = {}
+    graphs = Graphs()  # until the last replay: it holds what they read
+    found: dict[str, list[Effect]] = {}
     with progress("Trying int8 tables", len(modes), show) as step:
         for mode in modes:
-            samples: list[dict[str, list[float]]] = [{"float": [], "int8": []} for _ in batches]
-            calls = _calls(model, put, batches, mode, graphs)
-            for turn in range(READINGS[1] if calls else 0):
-                for both, known in zip(calls, samples, strict=True):
-                    for kind, values in in_turn(both, device, SECONDS / len(batches), ROUNDS).items():
-                        known[kind] += values
-                found[mode] = [lower_quartile(known["int8"]) / lower_quartile(known["float"]) for known in samples]
-                if turn + 1 >= READINGS[0] and not _longer(found[mode]):
-                    break
+            if mode == "eager":
+                with tables.lookups() as take:
+                    found[mode] = _read(model, [_eager_calls(model, tables, batch, take) for batch in batches])
+            elif calls := _replays(model, tables, batches, graphs):
+                found[mode] = _read(model, calls)
             step()
     return found
 
 
-def _calls(
-    model: nn.Module, put: Callable[[str], None], batches: Sequence[Any], mode: str, graphs: Graphs
-) -> list[dict[str, Callable[[], object]]]:
-    """Of each batch a call with either kind of table; none at all where the model cannot be captured."""
-    found = []
+#: Kind of table → a call; and the seconds that its calls' lookups took, one after the other. Of graphs there are none:
+#: there the whole calls are exact enough.
+_Calls = tuple[dict[str, Callable[[], object]], dict[str, list[float]]]
+
+
+def _read(model: nn.Module, calls: Sequence[_Calls]) -> list[Effect]:
+    """Of each batch: as many readings as it takes to be sure."""
+    device = _batches.device_of(model)
+    samples = [{"float": _Samples(), "int8": _Samples()} for _ in calls]
+    effects: list[Effect] = []
+    for _ in range(READINGS):
+        for (both, lookups), known in zip(calls, samples, strict=True):
+            for kind, values in in_turn(both, device, SECONDS / len(calls), ROUNDS).items():
+                known[kind].whole += values
+                known[kind].lookups += lookups[kind][-len(values) :] if lookups else values
+        effects = [_effect(known["float"], known["int8"]) for known in samples]
+        if _settled(effects):
+            break
+    return effects
+
+
+def _eager_calls(model: nn.Module, tables: Tables, batch: Any, take: Callable[[], float]) -> _Calls:
+    lookups: dict[str, list[float]] = {"float": [], "int8": []}
+
+    def call(kind: str) -> None:
+        tables.put(kind)
+        take()
+        _batches.call(model, batch)
+        lookups[kind].append(take())
+
+    return {kind: functools.partial(call, kind) for kind in lookups}, lookups
+
+
+def _replays(model: nn.Module, tables: Tables, batches: Sequence[Any], graphs: Graphs) -> list[_Calls]:
+    """None at all where the model cannot be captured."""
+    found: list[_Calls] = []
     for i, batch in enumerate(batches):
         both: dict[str, Callable[[], object]] = {}
         for kind in ("float", "int8"):
-            if mode == "eager":
-                both[kind] = functools.partial(_call, model, put, kind, batch)
-                continue
-            put(kind)
+            tables.put(kind)
             graph = graphs.of((i, kind), model, batch, _batches.device_of(model))
             if graph is None:
                 return []
             both[kind] = graph.replay
-        found.append(both)
+        found.append((both, {}))
     return found
-
-
-def _call(model: nn.Module, put: Callable[[str], None], kind: str, batch: Any) -> None:
-    put(kind)
-    _batches.call(model, batch)
