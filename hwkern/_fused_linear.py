@@ -468,6 +468,23 @@ def _bare(call: Any) -> Any:
     return call.__wrapped__
 
 
+def _activation(call: Any) -> Any:
+    """``activation_linear_no_grad`` of the public operator's implementation: the activation comes as a number."""
+
+    def linear(
+        x: Tensor,
+        activation: int,
+        gated: bool,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+    ) -> Any:
+        return call(x, weight, weight_scale, bias, _ACTIVATIONS[activation], gated, residual)
+
+    return linear
+
+
 _ways = (
     _Way(_norm_fake, _activation_fake, _fused._norm_fake, _weight_only._fake),
     _Way(_norm_cpu, _activation_cpu, _fused._norm, _weight_only._cpu),
@@ -475,6 +492,7 @@ _ways = (
 )
 implement("norm_linear_no_grad", *(way.linear for way in _ways))
 implement("norm_mlp_no_grad", *(way.mlp for way in _ways))
+implement("activation_linear_no_grad", *(_activation(way.activation_linear) for way in _ways))
 
 # torch's own kernel for a missing gradient is one in Python, 7 µs of every call, and speaks in the backward pass only.
 _lib.impl("norm_linear", fallthrough_kernel, "Autograd")

@@ -1,4 +1,5 @@
-"""The operators of inference: what a layer, a norm with its layers, a norm with its MLP, or a lookup are in one call.
+"""The operators of inference: what a layer is in one call, alone, with the norm or activation before it, or with the
+whole MLP; and a lookup.
 
 They have no gradient, and whoever calls them has made sure that none is recorded. A decoding step without a CUDA graph
 spends its time on the host, so on CUDA they are C++ kernels of torch's dispatcher (csrc/bindings/torch_ops.cpp), which
@@ -30,6 +31,8 @@ for _schema in (
     "norm_mlp_no_grad(Tensor x, Tensor residual, Tensor weight, Tensor weight_scale, Tensor? bias, "
     "Tensor? norm_weight, Tensor? norm_bias, int norm, float eps, float offset, bool weight_only, int activation, "
     "bool gated, Tensor last_weight, Tensor last_scale, Tensor? last_bias, bool last_weight_only) -> Tensor",
+    "activation_linear_no_grad(Tensor x, int activation, bool gated, Tensor weight, Tensor weight_scale, "
+    "Tensor? bias, Tensor? residual) -> Tensor",
     "embedding_no_grad(Tensor indices, int dim, Tensor weight, Tensor weight_scale, int dtype) -> Tensor",
 ):
     _lib.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -38,6 +41,7 @@ for _schema in (
 linear_no_grad: Any = torch.ops.hwkern.linear_no_grad.default
 norm_linear_no_grad: Any = torch.ops.hwkern.norm_linear_no_grad.default
 norm_mlp_no_grad: Any = torch.ops.hwkern.norm_mlp_no_grad.default
+activation_linear_no_grad: Any = torch.ops.hwkern.activation_linear_no_grad.default
 embedding_no_grad: Any = torch.ops.hwkern.embedding_no_grad.default
 
 

@@ -310,6 +310,34 @@ def test_the_norm_s_operator_of_inference_has_the_bits_of_the_public_one(
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("wide", [100, 160])  # rows of 100 start at no multiple of 16 bytes
+def test_the_activation_s_operator_of_inference_has_the_bits_of_the_public_one(
+    dtype: torch.dtype, gated: bool, wide: int, device: str
+) -> None:
+    weight, scale = weights(48, wide, device)
+    bias = torch.randn(48, device=device).to(dtype)
+    columns = 2 * wide if gated else wide
+    base = torch.randn(6, columns + 7, device=device).to(dtype)
+    many = torch.randn(70, columns, device=device).to(dtype)
+    rows = base[:, :columns]
+    call = torch.ops.hwkern.activation_linear_no_grad.default
+    for x in (rows, rows[::2], rows[:0], rows.reshape(2, 3, columns).transpose(0, 1), rows[0], many):
+        for given in (None, torch.randn(*x.shape[:-1], 2 * 48, device=device).to(dtype)[..., ::2]):
+            for name, code in ops.ACTIVATIONS.items():
+                want = _fused_linear.activation_linear(x, weight, scale, bias, name, gated, given)
+                with torch.no_grad():
+                    got = call(x, code, gated, weight, scale, bias, given)
+                assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+                assert torch.equal(got, want)
+    arguments = (rows, ops.ACTIVATIONS["silu"], gated, weight, scale, None, None)
+    with torch.no_grad():
+        torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor"))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        call(*arguments)
+
+
 @pytest.mark.gpu
 def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of_it() -> None:
     if not _no_grad.IN_CPP:
@@ -318,6 +346,7 @@ def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of
     x = torch.randn(2, 64, device="cuda")
     linear, norm = torch.ops.hwkern.linear_no_grad.default, torch.ops.hwkern.norm_linear_no_grad.default
     mlp = torch.ops.hwkern.norm_mlp_no_grad.default
+    activated, silu = torch.ops.hwkern.activation_linear_no_grad.default, ops.ACTIVATIONS["silu"]
     one, two = torch.ones(48, device="cuda"), torch.ones(64, device="cuda")
     every_other = torch.ones(64, 2, device="cuda")[:, 0]
     last, last_scale = weights(64, 48, "cuda")
@@ -334,6 +363,11 @@ def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of
         (norm, (x, weight, scale, None, one, None, 1, 1e-5, 0.0, False), "one element per row"),
         (norm, (x, weight, scale, None, two, None, 1, 1e-5, 0.0, True), "float16 or bfloat16"),
         (norm, (x, weight, scale, None, every_other, None, 1, 1e-5, 0.0, False), "contiguous"),
+        (activated, (x, silu, True, weight, scale, None, None), "K16"),
+        (activated, (x[:, :63], silu, True, weight, scale, None, None), "even last dimension"),
+        (activated, (x, 99, False, weight, scale, None, None), "unknown activation"),
+        (activated, (x, silu, False, weight, scale, None, x), "the residual"),
+        (activated, (x, silu, False, weight, scale, None, x[:, :48].half()), "the residual"),
         (mlp, (x, x.half(), weight, scale, *plain, False, last, last_scale, None, False), "residual"),
         (mlp, (x, x[:1], weight, scale, *plain, False, last, last_scale, None, False), "residual"),
         (mlp, (x, x, weight, scale, *plain, True, last, last_scale, None, False), "K16"),
@@ -352,6 +386,7 @@ def test_the_operators_of_inference_refuse_what_does_not_fit_and_keep_nothing_of
         for _ in range(3):
             linear(x, weight, scale, None, False), norm(x, weight, scale, None, two, None, 1, 1e-5, 0.0, False)
             mlp(x, x, weight, scale, *plain, False, last, last_scale, None, False)
+            activated(x, silu, False, weight, scale, one, x[:, :48])
         assert torch.cuda.memory_allocated() == before
 
 
@@ -962,7 +997,7 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
     assert torch.equal(run(compiled, inputs), want)
     if "norm" in "".join(FAMILIES[family][1]):
         assert "hwkern.norm_linear_no_grad.default" in names
-        assert {"hwkern.activation_linear.default", "hwkern.norm_mlp_no_grad.default"} & names
+        assert {"hwkern.activation_linear_no_grad.default", "hwkern.norm_mlp_no_grad.default"} & names
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
@@ -1057,7 +1092,7 @@ def test_compiling_is_not_taken_for_exporting(monkeypatch: pytest.MonkeyPatch) -
     names.clear()
     many = {"input_ids": torch.randint(3, 99, (1, EPILOGUE_TOKENS + 1))}
     run(torch.compile(model, fullgraph=True, backend=backend, dynamic=False), many)
-    assert names == [*few[:2], "hwkern.norm_linear.default", "hwkern.activation_linear.default"]
+    assert names == [*few[:2], "hwkern.norm_linear.default", "hwkern.activation_linear_no_grad.default"]
 
 
 SCHEMES = [

@@ -353,6 +353,20 @@ void norm_product(const Rows& x, const Rows* residual, const NormOf& norm, const
   product(workspace, x.m, layer, weight_only, nullptr, y, dtype, stream);
 }
 
+// y = layer(activation(x)) + residual, or of activation(x[:, :K]) · x[:, K:] when gated; x's rows are of unit stride.
+void activation_product(const void* x, int64_t ldx, int64_t m, Activation activation, bool gated, const Layer& layer,
+                        bool weight_only, const void* residual, int8_t* workspace, void* y, DType dtype,
+                        Stream stream) {
+  ActivationQuantize p{};
+  p.x = x, p.ldx = p.ldup = ldx, p.x_dtype = dtype;
+  p.up = gated ? static_cast<const int8_t*>(x) + layer.k * size_of(dtype) : nullptr;
+  p.q = workspace, p.ldq = layer.columns;
+  p.scale = reinterpret_cast<float*>(workspace + m * layer.columns);
+  p.m = m, p.k = layer.k, p.activation = activation;
+  check(activation_quantize(p, weight_only ? workspace + quantized_bytes(m, layer) : nullptr, stream));
+  product(workspace, m, layer, weight_only, residual, y, dtype, stream);
+}
+
 // ---- the operators ---------------------------------------------------------------------------------------------------
 
 // linear_no_grad(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, bool weight_only) -> Tensor
@@ -423,14 +437,31 @@ Tensor norm_mlp_no_grad(Arguments& arguments) {
   auto* h = static_cast<int8_t*>(scratch.data);
   int8_t *first = h + sums, *workspace = first + wide;
   norm_product(x, &residual, norm, inputs, weight_only, workspace, h, first, place.stream);
-  ActivationQuantize p{};
-  p.x = first, p.ldx = p.ldup = inputs.n, p.x_dtype = dtype;
-  p.up = gated ? first + last.k * row : nullptr;
-  p.q = workspace, p.ldq = last.columns;
-  p.scale = reinterpret_cast<float*>(workspace + x.m * last.columns);
-  p.m = x.m, p.k = last.k, p.activation = activation;
-  check(activation_quantize(p, last_weight_only ? workspace + quantized_bytes(x.m, last) : nullptr, place.stream));
-  product(workspace, x.m, last, last_weight_only, h, y.data, dtype, place.stream);
+  activation_product(first, inputs.n, x.m, activation, gated, last, last_weight_only, h, workspace, y.data, dtype,
+                     place.stream);
+  return y;
+}
+
+// activation_linear_no_grad(Tensor x, int activation, bool gated, Tensor weight, Tensor weight_scale, Tensor? bias,
+//                           Tensor? residual) -> Tensor
+Tensor activation_linear_no_grad(Arguments& arguments) {
+  const Rows x(arguments.tensor());
+  const auto activation = static_cast<Activation>(arguments.integer());
+  const bool gated = arguments.boolean();
+  require(!gated || x.k % 2 == 0, "gated: x needs an even last dimension, the gate's columns and then the others'.");
+  const Layer layer(arguments, gated ? x.k / 2 : x.k, x.t);
+  Tensor residual = arguments.tensor();
+  const Place place(x.t);
+  Tensor y = x.output(layer.n);
+  require(!residual || (residual.device_type == x.t.device_type && residual.device == x.t.device &&
+                        residual.dtype == x.t.dtype && residual.dim == y.dim &&
+                        std::equal(y.sizes, y.sizes + y.dim, residual.sizes)),
+          "the residual must have the output's shape, dtype and device.");
+  if (x.m == 0 || layer.n == 0) return y;
+  if (residual && !residual.contiguous) residual = copy_of(residual);
+  const Tensor workspace = bytes(workspace_of(x, layer, false), x.t);
+  activation_product(x.t.data, x.ld, x.m, activation, gated, layer, false, residual.data,
+                     static_cast<int8_t*>(workspace.data), y.data, dtype_of(x.t), place.stream);
   return y;
 }
 
@@ -468,6 +499,7 @@ struct Operator {
 constexpr Operator kLinear{"linear_no_grad", "tttov", linear_no_grad};
 constexpr Operator kNormLinear{"norm_linear_no_grad", "tttooovvvv", norm_linear_no_grad};
 constexpr Operator kNormMlp{"norm_mlp_no_grad", "ttttooovvvvvvttov", norm_mlp_no_grad};
+constexpr Operator kActivationLinear{"activation_linear_no_grad", "tvvttoo", activation_linear_no_grad};
 constexpr Operator kEmbedding{"embedding_no_grad", "tvttv", embedding_no_grad};
 
 template <const Operator& op>
@@ -513,7 +545,7 @@ bool register_torch_ops(const std::string& cpu_path, const std::string& cuda_pat
   TorchLibrary* library;  // kept for good: its end would take the kernels away
   check(torch.init_impl("hwkern", "CUDA", "hwkern", 0, &library));
   implement<kLinear>(library), implement<kNormLinear>(library), implement<kNormMlp>(library);
-  implement<kEmbedding>(library);
+  implement<kActivationLinear>(library), implement<kEmbedding>(library);
   return true;
 }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from hwkern import _fused_linear, ops
-from hwkern._no_grad import norm_linear_no_grad, norm_mlp_no_grad, preferred
+from hwkern._no_grad import activation_linear_no_grad, norm_linear_no_grad, norm_mlp_no_grad, preferred
 from hwkern._tracing import exporting, functorch_level, tracing_state
 from hwkern.nn.linear import Int8Linear
 from hwkern.nn.weight_only import WeightOnlyInt8Linear, takes, weight_only
@@ -247,8 +247,10 @@ class Merged(Held):
     def after_activation(self, x: Tensor, activation: str, gated: bool, residual: Tensor | None = None) -> Tensor:
         """``linear(activation(x)) + residual``, or of ``activation(x[..., :K]) * x[..., K:]``. W8A8 alone."""
         weight, scale, bias = self._read()
+        code = ops.ACTIVATIONS[activation]
+        if preferred():
+            return activation_linear_no_grad(x, code, gated, weight, scale, bias, residual)
         if not is_compiling() and _fused_linear.is_direct(x, self.cell):
-            code = ops.ACTIVATIONS[activation]
             return _fused_linear.launch_activation_linear(x, weight, self.cell, code, gated, residual)
         return _fused_linear.activation_linear(x, weight, scale, bias, activation, gated, residual)
 
