@@ -913,6 +913,21 @@ def test_other_weights_are_loaded_into_the_merged_memory() -> None:
     assert torch.equal(run(model, inputs), run(fresh, inputs))
 
 
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.down_proj"])  # one of three, and one alone
+def test_a_weight_may_be_taken_away_and_given_back(name: str) -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    layer = model.model.layers[0].get_submodule(name)
+    weight, merged = layer.weight, layer._part.merged
+    layer.weight = None
+    assert not merged.usable(torch.zeros(1, merged.k))
+    layer.weight = weight
+    assert torch.equal(run(model, inputs), want)
+    assert merged.fresh()
+
+
 def test_weights_swapped_behind_its_back_are_seen() -> None:
     model = llama()
     patched(model)
