@@ -23,9 +23,9 @@ NOISE = 0.02
 SHARE = 0.02
 CALLS_SHARE = 0.05
 #: µs by which a lookup may be slower than the float table's where "smallest" is asked for: it runs once in a forward
-#: that takes a thousand times as long, and eager calls for few tokens are the host's time: on an H100 12.1 against
-#: 11.5 µs, and up to 20, with as much scatter, beside other work. Elsewhere none: there the whole model says whether it
-#: can be had (_tables.try_smaller).
+#: that takes a thousand times as long, and eager calls for few tokens are the host's time: on an H100 12 against 14 µs,
+#: with as much scatter beside other work. Elsewhere none: there the whole model says whether it can be had
+#: (_tables.try_smaller).
 LOOKUP_US = 2.0
 #: What "balanced" gives for accuracy: time within this of the fastest.
 BALANCED_TIME = 0.05

@@ -1,9 +1,11 @@
 """Embeddings in a plan: tables and the heads that share their weight, whether the model can do with int8 ones, and
 whether it takes longer with them.
 
-A lookup in an int8 table reads half of the bytes, and takes the host longer in an eager call: by up to two microseconds
-alone, by more in a model, where its code is cold. Two int8 tables cost a small BERT on an H100 1.2 ± 0.4 % of 2.1 ms in
-eager calls, one cost an OPT 0.0 ± 0.3 %; both gained 1 % in CUDA graphs. So the whole model is asked.
+A lookup in an int8 table reads half of the bytes, and in an eager call takes the host about as long as torch's: what it
+adds to a model, or saves, is a few microseconds, which no timing of a model's calls shows. (By such timings two tables
+cost a small BERT on an H100 1.2 ± 0.4 % of 2.1 ms, when lookups were in Python, and one cost an OPT 0.0 ± 0.3 %.) So
+where a table is slower alone the model is run as planned, and its lookups are timed inside of it, where their code is
+cold.
 """
 
 from __future__ import annotations
@@ -199,13 +201,14 @@ def _slower(trial: Plan, tables: Iterable[str], effects: Mapping[str, Sequence[E
     """In what the whole model is slower with int8 tables, or they are where it could not be timed; empty if nowhere."""
     from hwkern._whole import fast
 
-    if not effects or not fast([trial.layers[name] for name in tables], [mode for mode in modes if mode not in effects]):
+    unread = [mode for mode in modes if mode not in effects]
+    if not effects or not fast([trial.layers[name] for name in tables], unread):
         return "slower alone, in a way of running in which the whole model cannot be timed"
     for mode, each in effects.items():
         if _longer(each):
             most = max(effect.ratio for effect in each)
             return f"the whole model takes {_mean(each):.3f}× the time with it, {most:.3f}× at most ({mode})"
-        if _doubted(each):
+        if _doubted(each, SURE):
             whole = statistics.mean(effect.whole for effect in each)
             return f"the whole model takes {whole:.3f}× the time with it, more than its lookups account for ({mode})"
     mean = _mean([effect for each in effects.values() for effect in each])
@@ -223,15 +226,17 @@ class Effect:
 
     Attributes:
         ratio: the model's time with them over that with float ones; of eager calls it is taken from the lookups, which
-            is where they differ: ``1 + (lookups in int8 - lookups in float) / model``. In a model of 2 ms on a host
-            whose calls scatter by 14 % its standard error is a tenth of that of the calls' own ratio.
+            is where they differ: ``1 + (lookups in int8 - lookups in float) / model``. (An H100's host beside other
+            work: its standard error was 0.03 to 0.4 %, and the calls' own ratios were off by up to 20 %.)
         error: its standard error.
         whole: the ratio of the calls themselves.
+        whole_error: its standard error.
     """
 
     ratio: float
     error: float
     whole: float
+    whole_error: float
 
 
 @dataclass
@@ -245,14 +250,21 @@ class _Samples:
 def _effect(plain: _Samples, int8: _Samples) -> Effect:
     model = lower_quartile(plain.whole)
     change = lower_quartile(int8.lookups) - lower_quartile(plain.lookups)
-    error = math.hypot(_error(plain.lookups), _error(int8.lookups))
-    return Effect(1 + change / model, error / model, lower_quartile(int8.whole) / model)
+    return Effect(
+        1 + change / model,
+        _error(plain.lookups, int8.lookups) / model,
+        lower_quartile(int8.whole) / model,
+        _error(plain.whole, int8.whole) / model,
+    )
 
 
-def _error(values: Sequence[float]) -> float:
-    """The standard error of their lower quartile: of normal numbers it is the distance of the quartiles over √n."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / math.sqrt(len(values))
+def _error(*both: Sequence[float]) -> float:
+    """The standard error of a difference of lower quartiles: of a normal one it is the quartiles' distance over √n."""
+    found = []
+    for values in both:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        found.append((high - low) / math.sqrt(len(values)))
+    return math.hypot(*found)
 
 
 def _mean(effects: Sequence[Effect]) -> float:
@@ -263,22 +275,24 @@ def _longer(effects: Sequence[Effect], errors: float = 0.0) -> bool:
     """Whether the batches take longer than is given for half of a table's bytes, by so many standard errors."""
     from hwkern._whole import NOISE, TRIAL_NOISE
 
-    mean_error = math.hypot(*(effect.error for effect in effects)) / len(effects)
-    return _mean(effects) - errors * mean_error > 1 + TRIAL_NOISE or any(
+    error = errors * math.hypot(*(effect.error for effect in effects)) / len(effects)
+    return _mean(effects) - error > 1 + TRIAL_NOISE or any(
         effect.ratio - errors * effect.error > 1 + NOISE for effect in effects
     )
 
 
-def _doubted(effects: Sequence[Effect]) -> bool:
-    """Whether the calls as a whole say that something beside the lookups is slower."""
+def _doubted(effects: Sequence[Effect], errors: float = 0.0) -> bool:
+    """Whether the calls as a whole say, by so many standard errors, that something beside the lookups is slower."""
     from hwkern._whole import NOISE
 
-    return statistics.mean(effect.whole for effect in effects) > 1 + NOISE
+    error = errors * math.hypot(*(effect.whole_error for effect in effects)) / len(effects)
+    return statistics.mean(effect.whole for effect in effects) - error > 1 + NOISE
 
 
 def _settled(effects: Sequence[Effect]) -> bool:
     """Whether more readings would change nothing."""
-    return _longer(effects, SURE) or not (_longer(effects, -SURE) or _doubted(effects))
+    slower = _longer(effects, SURE) or _doubted(effects, SURE)
+    return slower or not (_longer(effects, -SURE) or _doubted(effects))
 
 
 class Tables:

@@ -651,10 +651,11 @@ class Turns:
         seen: what kind of table each call of the last reading met.
         scatter: what every other call of an int8 lookup takes more.
         whole: what the calls as a whole take with int8 tables; their lookups alone make the ratio.
+        beat: what every other call of the whole model takes more, with either kind of table.
     """
 
-    def __init__(self, *ratios: float, scatter: float = 0.0, whole: float = 1.0) -> None:
-        self.ratios, self.scatter, self.whole = list(ratios), scatter, whole
+    def __init__(self, *ratios: float, scatter: float = 0.0, whole: float = 1.0, beat: float = 0.0) -> None:
+        self.ratios, self.scatter, self.whole, self.beat = list(ratios), scatter, whole, beat
         self.readings = self.calls = 0
         self.model: Any = None
         self.seen: dict[str, str] = {}
@@ -666,7 +667,8 @@ class Turns:
                 call()
             self.seen[self.kind] = type(self.model.embed).__name__ if self.model is not None else ""
         self.readings += 1
-        return {"float": [1.0] * 5, "int8": [self.whole] * 5}
+        both = {"float": 1.0, "int8": self.whole}
+        return {kind: [seconds + i % 2 * self.beat for i in range(5)] for kind, seconds in both.items()}
 
     def lookups(self) -> float:
         """Seconds of the host in a call's lookups: of the model's one second they are a tenth in float."""
@@ -752,13 +754,24 @@ def test_policies_bounds_and_ties_hold_for_the_trial_too(ids: torch.Tensor, slow
         assert kept(**options) == (True, 2 * ("metric" in options)), options
 
 
-def test_a_model_that_is_slower_beside_its_lookups_keeps_its_table(ids: torch.Tensor, slow_tables: None) -> None:
-    turns = Turns(1.0, whole=1.016)
-    plan = tried(turns, Net().eval(), ids)
-    assert turns.readings == 2 * _tables.READINGS  # calls scatter: this is doubted as long as it can be
-    assert plan.layers["embed"].choice.name == "keep"
-    assert "takes 1.016× the time with it, more than its lookups account for (eager)" in plan.explain("embed")
-    assert tried(Turns(1.0, whole=1.014), Net().eval(), ids).layers["embed"].choice.name == "int8"
+@pytest.mark.parametrize(
+    ("whole", "beat", "taken", "readings"),
+    [
+        (1.014, 0, True, 2),
+        (1.016, 0, False, 2),  # of calls that do not scatter
+        (1.016, 0.1, True, 16),  # of calls that do: doubted as long as can be, and then within the noise
+        (1.6, 0.1, False, 2),
+    ],
+)
+def test_a_model_that_is_slower_beside_its_lookups_keeps_its_table(
+    ids: torch.Tensor, slow_tables: None, whole: float, beat: float, taken: bool, readings: int
+) -> None:
+    turns = Turns(1.0, whole=whole, beat=beat)
+    table = tried(turns, Net().eval(), ids)
+    assert turns.readings == readings
+    assert table.layers["embed"].choice.name == ("int8" if taken else "keep")
+    said = f"takes {whole:.3f}× the time with it, more than its lookups account for (eager)"
+    assert (said in table.explain("embed")) != taken
 
 
 def test_lookups_are_timed_where_the_model_calls_them(ids: torch.Tensor) -> None:

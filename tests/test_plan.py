@@ -808,7 +808,7 @@ def test_trials_of_the_whole_model_leave_no_trace_in_it(device: Device, monkeypa
         (name, mode): 10.0 if name == "keep" else 11.0 for name in names for mode in modes
     })  # fmt: skip
     found = hwkern.plan(model, IDS, show=False, save=False)
-    assert tried.count("tables") == _tables.READINGS
+    assert tried.count("tables") == 1  # twice the time, and nothing scatters
     assert max(each for each in tried if each != "tables") == 7
     assert not hwkern.patch(model, plan=found).swapped
     del model.__dict__["_hwkern_plan"]
