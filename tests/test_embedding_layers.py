@@ -911,6 +911,24 @@ def test_tables_are_tried_in_every_way_of_running(
         assert "in which the whole model cannot be timed" in plan.explain("embed")
 
 
+def test_graphs_are_not_timed_where_a_lookup_alone_is_not_slower_in_one(
+    monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor, slow_tables: None
+) -> None:
+    measure = Clock.measure
+
+    def faster_in_a_graph(self: Clock, shape: Shape, m: int, timings: Any) -> None:
+        measure(self, shape, m, timings)
+        if shape.kind == "Embedding":
+            self._known[self._key(shape, m, "int8", "graph")] = 5.0 * m
+
+    monkeypatch.setattr(Clock, "measure", faster_in_a_graph)
+    monkeypatch.setattr("hwkern._measure.modes_of", lambda device, mode="any": ("eager", "graph"))
+    monkeypatch.setattr(_whole.Graphs, "of", lambda *_: pytest.fail("nothing asks for a graph"))
+    plan = tried(Turns(1.0), Net().eval(), ids)
+    assert plan.layers["embed"].choice.name == "int8"
+    assert "the whole model takes 1.000× (eager) with it" in plan.explain("embed")
+
+
 def test_the_command_line_decides_about_tables(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -934,6 +934,26 @@ def test_w8a8_throughout_is_held_against_the_layers_own_choices(
     assert {r.name for r in make(Net(), verify=False).recipes.values()} == {"w8a16"}
 
 
+def test_the_layers_own_choices_that_were_tried_are_not_read_again(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too small a gain for a trial, none of which is taken: what was read says too that the plan is not slower."""
+    read: list[set[str]] = []
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        read.append({type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__})
+        return {"eager": [1.0 if not read[-1] else 1.1 if read[-1] == {"Int8Linear"} else 0.98]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    found = make(Net(), verify=True)
+    assert {recipe.name for recipe in found.recipes.values()} == {"w8a16"}
+    assert found.whole["after_ms"] == [980.0]
+    assert read.count({"WeightOnlyInt8Linear"}) == 1
+
+
 @pytest.mark.parametrize("best", ["Int8Linear", "WeightOnlyInt8Linear"])
 def test_layers_behind_a_divided_norm_are_tried_in_w8a8_with_the_same_vector(
     monkeypatch: pytest.MonkeyPatch, best: str
