@@ -8,7 +8,8 @@ which asks at every call whether the fusion may be used and otherwise is the cla
 - an attention without a norm of its own before it (BERT) computes q, k and v at its entrance,
 - an MLP computes gate and up as one product, then activation, product and quantization in one kernel,
 - a dense layer with its activation (BERT's intermediate) has it in the product's epilogue, for few tokens,
-- a block (Llama's) hands its residual to the second norm's kernel and, for few tokens, to the last product's epilogue.
+- a block (Llama's) hands its residual to the second norm's kernel and, for few tokens, to the last product's epilogue,
+- a decoder that torch.compile traces tells its blocks when nothing but order masks their tokens (:class:`_FusedDecoder`).
 
 Which class is built so is a table (:mod:`hwkern._structures`), not a guess; and every block is run both ways on random
 rows before it stays (:mod:`hwkern._probe`).
@@ -25,10 +26,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from hwkern import ops
 from hwkern._probe import both_ways, check, distance_problem, product_problem
-from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
+from hwkern._structures import ACTIVATIONS, ATTENTIONS, BLOCKS, DECODERS, DENSE, MLPS, NORMS, RESIDUALS, Mlp
+from hwkern._tracing import exporting
 from hwkern.nn import Int8Conv1D, Int8Linear, WeightOnlyInt8Conv1D, WeightOnlyInt8Linear
 from hwkern.nn.merged import Edge, Held, Merged, go_together, has_hooks, is_few
 
@@ -86,6 +89,8 @@ class _FusedBlock(_Fused):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         f: BlockFusion = self._fusion
         modules = cast(Any, self)._modules
+        if kwargs.pop(_CAUSAL, False) and _is_causal(modules[f.attention]):  # it may be another one by now
+            kwargs["attention_mask"] = None
         norm, mlp = modules[f.norm], modules[f.mlp]
         if args or not f.usable(norm, mlp, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
@@ -98,6 +103,26 @@ class _FusedBlock(_Fused):
         if is_few(h):
             return last.output.after_activation(product, last.activation, last.gated, h)
         return h + last.output.after_activation(product, last.activation, last.gated)
+
+
+#: The keyword by which a decoder tells its blocks that attention is causal and nothing else.
+_CAUSAL = "hwkern_causal"
+
+
+class _FusedDecoder(_Fused):
+    """Causal attention without a mask under torch.compile.
+
+    transformers looks whether positions start anew within a row (packed sequences). Eager, it sees that they do not and
+    leaves the mask away. Traced, it cannot look, so it makes a mask of [rows, length, length], for which there is no
+    FlashAttention: shared keys and values are then copied for each head, and what lies behind a query is computed too.
+    Without the caller's positions there is nothing to look for.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        f: DecoderFusion = self._fusion
+        if is_compiling() and f.only_causal(cast(Any, self).config, args, kwargs):
+            kwargs[_CAUSAL] = True
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 class _FusedDense(_Fused):
@@ -294,7 +319,36 @@ class BlockFusion(_Fusion):
         return "residuals"
 
 
-Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion | BlockFusion
+@dataclass(eq=False, repr=False)
+class DecoderFusion(_Fusion):
+    """A model of causal blocks, some of them fused."""
+
+    mixin = _FusedDecoder
+
+    def parts(self) -> tuple[Merged, ...]:
+        return ()
+
+    def only_causal(self, config: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether token i of each row sees tokens 0 … i in a call with these arguments, and SDPA is what computes it."""
+        given = ("attention_mask", "position_ids", "past_key_values", "cache_position", "is_causal")
+        return (
+            not exporting()
+            and len(args) <= 1  # input_ids
+            and all(kwargs.get(name) is None for name in given)
+            and config._attn_implementation == "sdpa"  # without a mask the others see all tokens
+            and getattr(config, "is_causal", True)
+            and getattr(config, "sliding_window", None) is None
+        )
+
+    def problem(self, model: nn.Module, x: Tensor) -> str:
+        """Nothing: no number of an eager call changes."""
+        return ""
+
+    def __str__(self) -> str:
+        return "causal attention without a mask when compiled"
+
+
+Fusion = NormFusion | AttentionFusion | MlpFusion | DenseFusion | BlockFusion | DecoderFusion
 
 
 def _names(merged: Merged) -> str:
@@ -327,6 +381,10 @@ def fuse(model: nn.Module) -> str:
                     for module in made:
                         _unset(module)
                     failed.append(f"{name or type(model).__name__}: {problem}")
+            for module in model.modules():
+                if _is_of(module, DECODERS) and fusion_of(module) is None and _has_fused_blocks(module):
+                    done.append(module)
+                    _set(module, DecoderFusion())
     except BaseException:
         for module in done:
             _unset(module)
@@ -451,6 +509,17 @@ def _found(block: nn.Module, grouped: set[int]) -> Iterator[tuple[nn.Module, Fus
         attention, second, last = RESIDUALS[name]
         if all(fusion_of(cast(nn.Module, block._modules[path])) is not None for path in (second, last)):
             yield block, BlockFusion(BLOCKS[name][0][0], attention, second, last)
+
+
+def _is_causal(attention: nn.Module) -> bool:
+    """Whether an attention of RESIDUALS lets a token see those before it and itself, where it gets no mask."""
+    return type(attention).__module__.startswith("transformers.models.") and getattr(attention, "is_causal", False)
+
+
+def _has_fused_blocks(model: nn.Module) -> bool:
+    """Whether a block of a decoder is fused."""
+    layers = [layer for child in model.children() if isinstance(child, nn.ModuleList) for layer in child]
+    return any(isinstance(fusion_of(layer), BlockFusion) for layer in layers)
 
 
 def _norm_fusion(norm: nn.Module, readers: Merged) -> NormFusion | None:
