@@ -30,7 +30,7 @@ BERT = {**SIZES, "intermediate_size": 256, "vocab_size": 99, "max_position_embed
 IMAGES = {**SIZES, "intermediate_size": 256, "image_size": 16, "patch_size": 4}
 EVERY = ["*layer*", "*.h.*"]
 
-CAUSAL = "causal attention without a mask when compiled"
+CAUSAL = "causal attention without a mask"
 LLAMA_FUSED = {
     "norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "silu · up -> down_proj", "residuals", CAUSAL,
 }  # fmt: skip
@@ -513,6 +513,46 @@ def test_memory_is_not_doubled_and_state_dict_has_the_same_names_and_values() ->
 # ---- off, and back -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral without a window", "qwen2", "qwen3", "gemma"])
+def test_causal_attention_has_the_bits_of_transformers_and_looks_at_no_position(
+    family: str, use_cache: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "mistral without a window":
+        model: Any = transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA, sliding_window=None))
+    else:
+        model = FAMILIES[family][0]()
+    patched(model.to(device, torch.bfloat16))
+    inputs = {**inputs_of(model), "use_cache": use_cache}
+    with monkeypatch.context() as patch:
+        patch.setattr(_fusion.DecoderFusion, "only_causal", lambda *_: False)
+        want = run(model, inputs)
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", None)  # a call of it fails
+    got = run(model, inputs)
+    assert torch.equal(got, want)
+    with torch.inference_mode():
+        assert torch.equal(model(inputs["input_ids"], use_cache=use_cache).logits, want)
+
+
+def test_a_layer_that_is_watched_or_replaced_gets_what_transformers_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    patched(model)
+    inputs = {**inputs_of(model), "use_cache": False}
+    want = run(model, inputs)
+    seen: list[dict[str, Any]] = []
+    layer = model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, given, named: seen.append(named), with_kwargs=True)
+    assert torch.equal(run(model, inputs), want)
+    hook.remove()
+    replaced = copy.deepcopy(model)
+    other = replaced.model.layers[1] = type(layer).__bases__[1](replaced.config, 1).eval()
+    plain = other.forward
+    other.forward = lambda *given, **named: seen.append(named) or plain(*given, **named)
+    run(replaced, inputs)
+    assert [named["attention_mask"] for named in seen] == [None, None]
+    assert not any("hwkern" in name for named in seen for name in named)
+
+
 def test_one_flag_turns_it_off(calls: list[str]) -> None:
     model = llama()
     report = patched(model, fuse=False)
@@ -992,7 +1032,7 @@ def test_compiled_attention_has_a_mask_only_where_more_than_order_masks(case: st
     def backend(graph: Any, example: Any) -> Any:
         for node in graph.graph.nodes:
             if "scaled_dot_product_attention" in str(node.target):
-                masks.append((node.kwargs["attn_mask"], node.kwargs["is_causal"]))
+                masks.append((node.kwargs.get("attn_mask"), node.kwargs["is_causal"]))
         return graph.forward
 
     got = run(torch.compile(model, fullgraph=True, backend=backend), inputs)
