@@ -533,8 +533,8 @@ def _keeps_masks(config: Any) -> bool:
     try:
         from transformers.masking_utils import create_causal_mask
 
-        given: Any = {"attention_mask": _NO_MASK, "past_key_values": None, "position_ids": None}
-        return create_causal_mask(config=config, inputs_embeds=_NO_MASK[0], **given) is _NO_MASK
+        # By position: what comes first is the model's input, and its name and that of the two last differ by version.
+        return create_causal_mask(config, _NO_MASK[0], _NO_MASK, None, None) is _NO_MASK
     except Exception:  # another version's: there is no telling what it raises
         return False
 
