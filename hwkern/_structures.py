@@ -118,3 +118,5 @@ RESIDUALS = dict.fromkeys(
     ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "GemmaDecoderLayer"),
     _RESIDUALS,
 )
+#: Model whose `layers` are those of RESIDUALS: their attention is causal, within config.sliding_window if there is one.
+DECODERS = dict.fromkeys(("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model", "GemmaModel"))

@@ -30,7 +30,10 @@ BERT = {**SIZES, "intermediate_size": 256, "vocab_size": 99, "max_position_embed
 IMAGES = {**SIZES, "intermediate_size": 256, "image_size": 16, "patch_size": 4}
 EVERY = ["*layer*", "*.h.*"]
 
-LLAMA_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "silu · up -> down_proj", "residuals"}
+CAUSAL = "causal attention without a mask"
+LLAMA_FUSED = {
+    "norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "silu · up -> down_proj", "residuals", CAUSAL,
+}  # fmt: skip
 BERT_FUSED = {"query+key+value", "dense -> gelu"}
 VIT_FUSED = {"norm -> q_proj+k_proj+v_proj", "norm -> fc1", "gelu -> fc2"}
 
@@ -55,7 +58,7 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
     "qwen3": (lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, head_dim=32)), LLAMA_FUSED),
     "gemma": (
         lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**LLAMA, head_dim=64)),
-        {"norm -> q_proj+k_proj+v_proj", "norm -> gate_proj+up_proj", "gelu_tanh · up -> down_proj", "residuals"},
+        {*LLAMA_FUSED - {"silu · up -> down_proj"}, "gelu_tanh · up -> down_proj"},
     ),
     "phi3": (
         lambda: transformers.Phi3ForCausalLM(transformers.Phi3Config(**LLAMA, pad_token_id=0)),
@@ -422,7 +425,7 @@ def test_family_is_fused_and_computes_what_the_unfused_one_does(family: str, dty
     names, keys = [name for name, _ in model.named_modules()], list(model.state_dict())
     report = patched(model)
     assert fused_in(model) == expected
-    assert all(f"2 × {what}" in report.fusion for what in expected)
+    assert all(f"{1 if what == CAUSAL else 2} × {what}" in report.fusion for what in expected)
     inputs = inputs_of(model, dtype)
     got = run(model, inputs)
     _fusion.unfuse(model)
@@ -543,6 +546,47 @@ def test_memory_is_not_doubled_and_state_dict_has_the_same_names_and_values() ->
 
 
 # ---- off, and back -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral without a window", "qwen2", "qwen3", "gemma"])
+def test_causal_attention_has_the_bits_of_transformers_and_looks_at_no_position(
+    family: str, use_cache: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family == "mistral without a window":
+        model: Any = transformers.MistralForCausalLM(transformers.MistralConfig(**LLAMA, sliding_window=None))
+    else:
+        model = FAMILIES[family][0]()
+    patched(model.to(device, torch.bfloat16))
+    inputs = {**inputs_of(model), "use_cache": use_cache}
+    with monkeypatch.context() as patch:
+        patch.setattr(_fusion.DecoderFusion, "only_causal", lambda *_: False)
+        want = run(model, inputs)
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", None)  # a call of it fails
+    got = run(model, inputs)
+    assert torch.equal(got, want)
+    with torch.inference_mode():
+        assert torch.equal(model(inputs["input_ids"], use_cache=use_cache).logits, want)
+
+
+def test_a_layer_that_is_watched_or_replaced_gets_what_transformers_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    patched(model)
+    inputs = {**inputs_of(model), "use_cache": False}
+    want = run(model, inputs)
+    seen: list[dict[str, Any]] = []
+    layer = model.model.layers[0]
+    hook = layer.register_forward_pre_hook(lambda module, given, named: seen.append(named), with_kwargs=True)
+    assert torch.equal(run(model, inputs), want)
+    hook.remove()
+    replaced = copy.deepcopy(model)
+    other = replaced.model.layers[1] = type(layer).__bases__[1](replaced.config, 1).eval()
+    plain = other.forward
+    other.forward = lambda *given, **named: seen.append(named) or plain(*given, **named)
+    run(replaced, inputs)
+    assert len(seen) == 2
+    assert not any(named["attention_mask"] is _fusion._NO_MASK for named in seen)
+    assert not any("hwkern" in name for named in seen for name in named)
 
 
 def test_one_flag_turns_it_off(calls: list[str]) -> None:
@@ -1013,6 +1057,44 @@ def test_compiles_as_one_graph_with_the_fused_operators(family: str) -> None:
     if "norm" in "".join(FAMILIES[family][1]):
         assert "hwkern.norm_linear_no_grad.default" in names
         assert {"hwkern.activation_linear_no_grad.default", "hwkern.norm_mlp_no_grad.default"} & names
+
+
+MASKS = {
+    "nothing given": ({}, {}, True),
+    "a window": ({"sliding_window": 4}, {}, False),
+    "eager attention": ({"attn_implementation": "eager"}, {}, None),
+    "padding": ({}, {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])}, False),
+    "packed sequences": ({}, {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2)}, False),
+}
+
+
+@pytest.mark.usefixtures("no_dynamo_cache")
+@pytest.mark.parametrize("case", MASKS)
+def test_compiled_attention_has_a_mask_only_where_more_than_order_masks(case: str) -> None:
+    changes, given, without = MASKS[case]
+    config = transformers.MistralConfig(**{**LLAMA, "sliding_window": None, **changes})
+    model = transformers.MistralForCausalLM(config)
+    patched(model)
+    assert CAUSAL in fused_in(model)
+    inputs = {**inputs_of(model), **given, "use_cache": False}
+    want = run(model, inputs)
+    masks: list[Any] = []
+
+    def backend(graph: Any, example: Any) -> Any:
+        for node in graph.graph.nodes:
+            if "scaled_dot_product_attention" in str(node.target):
+                masks.append((node.kwargs.get("attn_mask"), node.kwargs["is_causal"]))
+        return graph.forward
+
+    got = run(torch.compile(model, fullgraph=True, backend=backend), inputs)
+    # The same float32 sums in another order, and rows that are quantized again: a value on the edge between two int8
+    # moves by one step, 1/127 of the largest of its row.
+    torch.testing.assert_close(got, want, rtol=0, atol=float(want.abs().max()) / 127)
+    if without is None:
+        assert not masks  # a decoder that writes attention out needs its mask, and has one
+    else:
+        assert len(masks) == config.num_hidden_layers
+        assert all((mask is None and causal) == without for mask, causal in masks)
 
 
 @pytest.mark.usefixtures("no_dynamo_cache")
