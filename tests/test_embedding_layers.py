@@ -738,6 +738,21 @@ def test_a_table_that_is_slower_alone_is_taken_where_the_whole_model_is_not(
     assert hwkern.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).recipes == plan.recipes
 
 
+def test_a_plan_for_another_gpu_says_which_tables_only_the_trial_took(
+    ids: torch.Tensor, slow_tables: None, tmp_path: Path
+) -> None:
+    plan = tried(Turns(1.0), model := Net().eval(), ids)
+    plan.device = {**plan.device, "gpu": "NVIDIA H200"}
+    plan.for_device(model, show=False).save(tmp_path / "plan.json")
+    again = hwkern.Plan.load(tmp_path / "plan.json")
+    assert again.layers["embed"].choice.name == "keep"
+    assert again.layers["body"].chosen
+    had = "; NVIDIA H200 had int8 (0.26× the bytes at"
+    assert had in again.explain("embed")
+    assert "the whole model takes 1.000× (eager) with it); plan on this device to have the" in again.explain("embed")
+    assert "had" not in again.explain("body") + again.explain("lm_head")  # int8 in both plans, and in neither
+
+
 def test_policies_bounds_and_ties_hold_for_the_trial_too(ids: torch.Tensor, slow_tables: None) -> None:
     def kept(ratio: float = 0.9, tied: bool = False, **options: Any) -> tuple[bool, int]:
         turns = Turns(ratio)
