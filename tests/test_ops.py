@@ -6,6 +6,7 @@ import copy
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -275,6 +276,77 @@ def test_functional_transforms_are_refused_by_torch_not_computed_wrongly(device:
     _, weight, scale = linear_inputs(device)
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda v: eager_linear(v, weight, scale, None).sum())(torch.randn(4, 70, device=device))
+
+
+def norm_quantized(what: str) -> Callable[..., Tensor]:
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return getattr(ops.norm_quantize(x, weight, residual=x, return_y=True), what)
+
+    return call
+
+
+# Of (x [4, 70], vector [70]): float results of operators without a gradient.
+WITHOUT_GRADIENT = {
+    "quantize": lambda x, vector: ops.quantize(x)[1],
+    "quantize, then dequantize": lambda x, vector: ops.dequantize(*ops.quantize(x)),
+    "dequantize": lambda x, vector: ops.dequantize(torch.ones_like(x, dtype=torch.int8), x[:, 0]),
+    "dequantize columns": lambda x, vector: ops.dequantize(torch.ones_like(x, dtype=torch.int8), vector * x[0], -1),
+    **{f"norm_quantize {what}": norm_quantized(what) for what in ("scale", "h", "y")},
+    "norm_quantize to the weight": lambda x, vector: norm_quantized("y")(x.detach(), vector * x[0]),
+    "activation_quantize": lambda x, vector: ops.activation_quantize(x)[1],
+    "int8_embedding": lambda x, vector: ops.int8_embedding(
+        torch.arange(4, device=x.device), torch.ones(4, 16, dtype=torch.int8, device=x.device), x[:, 0]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, of vmap over any operator
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_what_has_no_gradient_says_so_wherever_one_is_asked_for(device: str, name: str):
+    call, vector = WITHOUT_GRADIENT[name], torch.rand(70, device=device) + 1
+    x = torch.rand(4, 70, device=device, requires_grad=True)
+    y = call(x, vector)
+    with torch.no_grad():
+        want = call(x, vector)
+    assert torch.equal(y, want)
+    assert not want.requires_grad
+    for loss in (y.sum(), (x + 1).sum() + y.sum()):  # nor is a part of a gradient missing
+        with pytest.raises(NotImplementedError, match="has no gradient"):
+            loss.backward()
+    plain = x.detach()
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
+        several = plain if transform is torch.func.grad else plain[None]
+        with pytest.raises(NotImplementedError, match="has no gradient"):
+            transform(lambda v: call(v, vector).sum())(several)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda v: call(v, vector), (plain,), (plain,))
+    assert torch.equal(torch.func.vmap(lambda v: call(v, vector))(plain[None])[0], want)
+
+
+def test_int8_values_are_not_differentiable_and_need_no_gradient_of_what_made_them(device: str):
+    x = torch.randn(4, 70, device=device, requires_grad=True)
+    q, scale = ops.quantize(x)
+    assert not q.requires_grad
+    assert not ops.quantize(x, torch.ones(1, device=device))[0].requires_grad
+    (q.float().sum() * x + scale.detach().sum()).sum().backward()
+    assert torch.equal(x.grad, q.float().sum().expand_as(x))
+
+
+def test_what_has_no_gradient_is_compiled_and_exported_all_the_same(device: str):
+    class Quantize(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.ones(70, device=device))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.dequantize(*ops.quantize(x * self.factor))
+
+    module, x = Quantize(), torch.randn(4, 70, device=device)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
+    for strict in (True, False):
+        program = torch.export.export(module, (x,), strict=strict)
+        assert "hwkern.quantize.default" in str(program.graph)
+        assert torch.equal(program.module()(x), module(x))
 
 
 def test_layers_survive_copy_and_pickle(device: str):
