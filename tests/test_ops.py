@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -514,6 +517,50 @@ def test_the_operators_of_inference_are_in_cpp_where_torch_has_what_they_call():
     native = _native.extension()
     assert (native.built_with_cuda and torch.version.cuda is not None and version >= (2, 10)) == _no_grad.IN_CPP
     assert not native.register_torch_ops("/nowhere/libtorch_cpu.so", "/nowhere/libtorch_cuda.so")
+
+
+WITHOUT_ROOM = """
+import ctypes, sys, torch
+from hwkern import _fused_linear, _native
+ctypes.CDLL(sys.argv[1])
+assert _native.extension().register_torch_ops(sys.argv[1], sys.argv[1])
+x, weight, scale = torch.randn(2, 16), torch.ones(16, 16, dtype=torch.int8), torch.ones(16)
+calls = {
+    "linear": (x, weight, scale, None, False),
+    "norm_linear": (x, weight, scale, None, None, None, 1, 1e-6, 0.0, False),
+    "norm_mlp": (x, x, weight, scale, None, None, None, 1, 1e-6, 0.0, False, 4, False, weight, scale, None, False),
+    "activation_linear": (x, 4, False, weight, scale, None, None),
+    "embedding": (torch.tensor([1]), 16, weight, scale, 0),
+}
+for name, arguments in calls.items():
+    operator = getattr(torch.ops.hwkern, name + "_no_grad").default
+    for call in (operator, torch.compile(lambda *given: operator(*given), backend="aot_eager")):
+        try:
+            with torch.no_grad():
+                call(*arguments)
+        except RuntimeError as error:
+            print(name, type(error).__name__, *error.args)
+"""
+
+
+def test_no_room_in_an_operator_in_cpp_is_torch_s_own_error(tmp_path: Path):
+    """Who makes room and tries again catches torch.OutOfMemoryError, or looks for the first words of its message."""
+    if not _native.extension().built_with_cuda or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        pytest.skip("its operators of inference are in Python here")
+    compiler, folder = os.environ.get("CXX", "c++"), Path(torch.__file__).parent / "lib"
+    if shutil.which(compiler) is None:
+        pytest.skip("no C++ compiler")
+    source, library = Path(__file__).with_name("torch_without_room.cpp"), tmp_path / "torch_without_room.so"
+    subprocess.run(
+        [compiler, "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", source, "-o", library,
+         "-Wl,--no-as-needed", f"-L{folder}", "-ltorch_cpu", f"-Wl,-rpath,{folder}"], check=True,
+    )  # fmt: skip
+    command = [sys.executable, "-c", WITHOUT_ROOM, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = [line.split("memory.")[0] for line in done.stdout.splitlines()]
+    names = ("linear", "norm_linear", "norm_mlp", "activation_linear", "embedding")
+    assert said == [f"{name} OutOfMemoryError CUDA out of " for name in names for _ in range(2)]
 
 
 @pytest.mark.parametrize("only", [False, True])
