@@ -400,8 +400,8 @@ def _us(result: Plan) -> float:
 def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
     """``old`` with every candidate timed where ``model`` is, and chosen anew; errors and calls stay.
 
-    Without batches there is no model to time: a layer that was int8 although it is slower alone, because the whole
-    model was not, goes back to float here, and says that it did.
+    Without batches the whole model cannot be timed: what was int8 because that is not slower, though slower alone, goes
+    back to float, and its reason says so.
     """
     device = _batches.device_of(model)
     clock = Clock(device, mode=old.mode)

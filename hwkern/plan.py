@@ -156,8 +156,8 @@ class Plan:
     def for_device(self, model: nn.Module, show: bool = True) -> Plan:
         """This plan with its candidates timed again where ``model`` is now, and chosen anew.
 
-        By their own times alone: what only the whole model tells needs batches, and so a new plan. Where that would
-        have to say whether a layer or table may be int8 again, :meth:`explain` names the reason that it had.
+        By their own times alone: the whole model is not run, which takes batches, and so a new plan. Of a layer or
+        table that goes back to float, :meth:`explain` says why it was int8.
         """
         from hwkern._planner import retime
 

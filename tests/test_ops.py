@@ -335,6 +335,7 @@ def test_int8_values_are_not_differentiable_and_need_no_gradient_of_what_made_th
     assert torch.equal(x.grad, q.float().sum().expand_as(x))
 
 
+@pytest.mark.filterwarnings("ignore:At pre-dispatch tracing")  # torch 2.4's export, of any operator
 def test_what_has_no_gradient_is_compiled_and_exported_all_the_same(device: str):
     class Quantize(torch.nn.Module):
         def __init__(self) -> None:
