@@ -1,4 +1,6 @@
-"""The gradients that all int8 linears share: straight-through on the dequantized weight, which is frozen."""
+"""The gradients that all int8 linears share: straight-through on the dequantized weight, which is frozen. And what has
+none says so.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from hwkern._tracing import functorch_level
 
 
 def remember(ctx: Any, x: Tensor, bias: Tensor | None) -> None:
@@ -80,3 +85,39 @@ def _activation_backward(activation: str, grad: Tensor, y: Tensor) -> Tensor:
     else:
         g = aten.gelu_backward(g, y, approximate="tanh" if activation == "gelu_tanh" else "none")
     return g.to(grad.dtype)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """An operator whose backward pass is an error; forward-mode derivatives are one by torch's own word."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, *arguments: Any) -> Any:
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0].name()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{ctx.name} has no gradient: detach() its arguments, or use hwkern.ops.int8_linear.")
+
+
+_refusing: Callable[..., Any] = _WithoutGradient.apply
+
+
+def without_gradient(operator: Any, *arguments: Any) -> Any:
+    """``operator(*arguments)``; where a gradient is recorded, its backward pass raises NotImplementedError.
+
+    Torch by itself warns, and goes on without that part; torch.func.grad gives zeros. Not registered with the operator,
+    because an autograd kernel in Python takes 8 – 12 µs of every call under no_grad. Torch's warning stays where it
+    compiles: dynamo does not trace a Function that raises.
+    """
+    recorded = (
+        torch.is_grad_enabled()
+        and not is_compiling()
+        and (functorch_level() is not None or any(isinstance(a, Tensor) and a.requires_grad for a in arguments))
+    )
+    return _refusing(operator, *arguments) if recorded else operator(*arguments)

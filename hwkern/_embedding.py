@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from torch.library import Library, register_fake
 
 from hwkern import _native
+from hwkern._autograd import without_gradient
 from hwkern._checks import (
     DTYPES,
     FLOATS,
@@ -65,9 +66,13 @@ def int8_embedding(
         ``[*indices.shape, H]``.
 
     An index outside of 0 … V - 1 is an IndexError on the CPU, and on CUDA a device-side assertion, as in
-    ``torch.nn.functional.embedding``. Has no gradient: the table is frozen.
+    ``torch.nn.functional.embedding``. Has no gradient, because the table is frozen: backward to ``weight_scale`` is a
+    NotImplementedError.
     """
-    return torch.ops.hwkern.int8_embedding.default(indices, weight, weight_scale, out_dtype, dim)
+    found: Tensor = without_gradient(
+        torch.ops.hwkern.int8_embedding.default, indices, weight, weight_scale, out_dtype, dim
+    )
+    return found
 
 
 def _check(

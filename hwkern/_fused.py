@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from hwkern import _cpu
+from hwkern._autograd import without_gradient
 from hwkern._checks import ACTIVATIONS, DTYPES, FLOATS, check, check_float, check_k, check_same_device
 from hwkern._cuda import current_stream, extension, on_device
 from hwkern._tensors import contiguous, dtype_code, pointer, rows
@@ -72,9 +73,11 @@ def norm_quantize(
         ``q`` int8 of x's shape; the float32 scale, ``x.shape[:-1]`` when dynamic, else the one that came in;
         ``h = x + residual`` rounded to x's dtype, the next residual; ``y``, what q was rounded from. Special values as
         in ``hwkern.ops.quantize``. The same bits on the CPU and on CUDA, whatever the batch.
+
+    Has no gradient: backward through the scale, ``h`` or ``y`` is a NotImplementedError.
     """
-    q, new_scale, h, y = torch.ops.hwkern.norm_quantize.default(
-        x, weight, bias, residual, scale, kind, eps, offset, return_y
+    q, new_scale, h, y = without_gradient(
+        torch.ops.hwkern.norm_quantize.default, x, weight, bias, residual, scale, kind, eps, offset, return_y
     )
     return NormQuantized(
         q, new_scale if scale is None else scale, None if residual is None else h, y if return_y else None
@@ -100,8 +103,10 @@ def activation_quantize(
         ``q [..., K]`` int8 and the float32 scale (``x.shape[:-1]`` when dynamic, else the one that came in). The
         activation and the product are each rounded to x's dtype, as torch would store them, and then quantized as in
         ``hwkern.ops.quantize``. The activation itself is within 4 float32 ulp of the size of x, on the CPU and on CUDA.
+
+    Has no gradient: backward through the scale is a NotImplementedError.
     """
-    q, new_scale = torch.ops.hwkern.activation_quantize.default(x, up, scale, activation, gated)
+    q, new_scale = without_gradient(torch.ops.hwkern.activation_quantize.default, x, up, scale, activation, gated)
     return q, new_scale if scale is None else scale
 
 

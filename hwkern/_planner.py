@@ -398,7 +398,11 @@ def _us(result: Plan) -> float:
 
 
 def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
-    """``old`` with every candidate timed where ``model`` is, and chosen anew; errors and calls stay."""
+    """``old`` with every candidate timed where ``model`` is, and chosen anew; errors and calls stay.
+
+    Without batches the whole model cannot be timed: what was int8 because that is not slower, though slower alone, goes
+    back to float, and its reason says so.
+    """
     device = _batches.device_of(model)
     clock = Clock(device, mode=old.mode)
     layers = {}
@@ -417,4 +421,8 @@ def retime(old: Plan, model: nn.Module, show: bool) -> Plan:
             layers[name] = replace(layer, candidates=[*timed, *_dispatching(timed, layer.calls)], chosen=0)
     made = replace(old, device=stamp(device), layers=layers, whole={}, measured=clock.measured, reused=clock.reused)
     _settle(made)
+    for name, layer in made.layers.items():
+        if old.layers[name].chosen and not layer.chosen:
+            layer.reason += f"; {old._place} had {old.layers[name].choice.name} ({old.layers[name].reason})"
+            layer.reason += "; plan on this device to have the whole model tried with it"
     return made

@@ -73,7 +73,7 @@ def _kept_plan(model: nn.Module) -> Plan | None:
 def _summary(plan: Plan) -> dict[str, Any]:
     device = plan.device
     return {
-        "device": str(device.get("gpu") or device.get("cpu") or device.get("device")),
+        "device": plan._place,
         "kind": device.get("device"),
         "threads": device.get("threads"),
         "policy": plan.policy,

@@ -147,7 +147,7 @@ def try_smaller(
     longer at all. Not with "accurate". A table that shares its weight with a head goes with that. ``holds``: whether
     the task holds with a plan that is to be taken instead of ``result``.
     """
-    from hwkern._whole import distinct
+    from hwkern._whole import distinct, note_tables
 
     held = set() if result.task is None else set(result.task.kept)
     tables: dict[str, Candidate] = {}
@@ -193,8 +193,8 @@ def try_smaller(
         )
     result.layers, result.task = trial.layers, trial.task
     if result.whole:  # timed with the float tables
-        count = f"{len(tables)} more embedding{'s' if len(tables) > 1 else ''}"
-        result.whole["text"] += f" With {count} in int8 {said} of that."
+        what = f"{len(tables)} more embedding{'s' if len(tables) > 1 else ''} in int8, by their own trial {said}"
+        note_tables(result, what, {mode: [effect.ratio for effect in each] for mode, each in effects.items()})
 
 
 def _slower(trial: Plan, tables: Iterable[str], effects: Mapping[str, Sequence[Effect]], modes: Sequence[str]) -> str:

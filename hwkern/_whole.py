@@ -180,6 +180,22 @@ def _note(result: Plan, reading: Reading) -> None:
 _NAMES = {"eager": "eager", "graph": "CUDA graph"}
 
 
+def note_tables(result: Plan, what: str, ratios: dict[str, list[float]]) -> None:
+    """Tables became int8 after the model was read: the times with the plan, by mode and batch, times these ratios.
+
+    A mode without ratios keeps the float tables' times, and the text says so.
+    """
+    modes: dict[str, Any] = result.whole["modes"]
+    before = {mode: [ms / 1e3 for ms in old] for mode, (old, _) in modes.items()}
+    after = {
+        mode: [ms / 1e3 * ratio for ms, ratio in zip(new, ratios.get(mode, [1.0] * len(new)), strict=True)]
+        for mode, (_, new) in modes.items()
+    }
+    _note(result, (before, after))
+    rest = " and ".join(_NAMES[mode] for mode in modes if mode not in ratios)
+    result.whole["text"] += f" With {what}" + (f"; the times of {rest} are without." if rest else ".")
+
+
 # ---- layers together ------------------------------------------------------------------------------------------------
 
 

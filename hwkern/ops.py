@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.library import Library, register_autograd, register_fake
 
 from hwkern import _cpu, _no_grad, _weight_only
-from hwkern._autograd import gradients, linear_backward, remember, setup_linear
+from hwkern._autograd import gradients, linear_backward, remember, setup_linear, without_gradient
 from hwkern._checks import (
     ACTIVATIONS,
     CHOOSE,
@@ -107,15 +107,24 @@ def quantize(x: Tensor, scale: Tensor | None = None, axis: int = 0) -> tuple[Ten
     Returns:
         ``q`` int8 of x's shape and the float32 scale (``x.shape[:-1]`` when dynamic, else the one that came in).
         A row with NaN or ±inf gets scale NaN and q 0 when dynamic; with a static scale ±inf saturates and NaN gives 0.
+
+    Has no gradient: backward through the scale is a NotImplementedError, in torch.func too (in a compiled function a
+    warning of torch's); ``q`` is an integer, so that none goes through it. :func:`int8_linear` has one
+    (straight-through).
     """
     if scale is None:
-        return torch.ops.hwkern.quantize.default(x)
-    return torch.ops.hwkern.quantize.static(x, scale, axis), scale
+        found: tuple[Tensor, Tensor] = without_gradient(torch.ops.hwkern.quantize.default, x)
+        return found
+    return without_gradient(torch.ops.hwkern.quantize.static, x, scale, axis), scale
 
 
 def dequantize(q: Tensor, scale: Tensor, axis: int = 0, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """``q * scale``, computed in float32 and rounded once to ``out_dtype``; scale shapes as in :func:`quantize`."""
-    return torch.ops.hwkern.dequantize.default(q, scale, axis, out_dtype)
+    """``q * scale``, computed in float32 and rounded once to ``out_dtype``; scale shapes as in :func:`quantize`.
+
+    Has no gradient to ``scale``: backward is a NotImplementedError.
+    """
+    found: Tensor = without_gradient(torch.ops.hwkern.dequantize.default, q, scale, axis, out_dtype)
+    return found
 
 
 def int8_matmul(

@@ -154,7 +154,11 @@ class Plan:
                     )
 
     def for_device(self, model: nn.Module, show: bool = True) -> Plan:
-        """This plan with its candidates timed again where ``model`` is now, and chosen anew."""
+        """This plan with its candidates timed again where ``model`` is now, and chosen anew.
+
+        By their own times alone: the whole model is not run, which takes batches, and so a new plan. Of a layer or
+        table that goes back to float, :meth:`explain` says why it was int8.
+        """
         from hwkern._planner import retime
 
         self.check_model(model)
@@ -227,8 +231,12 @@ class Plan:
         table = plain_table("", ["scheme", *heads, "of float", "dB", "MB", ""], rows)
         return f"{title}\n{table.lstrip()}"
 
+    @property
+    def _place(self) -> str:
+        """The name of the device that it was measured on."""
+        return str(self.device.get("gpu") or self.device.get("cpu") or self.device.get("device"))
+
     def __str__(self) -> str:
-        where = self.device.get("gpu") or self.device.get("cpu") or self.device.get("device")
         rows: dict[tuple[str, ...], list[PlannedLayer]] = {}
         for layer in self.layers.values():
             sides = (layer.n, layer.k) if layer.kind == "Embedding" else (layer.k, layer.n)
@@ -243,7 +251,7 @@ class Plan:
             gain = f"{keep / now:.2f}×" if now else ""
             cells.append([example, size, dtype, name, gain, "" if math.isinf(snr) else f"{snr:.1f}"])
         lines = [
-            f"Plan for {self.model} on {where}, policy {self.policy}, at least {self.accuracy.min_snr_db:g} dB:",
+            f"Plan for {self.model} on {self._place}, policy {self.policy}, at least {self.accuracy.min_snr_db:g} dB:",
             plain_table("", ["layer", "in × out", "dtype", "scheme", "speed", "worst dB"], cells, 4).strip("\n"),
         ]
         before = sum(layer.candidates[0].weight_bytes for layer in self.layers.values())

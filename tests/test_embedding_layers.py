@@ -640,7 +640,7 @@ def slow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
                 self._known[self._key(shape, m, timing, mode)] = (10.0 if timing == "keep" else int8) * m
 
     monkeypatch.setattr(Clock, "measure", measure)
-    monkeypatch.setattr(_whole, "seconds", lambda *_: {"eager": [1.0]})
+    monkeypatch.setattr(_whole, "seconds", lambda model, batches, *_: {"eager": [1.0] * len(batches)})
 
 
 class Turns:
@@ -723,7 +723,12 @@ def test_a_table_that_is_slower_alone_is_taken_where_the_whole_model_is_not(
     if taken:
         assert f"alone 1.20× the time, but the whole model takes {said} with it" in explained
         assert "int8 is smaller, and the whole model is not slower" in explained
-        assert f"With 1 more embedding in int8 {said} of that." in str(plan)
+        # One second with every plan: the tables' own trial makes the difference, of each batch.
+        took = [round(1e3 * ratio, 4) for ratio in (ratios[0], ratios[-1])]
+        assert (plan.whole["before_ms"], plan.whole["after_ms"]) == ([1000.0, 1000.0], took)
+        assert plan.whole["modes"] == {"eager": [[1000.0, 1000.0], took]}
+        assert f"eager, all batches: 2000.00 -> {sum(took):.2f} ms" in str(plan)
+        assert f"With 1 more embedding in int8, by their own trial {said}." in str(plan)
         hwkern.patch(model, plan=plan)
         assert isinstance(model.embed, Int8Embedding)
         assert isinstance(model.body, Int8Linear)
@@ -731,6 +736,21 @@ def test_a_table_that_is_slower_alone_is_taken_where_the_whole_model_is_not(
         assert "int8 takes 1.20× the time" in explained  # why it was not taken at once
         assert f"; the whole model takes {said}" in explained
     assert hwkern.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).recipes == plan.recipes
+
+
+def test_a_plan_for_another_gpu_says_which_tables_only_the_trial_took(
+    ids: torch.Tensor, slow_tables: None, tmp_path: Path
+) -> None:
+    plan = tried(Turns(1.0), model := Net().eval(), ids)
+    plan.device = {**plan.device, "gpu": "NVIDIA H200"}
+    plan.for_device(model, show=False).save(tmp_path / "plan.json")
+    again = hwkern.Plan.load(tmp_path / "plan.json")
+    assert again.layers["embed"].choice.name == "keep"
+    assert again.layers["body"].chosen
+    had = "; NVIDIA H200 had int8 (0.26× the bytes at"
+    assert had in again.explain("embed")
+    assert "the whole model takes 1.000× (eager) with it); plan on this device to have the" in again.explain("embed")
+    assert "had" not in again.explain("body") + again.explain("lm_head")  # int8 in both plans, and in neither
 
 
 def test_policies_bounds_and_ties_hold_for_the_trial_too(ids: torch.Tensor, slow_tables: None) -> None:
@@ -927,6 +947,20 @@ def test_graphs_are_not_timed_where_a_lookup_alone_is_not_slower_in_one(
     plan = tried(Turns(1.0), Net().eval(), ids)
     assert plan.layers["embed"].choice.name == "int8"
     assert "the whole model takes 1.000× (eager) with it" in plan.explain("embed")
+
+
+def test_times_of_a_way_of_running_in_which_tables_were_not_tried_are_said_to_be_without_them(
+    monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor
+) -> None:
+    plan = planned(Net().eval(), [(ids,)])
+    plan.whole = {"modes": {"eager": [[4.0, 2.0], [2.0, 1.0]], "graph": [[4.0, 2.0], [1.0, 1.0]]}}
+    _whole.note_tables(plan, "2 more embeddings in int8", {"eager": [1.01, 0.99]})
+    assert plan.whole["modes"] == {"eager": [[4.0, 2.0], [2.02, 0.99]], "graph": [[4.0, 2.0], [1.0, 1.0]]}
+    assert (plan.whole["before_ms"], plan.whole["after_ms"]) == ([4.0, 2.0], [2.02, 0.99])
+    assert plan.whole["text"] == (
+        "Whole model, eager, all batches: 6.00 -> 3.01 ms (1.99×); CUDA graph, all batches: 6.00 -> 2.00 ms (3.00×). "
+        "With 2 more embeddings in int8; the times of CUDA graph are without."
+    )
 
 
 def test_the_command_line_decides_about_tables(

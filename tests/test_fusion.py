@@ -957,6 +957,11 @@ def test_other_weights_are_loaded_into_the_merged_memory() -> None:
     assert torch.equal(run(model, inputs), run(fresh, inputs))
 
 
+def usable(merged: Merged) -> bool:
+    with torch.no_grad():
+        return merged.usable(torch.zeros(1, merged.k))
+
+
 @pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.down_proj"])  # one of three, and one alone
 def test_a_weight_may_be_taken_away_and_given_back(name: str) -> None:
     model = llama(num_hidden_layers=1)
@@ -965,11 +970,50 @@ def test_a_weight_may_be_taken_away_and_given_back(name: str) -> None:
     want = run(model, inputs)
     layer = model.model.layers[0].get_submodule(name)
     weight, merged = layer.weight, layer._part.merged
+    assert usable(merged)
     layer.weight = None
-    assert not merged.usable(torch.zeros(1, merged.k))
+    assert not usable(merged)
+    with pytest.raises(RuntimeError, match=rf"in_features={merged.k}, .*its weight is None"):
+        run(model, inputs)
     layer.weight = weight
     assert torch.equal(run(model, inputs), want)
     assert merged.fresh()
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("way", ["assigned", "data"])
+def test_a_float_weight_of_one_member_is_refused_and_leaves_the_others_as_they_are(name: str, way: str) -> None:
+    model = llama(num_hidden_layers=1)
+    patched(model)
+    inputs = inputs_of(model)
+    want = run(model, inputs)
+    attention = model.model.layers[0].self_attn
+    layer = attention.get_submodule(name)
+    weight, merged = layer.weight, layer._part.merged
+    other = torch.randn(layer.out_features, layer.in_features)
+    if way == "assigned":
+        layer.weight = nn.Parameter(other)
+    else:  # behind its back
+        weight, layer.weight.data = nn.Parameter(weight.detach().clone(), requires_grad=False), other
+    with pytest.raises(TypeError, match=r"weight is torch\.float32: it must be int8"):
+        run(model, inputs)
+    assert not usable(merged)
+    assert [member.weight.dtype for member in merged.members if member is not layer] == [torch.int8] * 2
+    layer.weight = weight
+    assert torch.equal(run(model, inputs), want)
+    assert merged.fresh()
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj"])
+def test_a_bias_of_another_length_is_refused(name: str) -> None:
+    model = llama(num_hidden_layers=1, attention_bias=True)
+    patched(model)
+    layer = model.model.layers[0].self_attn.get_submodule(name)
+    assert usable(layer._part.merged)
+    layer.bias = nn.Parameter(torch.zeros(layer.out_features + 1))
+    assert not usable(layer._part.merged)
+    with pytest.raises(ValueError, match="bias has shape"):
+        run(model, inputs_of(model))
 
 
 def test_weights_swapped_behind_its_back_are_seen() -> None:

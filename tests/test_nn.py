@@ -13,10 +13,11 @@ from torch import nn
 
 from hwkern import ops, reference
 from hwkern._recipes import Recipe, make
-from hwkern.nn import Calibration, Int8Conv1D, Int8Linear
+from hwkern.nn import Calibration, Int8Conv1D, Int8Embedding, Int8Linear
 from hwkern.nn.pack import quantize_weight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+STATIC = Calibration(scale=0.03)
 
 
 def linear(k: int = 40, n: int = 24, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -294,6 +295,28 @@ def test_tensors_on_different_devices_are_refused_with_both_devices() -> None:
     layer = Int8Linear.from_float(linear())
     with pytest.raises(ValueError, match=r"one device.*x on meta.*weight on cpu"):
         layer(torch.randn(2, 40, device="meta"))
+
+
+@pytest.mark.parametrize("what", ["weight", "weight_scale"])
+@pytest.mark.parametrize(
+    "recipe", [Recipe("w8a8"), Recipe("w8a16"), Recipe("w8a16/w8a8", max_tokens=16), Recipe("w8a8", STATIC)]
+)
+def test_a_layer_whose_weight_was_taken_away_says_so(recipe: Recipe, what: str) -> None:
+    layer = make(linear(), recipe)
+    x = torch.randn(2, 40)
+    want, tensor = layer(x), getattr(layer, what)
+    setattr(layer, what, None)
+    with pytest.raises(RuntimeError, match=rf"^{type(layer).__name__}\(in_features=40, .*its {what} is None"):
+        layer(x)
+    setattr(layer, what, tensor)
+    assert torch.equal(layer(x), want)
+
+
+def test_a_table_whose_weight_was_taken_away_says_so() -> None:
+    layer = Int8Embedding.from_float(nn.Embedding(9, 40))
+    layer.weight = None
+    with pytest.raises(RuntimeError, match=r"^Int8Embedding\(9, 40, .*its weight is None"):
+        layer(torch.tensor([1, 2]))
 
 
 @pytest.mark.gpu

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -277,6 +281,78 @@ def test_functional_transforms_are_refused_by_torch_not_computed_wrongly(device:
         torch.func.grad(lambda v: eager_linear(v, weight, scale, None).sum())(torch.randn(4, 70, device=device))
 
 
+def norm_quantized(what: str) -> Callable[..., Tensor]:
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        return getattr(ops.norm_quantize(x, weight, residual=x, return_y=True), what)
+
+    return call
+
+
+# Of (x [4, 70], vector [70]): float results of operators without a gradient.
+WITHOUT_GRADIENT = {
+    "quantize": lambda x, vector: ops.quantize(x)[1],
+    "quantize, then dequantize": lambda x, vector: ops.dequantize(*ops.quantize(x)),
+    "dequantize": lambda x, vector: ops.dequantize(torch.ones_like(x, dtype=torch.int8), x[:, 0]),
+    "dequantize columns": lambda x, vector: ops.dequantize(torch.ones_like(x, dtype=torch.int8), vector * x[0], -1),
+    **{f"norm_quantize {what}": norm_quantized(what) for what in ("scale", "h", "y")},
+    "norm_quantize to the weight": lambda x, vector: norm_quantized("y")(x.detach(), vector * x[0]),
+    "activation_quantize": lambda x, vector: ops.activation_quantize(x)[1],
+    "int8_embedding": lambda x, vector: ops.int8_embedding(
+        torch.arange(4, device=x.device), torch.ones(4, 16, dtype=torch.int8, device=x.device), x[:, 0]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, of vmap over any operator
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_what_has_no_gradient_says_so_wherever_one_is_asked_for(device: str, name: str):
+    call, vector = WITHOUT_GRADIENT[name], torch.rand(70, device=device) + 1
+    x = torch.rand(4, 70, device=device, requires_grad=True)
+    y = call(x, vector)
+    with torch.no_grad():
+        want = call(x, vector)
+    assert torch.equal(y, want)
+    assert not want.requires_grad
+    for loss in (y.sum(), (x + 1).sum() + y.sum()):  # nor is a part of a gradient missing
+        with pytest.raises(NotImplementedError, match="has no gradient"):
+            loss.backward()
+    plain = x.detach()
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(torch.func.grad(f))):
+        several = plain if transform is torch.func.grad else plain[None]
+        with pytest.raises(NotImplementedError, match="has no gradient"):
+            transform(lambda v: call(v, vector).sum())(several)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda v: call(v, vector), (plain,), (plain,))
+    assert torch.equal(torch.func.vmap(lambda v: call(v, vector))(plain[None])[0], want)
+
+
+def test_int8_values_are_not_differentiable_and_need_no_gradient_of_what_made_them(device: str):
+    x = torch.randn(4, 70, device=device, requires_grad=True)
+    q, scale = ops.quantize(x)
+    assert not q.requires_grad
+    assert not ops.quantize(x, torch.ones(1, device=device))[0].requires_grad
+    (q.float().sum() * x + scale.detach().sum()).sum().backward()
+    assert torch.equal(x.grad, q.float().sum().expand_as(x))
+
+
+@pytest.mark.filterwarnings("ignore:At pre-dispatch tracing")  # torch 2.4's export, of any operator
+def test_what_has_no_gradient_is_compiled_and_exported_all_the_same(device: str):
+    class Quantize(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.ones(70, device=device))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ops.dequantize(*ops.quantize(x * self.factor))
+
+    module, x = Quantize(), torch.randn(4, 70, device=device)
+    assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
+    for strict in (True, False):
+        program = torch.export.export(module, (x,), strict=strict)
+        assert "hwkern.quantize.default" in str(program.graph)
+        assert torch.equal(program.module()(x), module(x))
+
+
 def test_layers_survive_copy_and_pickle(device: str):
     layer = Layer(device)
     x = torch.randn(4, 70, device=device)
@@ -442,6 +518,50 @@ def test_the_operators_of_inference_are_in_cpp_where_torch_has_what_they_call():
     native = _native.extension()
     assert (native.built_with_cuda and torch.version.cuda is not None and version >= (2, 10)) == _no_grad.IN_CPP
     assert not native.register_torch_ops("/nowhere/libtorch_cpu.so", "/nowhere/libtorch_cuda.so")
+
+
+WITHOUT_ROOM = """
+import ctypes, sys, torch
+from hwkern import _fused_linear, _native
+ctypes.CDLL(sys.argv[1])
+assert _native.extension().register_torch_ops(sys.argv[1], sys.argv[1])
+x, weight, scale = torch.randn(2, 16), torch.ones(16, 16, dtype=torch.int8), torch.ones(16)
+calls = {
+    "linear": (x, weight, scale, None, False),
+    "norm_linear": (x, weight, scale, None, None, None, 1, 1e-6, 0.0, False),
+    "norm_mlp": (x, x, weight, scale, None, None, None, 1, 1e-6, 0.0, False, 4, False, weight, scale, None, False),
+    "activation_linear": (x, 4, False, weight, scale, None, None),
+    "embedding": (torch.tensor([1]), 16, weight, scale, 0),
+}
+for name, arguments in calls.items():
+    operator = getattr(torch.ops.hwkern, name + "_no_grad").default
+    for call in (operator, torch.compile(lambda *given: operator(*given), backend="aot_eager")):
+        try:
+            with torch.no_grad():
+                call(*arguments)
+        except RuntimeError as error:
+            print(name, type(error).__name__, *error.args)
+"""
+
+
+def test_no_room_in_an_operator_in_cpp_is_torch_s_own_error(tmp_path: Path):
+    """Who makes room and tries again catches torch.OutOfMemoryError, or looks for the first words of its message."""
+    if not _native.extension().built_with_cuda or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        pytest.skip("its operators of inference are in Python here")
+    compiler, folder = os.environ.get("CXX", "c++"), Path(torch.__file__).parent / "lib"
+    if shutil.which(compiler) is None:
+        pytest.skip("no C++ compiler")
+    source, library = Path(__file__).with_name("torch_without_room.cpp"), tmp_path / "torch_without_room.so"
+    subprocess.run(
+        [compiler, "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", source, "-o", library,
+         "-Wl,--no-as-needed", f"-L{folder}", "-ltorch_cpu", f"-Wl,-rpath,{folder}"], check=True,
+    )  # fmt: skip
+    command = [sys.executable, "-c", WITHOUT_ROOM, str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = [line.split("memory.")[0] for line in done.stdout.splitlines()]
+    names = ("linear", "norm_linear", "norm_mlp", "activation_linear", "embedding")
+    assert said == [f"{name} OutOfMemoryError CUDA out of " for name in names for _ in range(2)]
 
 
 @pytest.mark.parametrize("only", [False, True])

@@ -104,13 +104,22 @@ struct Tensor {
   explicit operator bool() const { return handle != nullptr; }
 };
 
+// torch's functions in C cannot hand their exceptions on, and those who make room and try again look for this class:
+// Python's error, which torch passes on as it is, also out of a compiled model.
+[[noreturn]] void throw_out_of_memory() {
+  const py::gil_scoped_acquire gil;
+  PyErr_SetString(
+      py::module_::import("torch").attr("OutOfMemoryError").ptr(),
+      "CUDA out of memory. torch has no room for a result or the workspace of hwkern; it has said on stderr "
+      "how much it wanted.");
+  throw py::error_already_set();
+}
+
 Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, int32_t device) {
   std::vector<int64_t> strides(dim);
   for (int64_t i = dim, stride = 1; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;  // as torch
   TorchTensor* t;
-  // torch has said on stderr how much it wanted; who catches its error looks for these words.
-  if (torch.empty_strided(dim, sizes, strides.data(), dtype, torch.cuda(), device, &t))
-    throw std::runtime_error("CUDA out of memory. (torch has no room for a result or the workspace of hwkern.)");
+  if (torch.empty_strided(dim, sizes, strides.data(), dtype, torch.cuda(), device, &t)) throw_out_of_memory();
   return Tensor(t);
 }
 

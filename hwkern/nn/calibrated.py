@@ -224,6 +224,9 @@ class CalibratedInt8Linear(Int8Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., K]`` -> ``[..., N]`` in x's dtype (autocast's under autocast)."""
         buffers, weight, bias = self._buffers, self.weight, self.bias
+        scale = buffers["weight_scale"]
+        if weight is None or scale is None:
+            raise self._incomplete()
         input_scale, multiplier, index = buffers["input_scale"], buffers["input_multiplier"], buffers["outlier_index"]
         if input_scale is not None:
             shift = buffers["shift"]
@@ -233,7 +236,6 @@ class CalibratedInt8Linear(Int8Linear):
             y = int8_linear_static(x, weight, output_scale, input_scale, self.zero_point, bias, cast_dtype(x))
         else:
             scaled = x if multiplier is None else x * multiplier.to(x.dtype)
-            scale: Any = buffers["weight_scale"]
             y = ops.eager_linear(scaled, weight, scale, bias, self.in_features, self._cell)
         if index is not None:
             side: Any = buffers["outlier_weight"]

@@ -115,8 +115,9 @@ class Int8Embedding(PackedLayer):
 
     def forward(self, indices: Tensor) -> Tensor:
         """``indices [...]`` -> ``[..., H]`` in ``float_dtype``."""
-        scale: Any = self._buffers["weight_scale"]
-        weight: Any = self._parameters["weight"]
+        weight, scale = self._parameters["weight"], self._buffers["weight_scale"]
+        if weight is None or scale is None:
+            raise self._incomplete()
         return ops.eager_embedding(indices, weight, scale, self.float_dtype, self.embedding_dim, self._cell)
 
     def extra_repr(self) -> str:

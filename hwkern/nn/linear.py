@@ -137,8 +137,10 @@ class Int8Linear(PackedLayer):
             return x[..., self._part.start : self._part.stop]
         # Straight from the dicts: nn.Module.__getattr__ costs 0.5 µs each time.
         parameters = self._parameters
-        scale, bias = self._buffers["weight_scale"], parameters["bias"]
-        return ops.eager_linear(x, parameters["weight"], scale, bias, self.in_features, self._cell)  # type: ignore[arg-type]
+        weight, scale, bias = parameters["weight"], self._buffers["weight_scale"], parameters["bias"]
+        if weight is None or scale is None:
+            raise self._incomplete()
+        return ops.eager_linear(x, weight, scale, bias, self.in_features, self._cell)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, plus the weight's dtype."""

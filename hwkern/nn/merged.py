@@ -105,23 +105,31 @@ class Merged(Held):
                 found.append(parameters["bias"])
         return found  # type: ignore[return-value]  # a weight and a scale are always there
 
-    def complete(self) -> bool:
-        """Whether no member's weight or scale was taken away (``layer.weight = None``)."""
-        return all(member.weight is not None and member.weight_scale is not None for member in self.members)
+    def packed(self) -> bool:
+        """Whether each member has an int8 weight, scales and maybe a bias of its size: not once a weight was taken away
+        (``layer.weight = None``) or a float one assigned. The member's own forward says so then.
+        """
+        return all(
+            (weight := member.weight) is not None
+            and (scale := member.weight_scale) is not None
+            and (weight.dtype, tuple(weight.shape)) == (torch.int8, (n := member.out_features, ops.padded(self.k)))
+            and (scale.dtype, tuple(scale.shape)) == (torch.float32, (n,))
+            and (member.bias is None or tuple(member.bias.shape) == (n,))
+            for member in self.members
+        )
 
     def fresh(self) -> bool:
-        """Whether the members' tensors, which are complete, are where :meth:`merge` put them."""
+        """Whether the members' tensors, which are packed, are where :meth:`merge` put them."""
         return self.weight is not None and self._addresses == tuple([t.data_ptr() for t in self._tensors()])
 
     def merge(self) -> bool:
         """Move the members' tensors into one memory. False, and nothing changed, where they do not fit together."""
         biases = [member.bias for member in self.members]
-        tensors = self._tensors() if self.complete() else []
+        tensors = self._tensors() if self.packed() else []
         together = (
             bool(tensors)
             and (device := tensors[0].device).type != "meta"
             and all(t.device == device and t.is_contiguous() for t in tensors)
-            and all(t.dtype in (torch.int8, torch.float32) for t in tensors[:2])
             and len({bias.dtype for bias in biases if bias is not None}) <= 1
         )
         if not together:
@@ -274,7 +282,7 @@ class Part(Held):
     def moved(self) -> None:
         """A member's tensors were replaced: merge them anew, once all of them are in their new place."""
         merged = self.merged
-        if not (merged.complete() and merged.fresh()):
+        if not (merged.packed() and merged.fresh()):
             merged.merge()
 
 

@@ -86,6 +86,14 @@ class PackedLayer(nn.Module):
         if options:
             raise ValueError(f"{type(self).__name__} has no options, but got {sorted(options)}")
 
+    def _incomplete(self) -> RuntimeError:
+        """What a call raises once the weight or its scales are None."""
+        what = "weight" if self.weight is None else "weight_scale"
+        return RuntimeError(
+            f"{type(self).__name__}({self.extra_repr()}) cannot be called: its {what} is None. Assign the one that "
+            "belongs to this layer again."
+        )
+
     # ---- .to(), .half(), .cuda(), to_empty() … ---------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

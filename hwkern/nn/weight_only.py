@@ -40,7 +40,9 @@ class WeightOnlyInt8Linear(Int8Linear):
         # Straight from the dicts, as in Int8Linear.forward.
         parameters = self._parameters
         weight, scale, bias = parameters["weight"], self._buffers["weight_scale"], parameters["bias"]
-        return weight_only(x, weight, scale, bias, self.in_features, self._cell)  # type: ignore[arg-type]
+        if weight is None or scale is None:
+            raise self._incomplete()
+        return weight_only(x, weight, scale, bias, self.in_features, self._cell)
 
     def _options(self) -> dict[str, Any]:
         return {"max_tokens": self.max_tokens}
