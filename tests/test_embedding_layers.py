@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import pickle
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -625,6 +627,33 @@ def test_a_table_that_the_model_reads_is_not_chosen_later_either(
         assert "it reads the weight itself" in found.layers["embed"].reason
 
 
+def test_a_trial_of_the_whole_model_meets_no_table_that_the_model_reads(
+    ids: torch.Tensor, slow_tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is slower alone is int8 in W8A8 throughout, and so is the table that it shares its weight with."""
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        model(ids)
+        return {"eager": [1.0 - 0.1 * sum(isinstance(module, Int8Linear) for module in model.modules())]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    for kind, scheme in ((Net, "w8a8"), (ReadsWhatItTies, "keep")):
+        model = kind(True).eval()
+        plan = hwkern.plan(model, [(ids,)], save=False, show=False)
+        assert plan.layers["embed"].choice.name == scheme
+        assert plan.layers["body"].choice.name == "w8a8"
+        assert ("it reads the weight itself" in plan.layers["embed"].reason) == (scheme == "keep")
+        hwkern.patch(model, plan=plan)
+        model(ids)
+
+
+def test_another_device_s_plan_has_no_table_that_the_model_reads(ids: torch.Tensor, slow_tables: None) -> None:
+    """Not even where lookups are slower here, so that only the other device's times ask for it."""
+    plan = planned(ReadsItsTable().eval(), [(ids,)])
+    assert [candidate.name for candidate in plan.layers["embed"].candidates] == ["keep"]
+    assert [candidate.name for candidate in planned(Net().eval(), [(ids,)]).layers["embed"].candidates] != ["keep"]
+
+
 # ---- tables that are slower alone, in the whole model ---------------------------------------------------------------
 
 
@@ -802,6 +831,18 @@ def test_lookups_are_timed_where_the_model_calls_them(ids: torch.Tensor) -> None
     before.assert_same(model)
     assert not model.embed._forward_hooks
     assert not packed._forward_pre_hooks
+
+
+def test_a_lookup_counts_once_in_a_patched_model(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float module and the int8 one in its place share their hooks, so that each hook would run twice."""
+    model = Net()
+    trial: Any = SimpleNamespace(recipes={"embed": Recipe("int8")})
+    monkeypatch.setattr(_tables, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    with _tables._both_tables(model, trial, {"embed"}) as both, both.lookups() as take:
+        for kind in ("float", "int8"):
+            both.put(kind)
+            model(ids)
+            assert take() == 1  # two looks at the clock, one step apart
 
 
 def test_a_table_that_went_back_for_another_reason_is_not_tried(

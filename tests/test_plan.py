@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from test_patch import Snapshot
 from torch import nn
 
 import hwkern
-from hwkern import _choose, _measure, _tables, _timing, _whole, metrics
+from hwkern import _back_off, _choose, _measure, _tables, _timing, _whole, metrics
 from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
@@ -820,6 +821,19 @@ def test_trials_of_the_whole_model_leave_no_trace_in_it(device: Device, monkeypa
     for (name, before), (_, after) in zip(original.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(after, before), name
         assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), name
+
+
+def test_trials_undo_themselves_whatever_the_layers_are_called(device: Device) -> None:
+    """And only themselves: what was int8 before, and the plan that it came from, is the user's."""
+    model: Any = nn.Sequential()
+    for name in ("0", "a[b]", "x*", "x1"):
+        model.add_module(name, nn.Linear(512, 512))
+    hwkern.patch(model, plan=SimpleNamespace(recipes={"x1": Recipe("w8a8")}, to_dict=lambda: {"any": "data"}))
+    before = Snapshot(model)
+    with _back_off.patched(model, dict.fromkeys(("0", "a[b]", "x*"), Recipe("w8a8"))):
+        assert all(isinstance(layer, Int8Linear) for layer in model)
+    before.assert_same(model)
+    assert model._hwkern_plan == {"any": "data"}
 
 
 @pytest.mark.parametrize(
