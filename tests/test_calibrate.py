@@ -367,9 +367,10 @@ def test_an_interrupt_while_norms_come_back_leaves_them_divided(monkeypatch: pyt
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(_fold.Fold, "undo", interrupted)
+    monkeypatch.setattr(_fold.Fold, "undo", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         hwkern.unpatch(model)
+    monkeypatch.undo()
     before.assert_same(model)
     assert torch.equal(output(model, IDS[0]), exact)
     hwkern.unpatch(model)

@@ -475,7 +475,9 @@ def test_a_table_is_taken_for_its_bytes_where_it_is_not_slower() -> None:
     assert chosen(9, 90, "accurate")[1] == "memory alone is no reason to round it"
     assert "1.25× the time at 1 tokens" in chosen(12.5, 90, "balanced")[1]
     # What keeps a table that takes as long is its error, though nothing would be faster with it.
-    assert chosen(10, 100, "balanced", snr_db=19)[1] == "int8 would be 1.00× as fast, but has 19.0 dB of the 20 dB wanted"
+    assert (
+        chosen(10, 100, "balanced", snr_db=19)[1] == "int8 would be 1.00× as fast, but has 19.0 dB of the 20 dB wanted"
+    )
 
 
 @pytest.fixture
