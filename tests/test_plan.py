@@ -918,6 +918,25 @@ def test_a_faster_plan_for_the_whole_model_must_hold_the_task_too(monkeypatch: p
     assert loose.task.after == 0.5
 
 
+def test_a_trial_that_the_task_has_no_number_for_is_not_taken(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' own choices have one, so the user's metric is not to blame, and their plan stands."""
+
+    def kinds(model: nn.Module) -> set[str]:
+        return {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+
+    def task(model: nn.Module, batches: Any) -> float:
+        return math.nan if kinds(model) == {"Int8Linear"} else 1.0
+
+    monkeypatch.setattr(
+        _whole, "seconds", lambda model, *_: {"eager": [0.7 if kinds(model) == {"Int8Linear"} else 0.9]}
+    )
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    found = make(Net(), verify=True, metric=task, accuracy=hwkern.Accuracy(max_metric_drop=0.1))
+    assert {recipe.name for recipe in found.recipes.values()} == {"w8a16"}
+
+
 def test_a_plan_that_takes_nothing_leaves_the_very_model(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     device.speed = {"keep": 1.0, "w8a8": 2.0}
     monkeypatch.setattr(_whole, "seconds", lambda *_: {"eager": [1.0]})
