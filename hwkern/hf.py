@@ -156,6 +156,7 @@ class HwkernQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
         """Before config.json is written: what the layers are now. Tensors: the state_dict."""
         self.quantization_config.layers = described(model)
+        model.config.quantization_config = self.quantization_config  # another model's of the same config may have gone
         shared = [layer for layers in _sharing(model) for layer in layers[1:]]
         if not shared:
             return None, {}

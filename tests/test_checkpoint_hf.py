@@ -89,6 +89,17 @@ def test_every_scheme_goes_through_from_pretrained(floats: Path, tmp_path: Path)
     assert same(read(tmp_path / "a"), model)
 
 
+def test_a_config_that_two_models_share_describes_the_one_that_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    common = config()
+    model, other = (transformers.LlamaForCausalLM(common).eval() for _ in range(2))
+    for each in (model, other):
+        hwkern.patch(each, include=WHICH)
+    hwkern.unpatch(other)
+    model.save_pretrained(tmp_path)
+    assert same(read(tmp_path), model)
+
+
 def test_unpatch_lets_transformers_save_a_float_model_again(model: Any, tmp_path: Path) -> None:
     hwkern.unpatch(model)
     model.save_pretrained(tmp_path / "a")
