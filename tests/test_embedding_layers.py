@@ -559,6 +559,26 @@ def test_policies_and_patterns_reach_the_tables(ids: torch.Tensor, fast_tables: 
     assert "of the 60 dB wanted" in kept.reason
 
 
+def test_layers_that_are_called_by_keyword_are_planned_and_run(
+    ids: torch.Tensor, fast_tables: list[tuple[Shape, int]]
+) -> None:
+    class ByKeyword(Net):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.back(input=self.body(input=self.embed(input=ids)).relu())
+
+    model: Any = ByKeyword().eval()
+    plan = planned(model, [(ids,)])
+    for scheme in ("w8a8", "w8a8-static", "w8a16"):
+        for name in ("body", "back"):
+            layer = plan.layers[name]
+            layer.chosen = next(i for i, each in enumerate(layer.candidates) if each.recipe.scheme == scheme)
+        exact = model(ids)
+        hwkern.patch(model, plan=plan)
+        assert (model.embed.scheme, model.body.scheme, model.back.scheme) == ("int8", scheme, scheme)
+        assert snr(exact, model(ids)) > 25  # three roundings to int8, each of some 40 dB, and static ranges
+        hwkern.unpatch(model)
+
+
 def test_a_plan_without_the_table_still_fits_the_model(ids: torch.Tensor) -> None:
     model = Net().eval()
     plan = planned(model, [(ids,)], embeddings=False)

@@ -113,11 +113,11 @@ class Int8Embedding(PackedLayer):
         found: nn.Embedding = made.train(self.training)
         return found
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Embedding's name, for calls by keyword
         """``indices [...]`` -> ``[..., H]`` in ``float_dtype``."""
         scale: Any = self._buffers["weight_scale"]
         weight: Any = self._parameters["weight"]
-        return ops.eager_embedding(indices, weight, scale, self.float_dtype, self.embedding_dim, self._cell)
+        return ops.eager_embedding(input, weight, scale, self.float_dtype, self.embedding_dim, self._cell)
 
     def extra_repr(self) -> str:
         """As nn.Embedding's, plus the table's dtype."""
