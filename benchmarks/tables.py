@@ -7,7 +7,8 @@ A table stands between two comment lines, the first of which names the file with
     <!-- end results -->
 
 `<!-- results: gemm-h100 4096x4096 -->` shows the rows of one layer, N×K, only; `<!-- results: targets-h100 -->` what
-all files of an H100 say of the targets in targets.py. Of `hwkern bench`: `<!-- results: bench-h100 bert-base 8x128 -->`
+all files of an H100 say of the targets in targets.py; `kernels_in_short-h100` and `plans_in_short-h100` give sentences
+(in_short.py). Of `hwkern bench`: `<!-- results: bench-h100 bert-base 8x128 -->`
 shows the headline of one model and workload, `<!-- results: moves-h100-h200 -->` what differs between two GPUs, and
 `<!-- results: again-h200 -->` the ratios of bench-h200.json beside those of a second run, bench-h200-again.json.
 
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import in_short
 import targets
 import tensorrt_tables
 
@@ -570,6 +572,9 @@ def render(name: str, results: Path, layer: tuple[int, int] | None = None, part:
     if name.startswith("targets-"):
         columns = ["target", "must", "reach for", "measured", ""]
         return f"{markdown(columns, targets.lines(results, name.removeprefix('targets-')))}\n"
+    stem, _, gpu = name.partition("-")
+    if stem in in_short.SHORT:
+        return in_short.SHORT[stem](results, gpu)
     if name.startswith("again-"):
         return f"{again(results, name.removeprefix('again-'))}\n"
     if name.startswith("moves-"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from hwkern._originals import room_beside
+from hwkern._originals import Place, room_beside
 from hwkern._recipes import Recipe
 from hwkern.metrics import Metric
 
@@ -84,24 +85,29 @@ def back_off(
 
 def value_with(model: nn.Module, recipes: dict[str, Recipe], metric: Metric, batches: Sequence[Any]) -> float:
     """The metric of ``model`` under ``recipes``. It comes back as it was."""
+    with patched(model, recipes):
+        return metric(model, batches)
+
+
+@contextlib.contextmanager
+def patched(model: nn.Module, recipes: Mapping[str, Recipe], place: Place | None = None) -> Iterator[None]:
+    """``model`` under ``recipes``, its float weights in ``place`` (by default :func:`trial_place`). It comes back as it
+    was, with the plan of layers that were int8 before.
+    """
     from hwkern.patch import patch, unpatch
 
-    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
+    wanted = {name: recipe for name, recipe in recipes.items() if recipe.scheme != "keep"}
+    plan = model.__dict__.get("_hwkern_plan")
+    patch(model, originals=place or trial_place(model), plan=_Recipes(wanted))
     try:
-        return metric(model, batches)
-    finally:
-        if swapped := [name for name in _swapped(model) if name in recipes]:
-            unpatch(model, include=swapped)
+        yield
+    finally:  # by a predicate: a name may hold what means something in a pattern
+        unpatch(model, include=lambda name, _: name in wanted)
+        if plan is not None:
+            model.__dict__["_hwkern_plan"] = plan
 
 
-def trial_place(model: nn.Module) -> Literal["host", "device"]:
+def trial_place(model: nn.Module) -> Place:
     """Where the float weights wait while a plan is tried: where they are, if a GPU has room for both, else the host."""
     weights = [p for p in model.parameters() if p.dim() == 2 and p.is_floating_point()]
     return "device" if room_beside(weights) else "host"  # of a host tensor that is the tensor itself
-
-
-def _swapped(model: nn.Module) -> list[str]:
-    from hwkern._layers import find_layers
-    from hwkern.nn.packed import PackedLayer
-
-    return [layer.names[0] for layer in find_layers(model, True) if isinstance(layer.module, PackedLayer)]

@@ -129,6 +129,7 @@ def choose(
         candidate.ruled_out = ""
     if not calls:
         return keep, "no batch reached it"
+    most = 1 + NOISE if for_bytes else 1 - (0.0 if policy == "smallest" else LEAST_GAIN)  # of the float layer's time
     allowed = []
     for candidate in others:
         ratio, m, mode = worst(candidate, keep, calls, LOOKUP_US if for_bytes and policy == "smallest" else 0.0)
@@ -139,12 +140,12 @@ def choose(
             candidate.ruled_out = f"{ratio:.2f}× the float layer's time at {m} tokens ({mode})"
         elif for_bytes and policy == "accurate":
             candidate.ruled_out = "accurate: memory alone is no reason to round it"
-        elif not for_bytes and gain > 1 - (0.0 if policy == "smallest" else LEAST_GAIN):
+        elif not for_bytes and gain > most:
             candidate.ruled_out = f"no gain that is more than noise ({gain:.2f}× the time)"
         else:
             allowed.append(candidate)
     if not allowed:
-        return keep, _why_kept(keep, others, calls, min_snr_db)
+        return keep, _why_kept(keep, others, calls, min_snr_db, most)
     chosen = _best(allowed, keep, calls, policy)
     for candidate in allowed:
         if candidate is not chosen:
@@ -177,8 +178,10 @@ def _best(allowed: Sequence[Candidate], keep: Candidate, calls: Mapping[int, int
     return max(near, key=lambda c: (c.snr_db, -time(c)))
 
 
-def _why_kept(keep: Candidate, others: Sequence[Candidate], calls: Mapping[int, int], min_snr_db: float) -> str:
-    inaccurate = [c for c in others if c.snr_db < min_snr_db and score(c, keep, calls) < 1 - LEAST_GAIN]
+def _why_kept(
+    keep: Candidate, others: Sequence[Candidate], calls: Mapping[int, int], min_snr_db: float, most: float
+) -> str:
+    inaccurate = [c for c in others if c.snr_db < min_snr_db and score(c, keep, calls) <= most]
     if inaccurate:
         best = max(inaccurate, key=lambda c: c.snr_db)
         gain = 1 / score(best, keep, calls)

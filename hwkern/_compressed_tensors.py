@@ -70,7 +70,7 @@ def read_plan(model: nn.Module, shards: Shards) -> Any:
             continue
         group = _group_of(name, kinds.get(name, "Linear"), config)
         described[name] = _describe(name, group, shards)
-        layer_sources = dict(_sources(name, described[name], shards))
+        layer_sources = dict(_sources(name, described[name]))
         sources |= layer_sources
         taken |= {n for source in layer_sources.values() for n in source.names}
     layers = checkpoint.replacements(model, described)
@@ -180,7 +180,7 @@ def _value(shards: Shards, name: str) -> Tensor:
     return tensor.double().reshape(())
 
 
-def _sources(name: str, data: Mapping[str, Any], shards: Shards) -> Iterator[tuple[str, Any]]:
+def _sources(name: str, data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     from hwkern.checkpoint import Source
 
     n = data["out_features"]

@@ -7,7 +7,7 @@ not a guess. BERT's blocks add the norm's output to the residual, so they are no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,14 +89,22 @@ class Fold:
 
     def __init__(self, group: Group, divisors: Tensor) -> None:
         self.norm, self.name, self.readers = group.norm, group.norm_name, group.readers
-        self._before = [p.detach().clone() for p in _parameters(group.norm)]
+        self._before = self.values()
         self._after = [(p.float() / divisors.to(p.device)).to(p.dtype) for p in self._before]
 
-    def apply(self) -> None:
-        """Divide the norm's weight and bias, in place."""
-        for p, after in zip(_parameters(self.norm), self._after, strict=True):
+    def values(self) -> list[Tensor]:
+        """What the norm's weight and bias are now."""
+        return [p.detach().clone() for p in _parameters(self.norm)]
+
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Give them these, in place."""
+        for p, value in zip(_parameters(self.norm), values, strict=True):
             with torch.no_grad():
-                p.copy_(after)
+                p.copy_(value)
+
+    def apply(self) -> None:
+        """Divide them."""
+        self.put(self._after)
 
     def undo(self) -> None:
         """Put the norm's own values back; leaves it alone when others were loaded since."""

@@ -61,11 +61,8 @@ class Watch:
     def __enter__(self) -> Watch:
         for layer in self._layers:
             seen = self.seen[layer.names[0]]
-            if layer.is_embedding:
-                hook = self._lookups(seen)
-                self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
-            else:
-                self._handles.append(layer.module.register_forward_pre_hook(self._hook(seen)))
+            hook = self._lookups(seen) if layer.is_embedding else self._hook(seen)
+            self._handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -74,8 +71,8 @@ class Watch:
         self._handles.clear()
 
     def _hook(self, seen: Seen) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0] if args else None
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
             if not isinstance(x, Tensor) or x.numel() == 0:
                 return
             flat = x.detach().reshape(-1, x.shape[-1])

@@ -198,7 +198,8 @@ class FloatWeight:
         weight = None if self._alive is None else self._alive()
         if weight is None:
             data = self._stored.load(self._shape, self._stride, self.dtype, device)
-            weight = nn.Parameter(data.to(dtype), self._requires_grad)
+            with torch.inference_mode(data.is_inference()):  # else such a tensor takes no requires_grad
+                weight = nn.Parameter(data.to(dtype), self._requires_grad)
             weight.__dict__.update(self._attributes)
             if self._grad is not None:
                 weight.grad = self._grad.to(device, dtype)

@@ -111,7 +111,10 @@ def make_plan(
             """Whether the task holds with it too; its account then says with what."""
             if task is None or bound is None or trial.task is None:
                 return True
-            after = value_with(model, trial.recipes, task, found)
+            try:
+                after = value_with(model, trial.recipes, task, found)
+            except ValueError:  # a metric that is no number with it
+                return False
             trial.task = replace(trial.task, after=after)
             return task.drop(trial.task.before, after) <= bound
 

@@ -74,25 +74,30 @@ def _sample(output: Any) -> Tensor:
 
 
 def try_tables(result: Plan, model: nn.Module, batches: Sequence[Any]) -> None:
-    """Run the first batch with the tables that the plan makes int8; where the model cannot, it keeps them all."""
-    from hwkern._back_off import _Recipes, _swapped, trial_place
-    from hwkern.patch import patch, unpatch
+    """Run the first batch with int8 tables: all that the plan has, and then all others that it may come to have, in a
+    trial of the whole model or on another device. Where the model cannot, they stay float, all of them.
+    """
+    from hwkern._back_off import patched
 
-    layers = [
-        layer for layer in result.layers.values() if layer.chosen and (layer.lookups or layer.kind == "Embedding")
-    ]
-    if not layers:
-        return
-    recipes = {name: layer.choice.recipe for layer in layers for name in layer.names}
+    tables = [layer for layer in result.layers.values() if layer.lookups or layer.kind == "Embedding"]
+    chosen = {layer.name: layer.choice for layer in tables if layer.chosen}
+    others = {
+        layer.name: candidate
+        for layer in tables
+        if not layer.chosen and layer.calls and not (layer.kind == "Embedding" and result.policy == "accurate")
+        for candidate in layer.candidates[1:]
+        if candidate.snr_db >= result.accuracy.min_snr_db
+    }
     with torch.no_grad(), evaluating(model):
-        exact = _exact(model, batches[0])
-        patch(model, originals=trial_place(model), plan=_Recipes(recipes))
-        try:
-            problem = _problem(model, batches[0], exact)
-        finally:
-            unpatch(model, include=[name for name in _swapped(model) if name in recipes])
-    if problem:
-        _give_up(result, [layer.name for layer in layers], problem)
+        exact = _exact(model, batches[0]) if chosen or others else None
+        for trial in (chosen, others):
+            if not trial:
+                continue
+            recipes = {name: each.recipe for first, each in trial.items() for name in result.layers[first].names}
+            with patched(model, recipes):
+                problem = _problem(model, batches[0], exact)
+            if problem:
+                _give_up(result, list(trial), problem)
 
 
 def _exact(model: nn.Module, batch: Any) -> Tensor | None:
@@ -169,14 +174,7 @@ def try_smaller(
         trial.layers[name].chosen = trial.layers[name].candidates.index(candidate)
     places = {name for first in tables for name in trial.layers[first].names}
     with _both_tables(model, trial, places) as both, torch.no_grad(), evaluating(model):
-        both.put("float")
-        exact = _exact(model, batches[0])
-        both.put("int8")
-        problem = _problem(model, batches[0], exact)
-        effects = {} if problem else _effects(model, both, distinct(batches), modes, show)
-    if problem:
-        _give_up(result, list(tables), problem)
-        return
+        effects = _effects(model, both, distinct(batches), modes, show)
     if why := _slower(trial, tables, effects, modes) or ("" if holds(trial) else "the task does not hold with it"):
         for name, candidate in tables.items():
             candidate.ruled_out = why
@@ -327,7 +325,8 @@ class Tables:
             seconds, spent[0] = spent[0], 0.0
             return seconds
 
-        modules = [module for _, *both in self.places for module in both]
+        # One of each pair is enough where they share their hooks, as after a patch: each would count twice.
+        modules = {id(module._forward_hooks): module for _, *both in self.places for module in both}.values()
         handles = [module.register_forward_pre_hook(enter) for module in modules]
         handles += [module.register_forward_hook(leave) for module in modules]
         try:
@@ -340,12 +339,10 @@ class Tables:
 @contextlib.contextmanager
 def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Iterator[Tables]:
     """The model by the trial's recipes, with these tables of both kinds; it comes back as it was."""
-    from hwkern._back_off import _Recipes, _swapped, trial_place
-    from hwkern.patch import _put_back, patch, unpatch
+    from hwkern._back_off import patched
+    from hwkern.patch import _put_back
 
-    recipes = {name: recipe for name, recipe in trial.recipes.items() if recipe.scheme != "keep"}
-    patch(model, originals=trial_place(model), plan=_Recipes(recipes))
-    try:
+    with patched(model, trial.recipes):  # float tables that are in their places in the end are the model's own
         places = [
             (layer, layer.module, cast(nn.Module, layer.module._original.module))
             for layer in find_layers(model, embeddings=True)
@@ -354,8 +351,6 @@ def _both_tables(model: nn.Module, trial: Plan, tables: Container[str]) -> Itera
         for layer, int8, plain in places:
             _put_back(layer, plain, int8)  # with its weight
         yield Tables(places)
-    finally:  # float tables that are in their places are the model's own
-        unpatch(model, include=[name for name in _swapped(model) if name in recipes])
 
 
 def _effects(

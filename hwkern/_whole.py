@@ -372,21 +372,15 @@ def _better(one: Seconds, other: Seconds) -> Seconds:
 
 def _reading(model: nn.Module, result: Plan, batches: Sequence[Any], modes: Sequence[str], graphs: Graphs) -> Reading:
     """The model without the plan, before and after (the better counts), and with it. Not after where it is clear."""
-    from hwkern._back_off import _Recipes, _swapped, trial_place
-    from hwkern.patch import patch, unpatch
+    from hwkern._back_off import patched, trial_place
 
     place = trial_place(model)
     first = graphs.last or seconds(model, batches, modes, graphs)
     graphs.last = None
     if place != "device":  # the float weights leave the device, and come back to other addresses
         graphs.clear()
-    recipes = {name: recipe for name, recipe in result.recipes.items() if recipe.scheme != "keep"}
-    patch(model, originals=place, plan=_Recipes(recipes))
-    try:
+    with patched(model, result.recipes, place):
         after = seconds(model, batches, tuple(first), Graphs())
-    finally:
-        if swapped := [name for name in _swapped(model) if name in recipes]:
-            unpatch(model, include=swapped)
     before = {mode: first[mode] for mode in after if mode in first}
     if not _clear((before, after)):
         second = seconds(model, batches, tuple(after), graphs)

@@ -125,9 +125,18 @@ class HwkernQuantizer(HfQuantizer):
         for layer in find_layers(model, embeddings=True):
             module = layer.module
             if isinstance(module, PackedLayer):
-                tensors = (*module._parameters.values(), *module._buffers.values())
-                if any(t is not None and t.is_meta for t in tensors):
-                    raise CheckpointError(f"The files lack tensors of the int8 layer {layer.names[0]!r}.")
+                # transformers goes on where a file lacks some, and leaves what it has not read without values.
+                tensors = {**module._parameters, **module._buffers}
+                read = {key: t is None or getattr(t, "_is_hf_initialized", False) for key, t in tensors.items()}
+                if lacking := [key for key in read if not read[key]]:
+                    raise CheckpointError(
+                        f"The files lack {' and '.join(lacking)} of the int8 layer {layer.names[0]!r}: "
+                        + (
+                            "config.json describes an int8 model, but the files may be a float one's."
+                            if self.pre_quantized
+                            else f"exclude it (exclude={layer.names[0]!r}), so that it starts as a float layer."
+                        )
+                    )
         _fusion.fuse(model)
         return model
 
@@ -147,6 +156,7 @@ class HwkernQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[Any, dict[str, str]]:
         """Before config.json is written: what the layers are now. Tensors: the state_dict."""
         self.quantization_config.layers = described(model)
+        model.config.quantization_config = self.quantization_config  # another model's of the same config may have gone
         shared = [layer for layers in _sharing(model) for layer in layers[1:]]
         if not shared:
             return None, {}

@@ -382,24 +382,39 @@ def _folds_of(model: nn.Module, recipes: dict[str, Recipe]) -> list[tuple[_fold.
 
 
 def _divide(model: nn.Module, folds: Sequence[tuple[_fold.Group, Tensor]], journal: _Journal) -> None:
-    done = model.__dict__.setdefault("_hwkern_folds", []) if folds else []
     for group, divisors in folds:
         fold = _fold.Fold(group, divisors)
-        journal.append(fold.undo)
+        journal.append(functools.partial(_take_back, model, fold))
         fold.apply()
-        done.append(fold)
-        journal.append(functools.partial(done.remove, fold))
+        _folds(model).append(fold)
+
+
+def _folds(model: nn.Module) -> list[_fold.Fold]:
+    """The norms of the model that are divided."""
+    found: list[_fold.Fold] = model.__dict__.setdefault("_hwkern_folds", [])
+    return found
+
+
+def _take_back(model: nn.Module, fold: _fold.Fold) -> None:
+    fold.undo()
+    left = [other for other in _folds(model) if other is not fold]
+    model.__dict__["_hwkern_folds"] = left
+    if not left:
+        del model.__dict__["_hwkern_folds"]
 
 
 def _unfold(model: nn.Module, chosen: Sequence[Layer], journal: _Journal) -> None:
     """Give the norms of restored layers their own values back."""
     names = {name for layer in chosen for name in layer.names}
-    folds = model.__dict__.get("_hwkern_folds", [])
-    for fold in [fold for fold in folds if names & set(fold.readers)]:
-        fold.undo()
-        folds.remove(fold)
-    if not folds:
-        model.__dict__.pop("_hwkern_folds", None)
+    for fold in [fold for fold in model.__dict__.get("_hwkern_folds", []) if names & set(fold.readers)]:
+        journal.append(functools.partial(_divide_again, model, fold, fold.values()))
+        _take_back(model, fold)
+
+
+def _divide_again(model: nn.Module, fold: _fold.Fold, values: Sequence[Tensor]) -> None:
+    fold.put(values)
+    if fold not in _folds(model):
+        _folds(model).append(fold)
 
 
 def _refuse_half_folds(model: nn.Module, chosen: Sequence[Layer]) -> None:

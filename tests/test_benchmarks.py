@@ -750,6 +750,41 @@ def test_the_targets_are_a_table_too(site):
     assert start("tables", "--root", root, "--check").returncode == 0
 
 
+def test_what_the_results_say_in_short_is_computed_from_them(site):
+    root, put = site
+
+    def gemm(m, us):
+        return {**GEMM_ROW, "m": m, "us": us, "peers_us": {"bf16": 40.0, "cutlass": 20.0, "fp8": 30.0}}
+
+    def layer(m, us, n, k):
+        return {"kind": "device", "m": m, "n": n, "k": k, "us": us, "peers_us": {"bf16": 40.0}}
+
+    hot = {"sustained": {"us": 25.0, "peers_us": {"cutlass": 20.0, "fp8": 20.0}}}
+    sizes = [gemm(1, 10.0), gemm(128, 16.0), gemm(1024, 20.0) | hot, {**gemm(1024, 1.0), "n": 8192, "k": 8192}]
+    put("gemm-x", {"benchmark": "gemm", "rows": sizes})
+    (root / "README.md").write_text(PAGE.format("kernels_in_short-x"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    assert "Not measured yet: gemm-x.json and linear-x.json" in (root / "README.md").read_text(encoding="utf-8")
+    layers = [layer(1, 20.0, 4096, 4096), layer(512, 32.0, 4096, 4096), layer(512, 80.0, 768, 768)]
+    put("linear-x", {"benchmark": "linear", "rows": layers})
+    cell = {"model": "bert", "size": "small", "ratio": 0.5, "int8": 1}
+    cells = [cell, {**cell, "size": "base", "ratio": 1.2346, "int8": 0}, {"model": "vit", "size": "small"}]
+    put("never_slower-x", {"benchmark": "never_slower", "rows": cells})
+    (root / "docs" / "page.md").write_text(PAGE.format("plans_in_short-x"), encoding="utf-8")
+    assert start("tables", "--root", root).returncode == 0
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "the GEMM is 2.0 to 4.0 times as fast as bfloat16" in text
+    assert "CUTLASS's best INT8 kernel it is 1.00 to 2.00 times as fast" in text
+    assert "2.00 at M = 1 … 64, 1.25 at M = 128 … 512 and 1.00 at M = 1024 … 8192" in text
+    assert "FP8 row-wise it is 1.50 to 1.50 times" in text
+    assert "power limit the two are 0.80 and 0.80 to 0.80" in text
+    assert "1.58 times in the geometric mean, 1.25 times at the M where the mean is least (512)" in text  # √(2 · 1.25)
+    assert "BERT-base's size are 0.50 to 0.50 times" in text
+    said = "2 models of 1 architectures at random weights: the slowest of 2 planned cells took 1.235 times"
+    assert said in (root / "docs" / "page.md").read_text(encoding="utf-8")
+    assert start("tables", "--root", root, "--check").returncode == 0
+
+
 def test_what_was_not_measured_is_said(site):
     root, _ = site
     (root / "README.md").write_text(PAGE.format("gemm-h100"), encoding="utf-8")

@@ -350,6 +350,31 @@ def test_an_interrupt_while_norms_are_divided_restores_them(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         hwkern.patch(model, plan=found)
     before.assert_same(model)
+    assert "_hwkern_folds" not in model.__dict__
+
+
+def test_an_interrupt_while_norms_come_back_leaves_them_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the int8 layers behind them, which are in their places again."""
+    model = llama(2)
+    original = Snapshot(model)
+    hwkern.patch(model, plan=hwkern.calibrate(model, IDS, include="*_proj", show=False))
+    before, exact = Snapshot(model), output(model, IDS[0])
+    undo, calls = _fold.Fold.undo, []
+
+    def interrupted(self: _fold.Fold) -> None:
+        undo(self)
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_fold.Fold, "undo", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hwkern.unpatch(model)
+    monkeypatch.undo()
+    before.assert_same(model)
+    assert torch.equal(output(model, IDS[0]), exact)
+    hwkern.unpatch(model)
+    original.assert_same(model)
 
 
 def test_a_smoothed_model_is_saved_and_loaded(tmp_path: Any) -> None:

@@ -89,6 +89,17 @@ def test_every_scheme_goes_through_from_pretrained(floats: Path, tmp_path: Path)
     assert same(read(tmp_path / "a"), model)
 
 
+def test_a_config_that_two_models_share_describes_the_one_that_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    common = config()
+    model, other = (transformers.LlamaForCausalLM(common).eval() for _ in range(2))
+    for each in (model, other):
+        hwkern.patch(each, include=WHICH)
+    hwkern.unpatch(other)
+    model.save_pretrained(tmp_path)
+    assert same(read(tmp_path), model)
+
+
 def test_unpatch_lets_transformers_save_a_float_model_again(model: Any, tmp_path: Path) -> None:
     hwkern.unpatch(model)
     model.save_pretrained(tmp_path / "a")
@@ -98,6 +109,28 @@ def test_unpatch_lets_transformers_save_a_float_model_again(model: Any, tmp_path
 
 def test_a_float_checkpoint_is_quantized_while_it_is_loaded(floats: Path, model: Any) -> None:
     assert same(read(floats, quantization_config=hwkern.HwkernConfig(include=WHICH)), model)
+
+
+def test_what_the_files_lack_of_an_int8_layer_is_refused(model: Any, tmp_path: Path) -> None:
+    """transformers only reports it, and would leave the layer with whatever its memory held."""
+    name = "model.layers.0.self_attn.q_proj"
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {key: value for key, value in safe.load_file(file).items() if key != f"{name}.weight_scale"}
+    safe.save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(hwkern.CheckpointError, match=f"lack weight_scale of the int8 layer '{name}': .* a float one's"):
+        read(tmp_path)
+
+
+def test_a_layer_that_a_float_checkpoint_lacks_can_be_excluded(floats: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    file = floats / "model.safetensors"
+    safe.save_file({k: v for k, v in safe.load_file(file).items() if name not in k}, file, {"format": "pt"})
+    with pytest.raises(hwkern.CheckpointError, match=f"'{name}': exclude it"):
+        read(floats, quantization_config=hwkern.HwkernConfig(include=WHICH))
+    found = read(floats, quantization_config=hwkern.HwkernConfig(include=WHICH, exclude=name))
+    assert type(found.get_submodule(name)) is nn.Linear
+    assert isinstance(found.model.layers[1].mlp.up_proj, Int8Linear)
 
 
 def test_device_map(model: Any, floats: Path, tmp_path: Path) -> None:

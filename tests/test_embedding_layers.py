@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import pickle
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -472,6 +474,10 @@ def test_a_table_is_taken_for_its_bytes_where_it_is_not_slower() -> None:
     assert chosen(9, 90, "balanced")[1] == "0.25× the bytes at 0.90× the time and 40.0 dB (balanced)"
     assert chosen(9, 90, "accurate")[1] == "memory alone is no reason to round it"
     assert "1.25× the time at 1 tokens" in chosen(12.5, 90, "balanced")[1]
+    # What keeps a table that takes as long is its error, though nothing would be faster with it.
+    assert (
+        chosen(10, 100, "balanced", snr_db=19)[1] == "int8 would be 1.00× as fast, but has 19.0 dB of the 20 dB wanted"
+    )
 
 
 @pytest.fixture
@@ -553,6 +559,26 @@ def test_policies_and_patterns_reach_the_tables(ids: torch.Tensor, fast_tables: 
     assert "of the 60 dB wanted" in kept.reason
 
 
+def test_layers_that_are_called_by_keyword_are_planned_and_run(
+    ids: torch.Tensor, fast_tables: list[tuple[Shape, int]]
+) -> None:
+    class ByKeyword(Net):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.back(input=self.body(input=self.embed(input=ids)).relu())
+
+    model: Any = ByKeyword().eval()
+    plan = planned(model, [(ids,)])
+    for scheme in ("w8a8", "w8a8-static", "w8a16"):
+        for name in ("body", "back"):
+            layer = plan.layers[name]
+            layer.chosen = next(i for i, each in enumerate(layer.candidates) if each.recipe.scheme == scheme)
+        exact = model(ids)
+        hwkern.patch(model, plan=plan)
+        assert (model.embed.scheme, model.body.scheme, model.back.scheme) == ("int8", scheme, scheme)
+        assert snr(exact, model(ids)) > 25  # three roundings to int8, each of some 40 dB, and static ranges
+        hwkern.unpatch(model)
+
+
 def test_a_plan_without_the_table_still_fits_the_model(ids: torch.Tensor) -> None:
     model = Net().eval()
     plan = planned(model, [(ids,)], embeddings=False)
@@ -623,6 +649,33 @@ def test_a_table_that_the_model_reads_is_not_chosen_later_either(
         found.decide()
         assert found.layers["embed"].choice.name == "keep"
         assert "it reads the weight itself" in found.layers["embed"].reason
+
+
+def test_a_trial_of_the_whole_model_meets_no_table_that_the_model_reads(
+    ids: torch.Tensor, slow_tables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is slower alone is int8 in W8A8 throughout, and so is the table that it shares its weight with."""
+
+    def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
+        model(ids)
+        return {"eager": [1.0 - 0.1 * sum(isinstance(module, Int8Linear) for module in model.modules())]}
+
+    monkeypatch.setattr(_whole, "seconds", seconds)
+    for kind, scheme in ((Net, "w8a8"), (ReadsWhatItTies, "keep")):
+        model = kind(True).eval()
+        plan = hwkern.plan(model, [(ids,)], save=False, show=False)
+        assert plan.layers["embed"].choice.name == scheme
+        assert plan.layers["body"].choice.name == "w8a8"
+        assert ("it reads the weight itself" in plan.layers["embed"].reason) == (scheme == "keep")
+        hwkern.patch(model, plan=plan)
+        model(ids)
+
+
+def test_another_device_s_plan_has_no_table_that_the_model_reads(ids: torch.Tensor, slow_tables: None) -> None:
+    """Not even where lookups are slower here, so that only the other device's times ask for it."""
+    plan = planned(ReadsItsTable().eval(), [(ids,)])
+    assert [candidate.name for candidate in plan.layers["embed"].candidates] == ["keep"]
+    assert [candidate.name for candidate in planned(Net().eval(), [(ids,)]).layers["embed"].candidates] != ["keep"]
 
 
 # ---- tables that are slower alone, in the whole model ---------------------------------------------------------------
@@ -822,6 +875,18 @@ def test_lookups_are_timed_where_the_model_calls_them(ids: torch.Tensor) -> None
     before.assert_same(model)
     assert not model.embed._forward_hooks
     assert not packed._forward_pre_hooks
+
+
+def test_a_lookup_counts_once_in_a_patched_model(ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float module and the int8 one in its place share their hooks, so that each hook would run twice."""
+    model = Net()
+    trial: Any = SimpleNamespace(recipes={"embed": Recipe("int8")})
+    monkeypatch.setattr(_tables, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    with _tables._both_tables(model, trial, {"embed"}) as both, both.lookups() as take:
+        for kind in ("float", "int8"):
+            both.put(kind)
+            model(ids)
+            assert take() == 1  # two looks at the clock, one step apart
 
 
 def test_a_table_that_went_back_for_another_reason_is_not_tried(

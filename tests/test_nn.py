@@ -395,7 +395,7 @@ def test_a_layer_without_values_exports(recipe: Recipe, dtype: torch.dtype, oper
 def test_exports() -> None:
     layer = Int8Linear.from_float(linear()).requires_grad_(False)
     x = torch.randn(3, 40)
-    exported = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"input": {0: torch.export.Dim("batch", min=1, max=64)}})
     x = torch.randn(7, 40)
     assert torch.equal(exported.module()(x), layer(x))
 

@@ -15,6 +15,7 @@ import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -182,6 +183,17 @@ def test_patching_inside_inference_mode_leaves_a_model_that_can_train(x: torch.T
         hwkern.unpatch(model)
     model(x).sum().backward()
     assert model.up.weight.grad is not None
+
+
+@pytest.mark.parametrize("originals", ["host", "disk", "device"])
+def test_a_model_made_in_inference_mode_comes_back(originals: Literal["host", "disk", "device"]) -> None:
+    """Its tensors take no requires_grad outside of that mode, where its weights become Parameters again."""
+    with torch.inference_mode():
+        model = Net()
+    before = Snapshot(model)
+    hwkern.patch(model, originals=originals)
+    hwkern.unpatch(model)
+    before.assert_same(model)
 
 
 def test_progress_is_told_after_every_layer() -> None:

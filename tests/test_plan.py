@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from test_patch import Snapshot
 from torch import nn
 
 import hwkern
-from hwkern import _choose, _measure, _tables, _timing, _whole, metrics
+from hwkern import _back_off, _choose, _measure, _tables, _timing, _whole, metrics
 from hwkern._choose import Candidate, choose, threshold
 from hwkern._measure import Clock, Shape
 from hwkern._recipes import Recipe
@@ -822,6 +823,19 @@ def test_trials_of_the_whole_model_leave_no_trace_in_it(device: Device, monkeypa
         assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), name
 
 
+def test_trials_undo_themselves_whatever_the_layers_are_called(device: Device) -> None:
+    """And only themselves: what was int8 before, and the plan that it came from, is the user's."""
+    model: Any = nn.Sequential()
+    for name in ("0", "a[b]", "x*", "x1"):
+        model.add_module(name, nn.Linear(512, 512))
+    hwkern.patch(model, plan=SimpleNamespace(recipes={"x1": Recipe("w8a8")}, to_dict=lambda: {"any": "data"}))
+    before = Snapshot(model)
+    with _back_off.patched(model, dict.fromkeys(("0", "a[b]", "x*"), Recipe("w8a8"))):
+        assert all(isinstance(layer, Int8Linear) for layer in model)
+    before.assert_same(model)
+    assert model._hwkern_plan == {"any": "data"}
+
+
 @pytest.mark.parametrize(
     ("fused", "plain", "swapped"),
     [(0.9, 0.8, 7), (0.8, 0.9, 4), (1.05, 0.8, 7), (0.9, 1.05, 4), (1.05, 1.05, 0)],
@@ -902,6 +916,25 @@ def test_a_faster_plan_for_the_whole_model_must_hold_the_task_too(monkeypatch: p
     assert {recipe.name for recipe in loose.recipes.values()} == {"w8a8"}
     assert loose.task is not None
     assert loose.task.after == 0.5
+
+
+def test_a_trial_that_the_task_has_no_number_for_is_not_taken(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers' own choices have one, so the user's metric is not to blame, and their plan stands."""
+
+    def kinds(model: nn.Module) -> set[str]:
+        return {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+
+    def task(model: nn.Module, batches: Any) -> float:
+        return math.nan if kinds(model) == {"Int8Linear"} else 1.0
+
+    monkeypatch.setattr(
+        _whole, "seconds", lambda model, *_: {"eager": [0.7 if kinds(model) == {"Int8Linear"} else 0.9]}
+    )
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+    found = make(Net(), verify=True, metric=task, accuracy=hwkern.Accuracy(max_metric_drop=0.1))
+    assert {recipe.name for recipe in found.recipes.values()} == {"w8a16"}
 
 
 def test_a_plan_that_takes_nothing_leaves_the_very_model(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,8 +221,9 @@ class CalibratedInt8Linear(Int8Linear):
             found[:, self.outlier_index] = self.outlier_weight[rows].float()
         return found
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as in Int8Linear
         """``x [..., K]`` -> ``[..., N]`` in x's dtype (autocast's under autocast)."""
+        x = input
         buffers, weight, bias = self._buffers, self.weight, self.bias
         scale = buffers["weight_scale"]
         if weight is None or scale is None:

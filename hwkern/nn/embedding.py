@@ -113,12 +113,12 @@ class Int8Embedding(PackedLayer):
         found: nn.Embedding = made.train(self.training)
         return found
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Embedding's name, for calls by keyword
         """``indices [...]`` -> ``[..., H]`` in ``float_dtype``."""
         weight, scale = self._parameters["weight"], self._buffers["weight_scale"]
         if weight is None or scale is None:
             raise self._incomplete()
-        return ops.eager_embedding(indices, weight, scale, self.float_dtype, self.embedding_dim, self._cell)
+        return ops.eager_embedding(input, weight, scale, self.float_dtype, self.embedding_dim, self._cell)
 
     def extra_repr(self) -> str:
         """As nn.Embedding's, plus the table's dtype."""

@@ -131,8 +131,9 @@ class Int8Linear(PackedLayer):
             nn.Linear, self.in_features, self.out_features, bias=has_bias, device=self.weight.device, dtype=dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name, for calls by keyword
         """``x [..., K]`` -> ``[..., N]`` in x's dtype."""
+        x = input
         if self._part is not None and x.shape[-1:] == (self._part.n,):  # the product of all parts: take mine
             return x[..., self._part.start : self._part.stop]
         # Straight from the dicts: nn.Module.__getattr__ costs 0.5 µs each time.

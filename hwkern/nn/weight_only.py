@@ -31,8 +31,9 @@ class WeightOnlyInt8Linear(Int8Linear):
     def scheme(self) -> str:
         return "w8a16" if self.max_tokens is None else "w8a16/w8a8"
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as in Int8Linear
         """``x [..., K]`` -> ``[..., N]`` in x's dtype (autocast's under autocast)."""
+        x = input
         if self._part is not None and x.shape[-1:] == (self._part.n,):
             return x[..., self._part.start : self._part.stop]
         if self.max_tokens is not None and math.prod(x.shape[:-1]) > self.max_tokens:

@@ -189,7 +189,7 @@ def rewrite(
         nodes, norms, attentions, merges = _plan(plan)
         norms = norms if fuse_norm is None else fuse_norm
         merge = merges if merge is None else merge
-        job = _Rewriter(model, reader, data, scheme, fuse_activation, fuse_residual, norms, merge, int32_weights)
+        job = _Rewriter(model, reader, data, fuse_activation, fuse_residual, norms, merge, int32_weights)
         job.fuse_attention = attentions if fuse_attention is None else fuse_attention
         job.choice = _Choice(include, exclude, nodes, scheme)
         report = job.run(functions)
@@ -376,7 +376,6 @@ class _Rewriter:
         model: ModelProto,
         reader: TensorReader,
         data: DataFile | None,
-        scheme: str,
         fuse_activation: bool,
         fuse_residual: bool,
         fuse_norm: FuseNorm,

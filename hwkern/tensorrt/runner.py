@@ -151,7 +151,7 @@ class Runner(Closing):
             tensors.append(
                 Tensor(
                     name,
-                    _dtype_name(trt, engine.get_tensor_dtype(name)),
+                    _dtype_name(engine.get_tensor_dtype(name)),
                     tuple(engine.get_tensor_shape(name)),
                     engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
                     engine.get_tensor_location(name) == trt.TensorLocation.HOST,
@@ -291,7 +291,7 @@ def _try_to_load_plugin(api: _api.TensorRT) -> None:
         return
 
 
-def _dtype_name(trt: Any, dtype: Any) -> str:
+def _dtype_name(dtype: Any) -> str:
     names = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "BOOL": "bool"}
     return names.get(dtype.name, dtype.name.lower())
 
