@@ -607,6 +607,12 @@ def test_a_lead_within_the_noise_is_none():
     ]
 
 
+def test_a_lead_of_one_block_is_not_known():
+    """A run that its budget cut short has rows of one block, whose noise nobody knows."""
+    (found,) = said(fp16=([10.0], 8.0, 200), hwkern_patch=([11.0], 7.0, 100))
+    assert found.startswith("torch: hwkern.patch is ahead of every stock path in p50 and weights, timed too seldom to")
+
+
 def test_without_a_stock_path_of_its_framework_there_is_no_verdict():
     assert said(hwkern_plan=([2.0, 2.0], 1.0, 1), trt_fp16=([1.0, 1.0], 1.0, 2)) == []
 
@@ -752,6 +758,16 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     row = kernels.run(options(), lambda _: None)["rows"][0]
     assert row["status"] == "failed"
     assert "1 elements" in row["reason"]
+
+
+def test_an_error_without_words_does_not_end_the_kernels(monkeypatch):
+    def failing(*_):
+        raise RuntimeError
+
+    where = {"operator": "INT8 GEMM", "m": 1, "n": 16, "k": 16}
+    monkeypatch.setattr(kernels, "everything", lambda device: [(where, failing)])
+    (row,) = kernels.run(options(), lambda document: None)["rows"]
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError")
 
 
 @pytest.mark.usefixtures("few_kernels")
