@@ -274,7 +274,9 @@ def test_what_cannot_be_made_leaves_the_other_models_and_workloads(tmp_path):
     """Inputs without room for them, and a transformers folder of a kind that is not known here."""
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}', encoding="utf-8")
     for name in ("vocab.txt", "tokenizer_config.json"):
-        (tmp_path / name).write_text("{}" if name.endswith("json") else "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", encoding="utf-8")
+        (tmp_path / name).write_text(
+            "{}" if name.endswith("json") else "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", encoding="utf-8"
+        )
     document = run(model=f"{tmp_path},tiny-bert", workloads="999999999x99999,1x16")
     assert [(row["workload"], row["path"], row["status"]) for row in document["rows"]] == [
         ("all", "all", "failed"), ("999999999x99999", "all", "failed"), ("1x16", "fp32", "ok"),

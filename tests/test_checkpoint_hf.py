@@ -340,7 +340,9 @@ def test_adapters_merged_one_after_the_other_are_all_taken_out(model: Any) -> No
         adapted.add_adapter("two", adapter("q_proj"))
         adapted.merge_adapter(["one"])
         adapted.merge_adapter(["two"])
-        assert {len(layer.merged_adapters) for layer in adapted.modules() if hasattr(layer, "merged_adapters")} == {1, 2}
+        layer = "base_model.model.model.layers.0"
+        assert adapted.get_submodule(f"{layer}.self_attn.q_proj").merged_adapters == ["one", "two"]
+        assert adapted.get_submodule(f"{layer}.mlp.down_proj").merged_adapters == ["one"]
         adapted.unmerge_adapter()
         with adapted.disable_adapter():
             assert torch.equal(logits(adapted), plain)
