@@ -55,14 +55,15 @@ def merge_errors(model: nn.Module) -> dict[str, MergeError]:
 class Int8LoraLinear(LoraLinear):  # type: ignore[misc]  # peft is no dependency
     """peft's LoRA layer around an int8 layer of any scheme."""
 
-    _before: dict[str, Tensor] | None = None  # the int8 tensors that a merge replaced
+    _before: dict[str, Tensor] | None = None  # the int8 tensors that the first merge replaced
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters to the int8 weight. ValueError, and nothing changed, when the sum is not finite."""
-        names = check_adapters_to_merge(self, adapter_names)
+        # As in peft, an adapter that other layers have is no matter of this one.
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
         if any(self.lora_bias[name] for name in names):
@@ -77,7 +78,8 @@ class Int8LoraLinear(LoraLinear):  # type: ignore[misc]  # peft is no dependency
             if not all_finite(packed["weight_scale"]):
                 raise ValueError(f"The adapters {names} hold NaN or ±inf: nothing was merged.")
             tensors = {**base._parameters, **base._buffers}
-            self._before = {name: tensors[name].detach().clone() for name in packed}
+            if self._before is None:
+                self._before = {name: tensors[name].detach().clone() for name in packed}
             _fill(base, packed)
             lost = torch.zeros((), dtype=torch.float64, device=exact.device)
             for rows in row_chunks(*exact.shape):
@@ -89,7 +91,7 @@ class Int8LoraLinear(LoraLinear):  # type: ignore[misc]  # peft is no dependency
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """The very int8 weights of before the merge."""
+        """The very int8 weights of before the first merge: all adapters are taken out, as peft does."""
         if self._before is None:
             return
         base = self.get_base_layer()

@@ -293,9 +293,13 @@ def plan_lines(report: Report) -> list[str]:
             back = f"; back to float for it: {', '.join(task['kept'])}" if task["kept"] else ""
             lines.append(f"{task['metric']}: {task['before']:.6g} -> {task['after']:.6g}{back}.")
     if check:
+        from hwkern.validate import NOT_FINITE_DB
+
         worst = min((db for db in check["snr_db"] if db is not None), default=math.inf)
-        same = "the same numbers" if math.isinf(worst) else f"at least {worst:.1f} dB"
-        lines.append(f"Validated on {check['device']}: {check['speedup']:.2f}× as fast, {same} in every batch.")
+        same = "the same numbers in every batch" if math.isinf(worst) else f"at least {worst:.1f} dB in every batch"
+        if worst <= NOT_FINITE_DB:
+            same = "but outputs that are not finite"
+        lines.append(f"Validated on {check['device']}: {check['speedup']:.2f}× as fast, {same}.")
         lines += [f"{name}: {a:.6g} -> {b:.6g}." for name, (a, b, _) in check["metrics"].items()]
     return lines
 

@@ -21,6 +21,8 @@ from hwkern.metrics import Function, Metric, as_metric
 
 #: Calls of each model on each batch, in turn.
 ROUNDS = 7
+#: What stands in JSON for the -inf dB of outputs that are not finite.
+NOT_FINITE_DB = -1e9
 
 
 @dataclass
@@ -52,14 +54,15 @@ class Validation:
         return sum(self.reference_ms) / sum(self.model_ms)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON (an infinite ratio becomes None)."""
+        """Plain data, ready for JSON: an infinite ratio and the cosine of NaN become None, -inf NOT_FINITE_DB."""
         data = asdict(self)
-        data["snr_db"] = [value if math.isfinite(value) else None for value in self.snr_db]
+        data["snr_db"] = [None if value == math.inf else max(value, NOT_FINITE_DB) for value in self.snr_db]
+        data["cosine"] = [value if math.isfinite(value) else None for value in self.cosine]
         return {**data, "speedup": self.speedup}
 
     def __str__(self) -> str:
         rows = [
-            [shape, f"{a:.3f}", f"{b:.3f}", f"{a / b:.2f}×", "same" if math.isinf(snr) else f"{snr:.1f}", f"{c:.5f}"]
+            [shape, f"{a:.3f}", f"{b:.3f}", f"{a / b:.2f}×", "same" if snr == math.inf else f"{snr:.1f}", f"{c:.5f}"]
             for shape, a, b, snr, c in zip(
                 self.shapes, self.reference_ms, self.model_ms, self.snr_db, self.cosine, strict=True
             )

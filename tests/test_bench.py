@@ -270,6 +270,20 @@ def test_a_workload_that_the_model_itself_cannot_run_leaves_the_others():
 
 
 @needs_transformers
+def test_what_cannot_be_made_leaves_the_other_models_and_workloads(tmp_path):
+    """Inputs without room for them, and a transformers folder of a kind that is not known here."""
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"], "model_type": "bert"}', encoding="utf-8")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_text(
+            "{}" if name.endswith("json") else "[PAD]\n[UNK]\n[CLS]\n[SEP]\n", encoding="utf-8"
+        )
+    document = run(model=f"{tmp_path},tiny-bert", workloads="999999999x99999,1x16")
+    assert [(row["workload"], row["path"], row["status"]) for row in document["rows"]] == [
+        ("all", "all", "failed"), ("999999999x99999", "all", "failed"), ("1x16", "fp32", "ok"),
+    ]  # fmt: skip
+
+
+@needs_transformers
 def test_a_path_that_breaks_while_it_is_timed_leaves_the_others(with_base):
     class Breaks(torch.nn.Module):
         def __init__(self, model):
@@ -595,6 +609,12 @@ def test_a_lead_within_the_noise_is_none():
     ]
 
 
+def test_a_lead_of_one_block_is_not_known():
+    """A run that its budget cut short has rows of one block, whose noise nobody knows."""
+    (found,) = said(fp16=([10.0], 8.0, 200), hwkern_patch=([11.0], 7.0, 100))
+    assert found.startswith("torch: hwkern.patch is ahead of every stock path in p50 and weights, timed too seldom to")
+
+
 def test_without_a_stock_path_of_its_framework_there_is_no_verdict():
     assert said(hwkern_plan=([2.0, 2.0], 1.0, 1), trt_fp16=([1.0, 1.0], 1.0, 2)) == []
 
@@ -664,13 +684,36 @@ def test_the_list_names_everything(capsys):
         (["--max-batch", "0"], "--max-batch 0"),
         (["--device", "tpu"], "--device tpu"),
         (["--threads", "0"], "--threads 0"),
+        (["--seconds", "nan"], "--seconds nan"),
+        (["--p95-ms", "0"], "--p95-ms 0.0"),
+        (["--models", "tests"], "model 'tests'"),
+        (["--models", "tiny-bert", "--workloads", "1x16@tiny-brt"], "'tiny-brt' is none of the models tiny-bert"),
+        (["--lengths", "no-such-file"], "no-such-file"),
+        (["--lengths", __file__], "test_bench.py:1 is no JSON"),
+        (["--out", __file__], "test_bench.py"),
     ],
 )
 def test_options_that_cannot_be_are_a_sentence(capsys, arguments, words):
+    """Before anything is measured: what has been cannot be lost then."""
     code, _, err = bench(capsys, *arguments)
     assert code == 1
     assert words in err
     assert "Traceback" not in err
+    assert " s  " not in err  # of the progress
+
+
+def test_a_workload_may_be_kept_to_several_models(monkeypatch, capsys):
+    from hwkern.bench.comparison import Comparison
+
+    chosen = []
+    monkeypatch.setattr(Comparison, "__init__", lambda self, options, keep: chosen.append(options))
+    monkeypatch.setattr(Comparison, "run", lambda self: (_ for _ in ()).throw(ValueError("enough")))
+    words = "1x8@tiny-bert,1x8@tiny-gpt2,1x16@tiny-bert,1x16,1x32@tiny-bert,1x32@tiny-gpt2@tiny-llama"
+    bench(capsys, "--models", "tiny-bert,tiny-gpt2,tiny-llama,tiny-bert", "--workloads", words, "--device", "cpu")
+    (options,) = chosen
+    assert options.models == ("tiny-bert", "tiny-gpt2", "tiny-llama")
+    assert [each.name for each in options.workloads] == ["1x8", "1x16", "1x32"]
+    assert options.kept_to == {"1x8": ("tiny-bert", "tiny-gpt2")}
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -717,6 +760,16 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     row = kernels.run(options(), lambda _: None)["rows"][0]
     assert row["status"] == "failed"
     assert "1 elements" in row["reason"]
+
+
+def test_an_error_without_words_does_not_end_the_kernels(monkeypatch):
+    def failing(*_):
+        raise RuntimeError
+
+    where = {"operator": "INT8 GEMM", "m": 1, "n": 16, "k": 16}
+    monkeypatch.setattr(kernels, "everything", lambda device: [(where, failing)])
+    (row,) = kernels.run(options(), lambda document: None)["rows"]
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError")
 
 
 @pytest.mark.usefixtures("few_kernels")

@@ -356,3 +356,26 @@ def test_lora_trains_and_merges_with_its_error_reported(model: Any) -> None:
         assert not [n for n, _ in plain.named_modules() if "lora" in n]
         with pytest.raises(ValueError, match="LoRA adapter was merged"):
             hwkern.unpatch(plain)
+
+
+def test_adapters_merged_one_after_the_other_are_all_taken_out(model: Any) -> None:
+    """And each layer merges the adapters that it has: "two" knows no down_proj."""
+    peft = pytest.importorskip("peft")
+    from hwkern import lora
+
+    def adapter(*targets: str) -> Any:
+        return lora.prepare(peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = logits(model)
+        adapted = peft.get_peft_model(model, adapter("q_proj", "down_proj"), adapter_name="one")
+        adapted.add_adapter("two", adapter("q_proj"))
+        adapted.merge_adapter(["one"])
+        adapted.merge_adapter(["two"])
+        layer = "base_model.model.model.layers.0"
+        assert adapted.get_submodule(f"{layer}.self_attn.q_proj").merged_adapters == ["one", "two"]
+        assert adapted.get_submodule(f"{layer}.mlp.down_proj").merged_adapters == ["one"]
+        adapted.unmerge_adapter()
+        with adapted.disable_adapter():
+            assert torch.equal(logits(adapted), plain)

@@ -1050,7 +1050,7 @@ def test_the_command_line_decides_about_tables(
 
 
 def test_the_bench_s_rows_have_int8_tables() -> None:
-    context = paths.Context("cpu", models.MODELS["tiny-bert"], [])
+    context = paths.Context("cpu", models.MODELS["tiny-bert"], list)
     model = transformers.BertModel(
         transformers.BertConfig(hidden_size=256, num_attention_heads=4, num_hidden_layers=1, vocab_size=1000)
     ).eval()

@@ -20,7 +20,7 @@ import hwkern.tensorrt as ht  # noqa: E402
 from hwkern.nn.pack import quantize_weight as torch_quantize_weight  # noqa: E402
 from hwkern.tensorrt import einsums, graph, opdef  # noqa: E402
 from hwkern.tensorrt.packing import as_int32, pack, quantize_weight  # noqa: E402
-from hwkern.tensorrt.precision import convert  # noqa: E402
+from hwkern.tensorrt.precision import KEPT, convert  # noqa: E402
 
 # Activations go through exp, erf and tanh: hwkern.h grants them 4 float32 ulp of values up to about 8.
 CLOSE: dict[str, Any] = {"rtol": 1e-6, "atol": 4e-6}
@@ -912,6 +912,29 @@ def test_conversion_to_half_precision_keeps_scales_and_inputs() -> None:
     assert [v.type.tensor_type.elem_type for v in (*new.graph.input, *new.graph.output)] == [1, 1]
     big = next(t for t in new.graph.initializer if t.name == "big")
     assert numpy_helper.to_array(big) == np.float16(-65504)
+
+
+def test_what_stays_float32_reads_float32() -> None:
+    """Also what no other operator reads: an angle, and the scales of a Resize as a Constant node."""
+    scales = numpy_helper.from_array(np.array([1, 1.3333334], np.float32))
+    made = model(
+        [
+            helper.make_node("Constant", [], ["scales"], value=scales),
+            node("Mul", ["x", "w"], ["angle"]), node("Cos", ["angle"], ["c"]), node("Sin", ["angle"], ["s"]),
+            node("Add", ["c", "s"], ["a"]), node("Resize", ["a", "", "scales"], ["y"], mode="linear"),
+        ],
+        {"w": np.float32(1.1)}, y=("batch", 85),
+    )  # fmt: skip
+    convert(made, TensorProto.FLOAT16)
+    # Resize's scales are float32 by its definition, which strict inference holds it to.
+    types = onnx.shape_inference.infer_shapes(made, check_type=True, strict_mode=True).graph.value_info
+    found = {value.name: value.type.tensor_type.elem_type for value in types}
+    for each in made.graph.node:
+        if each.op_type in KEPT:
+            assert {found[name] for name in each.input if name} == {TensorProto.FLOAT}, each.op_type
+    assert found["angle"] == TensorProto.FLOAT16
+    constant = next(each for each in made.graph.node if each.op_type == "Constant")
+    assert numpy_helper.to_array(constant.attribute[0].t)[1] == np.float32(1.3333334)
 
 
 # ---- models of others ----------------------------------------------------------------------------------------------

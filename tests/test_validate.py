@@ -16,6 +16,7 @@ from torch import nn
 
 import hwkern
 from hwkern import _native, cli, hardware, metrics
+from hwkern._survey import describe
 
 K = 64
 FACTORY = """
@@ -78,6 +79,20 @@ def test_a_copy_is_the_same_numbers() -> None:
     assert found.snr_db == [math.inf]
     assert found.to_dict()["snr_db"] == [None]
     assert "same" in str(found)
+
+
+def test_an_output_that_is_not_finite_is_not_the_same() -> None:
+    model, twin = pair()
+    with torch.no_grad():
+        twin[2].bias[3] = math.nan
+    found = hwkern.validate(model, twin, [torch.randn(2, K)], show=False)
+    assert found.snr_db == [-math.inf]
+    assert "-inf" in str(found)
+    assert "same" not in str(found)
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (data["snr_db"], data["cosine"]) == ([-1e9], [None])
+    page = describe(hwkern.patch(model, include="*"), model, validation=found).to_html()
+    assert "× as fast, but outputs that are not finite." in page
 
 
 @pytest.mark.parametrize(

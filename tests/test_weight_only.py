@@ -467,3 +467,18 @@ def test_a_layer_is_constant_when_all_that_is_read_early_was_seen():
     assert not _tensors.are_constant(weight, scale, bias)  # and from here on the bias is known too
     assert _tensors.are_constant(weight, scale, bias)
     assert not _tensors.are_constant(weight, torch.ones(2), bias)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"activation": 99}, "unknown activation"), ({"residual": 18, "residual_dtype": 0, "ldr": 16}, "aligned")],
+)
+def test_the_entry_point_refuses_what_the_kernel_cannot_read(wrong: dict[str, int], sentence: str) -> None:
+    """Before it looks for a GPU: none of these addresses is read."""
+    problem = {
+        "x": 16, "x_dtype": 1, "ldx": 16, "weight": 16, "ldb": 16, "weight_is_constant": 0, "weight_scale": 16,
+        "bias": 0, "bias_dtype": 0, "y": 16, "y_dtype": 1, "ldy": 16, "m": 1, "n": 16, "k": 16, "activation": 0,
+        "residual": 0, "residual_dtype": 0, "ldr": 0, "config": ops.CHOOSE, "stream": 0,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=sentence):
+        _native.extension().weight_only_linear(*(problem | wrong).values())

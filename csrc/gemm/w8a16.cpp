@@ -23,8 +23,11 @@ static Status validate(const WeightOnlyLinear& p) {
   if (!is_float(p.y_dtype)) return invalid("weight_only_linear: y must be float32, float16 or bfloat16");
   if ((p.bias && !is_float(p.bias_dtype)) || (p.residual && !is_float(p.residual_dtype)))
     return invalid("weight_only_linear: bias and residual must be float32, float16 or bfloat16");
-  if (!is_aligned(p.x, size_of(p.x_dtype)) || !is_aligned(p.y, size_of(p.y_dtype)))
-    return invalid("weight_only_linear: x and y must be aligned to their own elements");
+  if (p.activation < Activation::kNone || p.activation > Activation::kSilu)
+    return invalid("weight_only_linear: unknown activation; hwkern.h lists them");
+  if (!is_aligned(p.x, size_of(p.x_dtype)) || !is_aligned(p.y, size_of(p.y_dtype)) ||
+      (p.residual && !is_aligned(p.residual, size_of(p.residual_dtype))))
+    return invalid("weight_only_linear: x, y and the residual must be aligned to their own elements");
   return kSuccess;
 }
 

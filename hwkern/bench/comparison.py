@@ -180,8 +180,9 @@ class Comparison:
         self._say(f"{name} ({budget.left:.0f} s)" if self.options.budget else name)
         try:
             model = models.find(name)
-        except AbsentError as reason:
-            return self._row(name, "all", "all", "absent", reason=str(reason))
+        except Exception as error:  # a folder of another kind of model must not end the run
+            status, rest = _failure(error)
+            return self._row(name, "all", "all", status, **rest)
         if not self.options.cuda and model.parameters > models.CPU_PARAMETERS:
             size = f"{4e-9 * model.parameters:.0f} GB of float32 weights"
             return self._row(name, "all", "all", "absent", reason=f"{size}: minutes a row on a CPU")
@@ -220,7 +221,7 @@ class Comparison:
         self, model: Model, exact: nn.Module, judge: accuracy.Judge, wanted: list[settings.Workload], budget: Budget
     ) -> list[Entry]:
         """Make every version of the model that its paths need, each once."""
-        batches = model.plan_batches(wanted, self.options.seed, self.options.device)
+        batches = functools.partial(model.plan_batches, wanted, self.options.seed, self.options.device)
         context = paths.Context(self.options.device, model, batches)
         made: dict[str, Entry] = {}
         found = []

@@ -343,7 +343,7 @@ def run(options: settings.Settings, keep: Callable[[dict[str, Any]], None]) -> d
             for work in make():
                 rows.append(measure(work, options.device, min(options.seconds / 10, budget.left)))
         except (RuntimeError, AbsentError) as error:
-            rows.append(where | {"status": "failed", "reason": str(error).splitlines()[0]})
+            rows.append(where | {"status": "failed", "reason": (str(error).splitlines() or [type(error).__name__])[0]})
         if options.show:
             print(f"{rows[-1]['operator']} {where}: {rows[-1].get('us', rows[-1].get('reason'))}", file=sys.stderr)
         if options.device.startswith("cuda"):

@@ -51,7 +51,7 @@ class Context:
 
     device: str
     model: Model
-    batches: Sequence[Any]  #: for hwkern.plan
+    batches: Callable[[], Sequence[Any]]  #: for hwkern.plan, made by whoever needs them: there may be no room
 
 
 def _cast(dtype: torch.dtype) -> Callable[[nn.Module, Context], nn.Module]:
@@ -85,7 +85,7 @@ def _planned(model: nn.Module, context: Context) -> nn.Module:
     batches = [
         {k: v.to(hwkern_dtype(context.device)) if torch.is_tensor(v) and v.is_floating_point() else v
          for k, v in batch.items()}
-        for batch in context.batches
+        for batch in context.batches()
     ]  # fmt: skip
     plan = hwkern.plan(made, batches, show=False)
     hwkern.patch(made, plan=plan, originals="drop")

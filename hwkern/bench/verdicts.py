@@ -12,6 +12,8 @@ from hwkern.bench.tables import Row, ratio, value
 #: What is compared: its name, where it is in a row, and whether more is better.
 MEASURES = (("throughput", "tokens_per_s", True), ("p50", "latency_ms.p50", False), ("weights", "weight_bytes", False))
 AHEAD, LEVEL, BEHIND = "ahead of every stock path in", "within the noise in", "not ahead in"
+#: Of a throughput of fewer than two blocks, whose noise is not known.
+UNKNOWN = "timed too seldom to say in"
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Lead:
     """One path of hwkern against the best that the stock paths have in one measure.
 
     Attributes:
-        where: AHEAD, LEVEL (throughput alone has a noise) or BEHIND.
+        where: AHEAD, LEVEL or UNKNOWN (throughput alone has a noise), or BEHIND.
         text: the measure, how many times the other's value, and whose.
     """
 
@@ -39,7 +41,9 @@ def leads(row: Row, stock: Sequence[Row]) -> list[Lead]:
         if what == "throughput" and row.get("blocks") and best.get("blocks"):
             times, uncertain = noise.ratio(row["blocks"], best["blocks"])
         gain = times if more else 1 / times
-        if noise.change(1.0, gain, uncertain or 0.0, 0.0)[2] == "same" and uncertain:
+        if what == "throughput" and uncertain is None:
+            where = UNKNOWN
+        elif noise.change(1.0, gain, uncertain or 0.0, 0.0)[2] == "same" and uncertain:
             where = LEVEL
         else:
             where = AHEAD if gain > 1 else BEHIND
@@ -63,7 +67,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
         mine, its = max(ours, key=lambda row: (all(lead.where == AHEAD for lead in row[1]), row[0]["tokens_per_s"]))
         said = [
             f"{where} {_and(names)}"
-            for where in (AHEAD, LEVEL, BEHIND)
+            for where in (AHEAD, LEVEL, UNKNOWN, BEHIND)
             if (names := [lead.what for lead in its if lead.where == where])
         ]
         texts = "; ".join(lead.text for lead in its)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hwkern.bench.settings import Workload
 
 #: Seconds that a run may take by default: a table within minutes, and the rest listed as not run.
 BUDGET = 600.0
@@ -96,8 +100,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     print(tables.text(document))
-    for path in write(document, arguments.out):
-        print(f"wrote {path}")
+    try:
+        for path in write(document, arguments.out):
+            print(f"wrote {path}")
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -122,7 +130,24 @@ def _listing() -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))  # twice is once
+
+
+def _workloads(text: str, models: Sequence[str]) -> tuple[tuple[Workload, ...], dict[str, tuple[str, ...]]]:
+    """The workloads, each once, and to which models those are kept that have ``@MODEL`` wherever they are named.
+
+    ValueError for a model that is not to run: the workload would be left out without a word.
+    """
+    from hwkern.bench import settings
+
+    found: dict[Workload, list[str]] = {}
+    for part in _names(text):
+        name, *only = part.split("@")
+        for model in only:
+            if model not in models:
+                raise ValueError(f"workload {part!r}: {model!r} is none of the models {', '.join(models)}.")
+        found.setdefault(settings.workload(name), []).extend(only or models)
+    return tuple(found), {each.name: tuple(only) for each, only in found.items() if set(only) != set(models)}
 
 
 def options(arguments: argparse.Namespace) -> Any:
@@ -131,12 +156,12 @@ def options(arguments: argparse.Namespace) -> Any:
 
     import torch
 
-    from hwkern.bench import models, paths, settings
+    from hwkern.bench import models, paths, settings, traffic
     from hwkern.commands.models import UsageError, device_of
 
-    for name, least in (("seconds", 0.0), ("requests", 1), ("max_batch", 1), ("budget", 0.0)):
-        if getattr(arguments, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: it must be at least {least}.")
+    for name, least in (("seconds", 0.0), ("requests", 1), ("max_batch", 1), ("budget", 0.0), ("p95_ms", 0.001)):
+        if (value := getattr(arguments, name)) is not None and not value >= least:  # NaN is not either
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}.")
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"--threads {arguments.threads}: it must be at least 1.")
@@ -149,17 +174,19 @@ def options(arguments: argparse.Namespace) -> Any:
         paths.path(name)
     known = {*models.MODELS, "minilm"}
     for name in _names(arguments.models):
-        if name not in known and not Path(name).is_dir():
+        if name not in known and not (Path(name) / "config.json").is_file():
             raise ValueError(f"model {name!r}: it must be one of {', '.join(sorted(known))}, or a transformers folder.")
-    workloads = [text.split("@") for text in _names(arguments.workloads)]
+    chosen, kept_to = _workloads(arguments.workloads, _names(arguments.models) or models.DEFAULT_MODELS)
+    if arguments.lengths is not None:  # to be refused now, not after minutes
+        traffic.lengths_from(arguments.lengths, 1)
     # Without the folders of this machine.
     words = [word if not Path(word).is_absolute() else Path(word).name for word in arguments.argv]
     return settings.Settings(
         device,
         _names(arguments.models),
         _names(arguments.paths),
-        tuple(settings.workload(text) for text, *_ in workloads),
-        {settings.workload(text).name: tuple(only) for text, *only in workloads if only},
+        chosen,
+        kept_to,
         seconds=arguments.seconds,
         budget=arguments.budget or None,
         seed=arguments.seed,
@@ -185,6 +212,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     target = arguments.out / "results.json"
     chosen = options(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)  # or say now that it cannot be
     if arguments.what == "kernels":
         from hwkern.bench import kernels
 

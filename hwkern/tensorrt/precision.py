@@ -39,14 +39,14 @@ class _Converter:
             for role, name in opdef.inputs(node).items()
             if role in ("weight_scale", "input_scale", "cosine", "sine")
         }
+        self.kept = _kept_constants(model.graph)
         self.changed = 0
 
     def run(self) -> int:
         main = self.model.graph
-        kept = _kept_names(main)
         for graph in opdef.graphs(main):
             for tensor in graph.initializer:
-                if tensor.data_type == _FLOAT and tensor.name not in self.scales | kept:
+                if tensor.data_type == _FLOAT and tensor.name not in self.scales | self.kept:
                     self._tensor(tensor)
             self._nodes(graph)
             del graph.value_info[:]
@@ -77,6 +77,9 @@ class _Converter:
             if node.op_type in KEPT and node.domain in ("", "ai.onnx"):
                 made += self._around(node)
                 continue
+            if node.op_type == "Constant" and node.output[0] in self.kept:
+                made.append(node)
+                continue
             for a in node.attribute:
                 if a.type == AttributeProto.TENSOR and a.t.data_type == _FLOAT:
                     self._tensor(a.t)
@@ -97,7 +100,7 @@ class _Converter:
         """A kept node between casts. Its own constants stayed float32."""
         before, after = [], []
         for index, name in enumerate(node.input):
-            if name and self.types.get(name) == _FLOAT and not self._is_small_constant(name):
+            if name and self.types.get(name) == _FLOAT and name not in self.kept:
                 cast = f"{name}.float32.{node.output[0]}"
                 before.append(helper.make_node("Cast", [name], [cast], to=_FLOAT))
                 node.input[index] = cast
@@ -107,9 +110,6 @@ class _Converter:
                 node.output[index] = inner
                 after.append(helper.make_node("Cast", [inner], [name], to=self.element))
         return [*before, node, *after]
-
-    def _is_small_constant(self, name: str) -> bool:
-        return name in _kept_names(self.model.graph)
 
     def _boundary(self, graph: GraphProto) -> None:
         casts: list[NodeProto] = []
@@ -135,17 +135,21 @@ class _Converter:
         graph.node.extend(copies)
 
 
-def _kept_names(graph: GraphProto) -> set[str]:
-    """Initializers that only kept operators read, in any graph."""
+def _kept_constants(graph: GraphProto) -> set[str]:
+    """Initializers and outputs of Constant nodes that only kept operators read, in any graph."""
+    constants: set[str] = set()
     kept: set[str] = set()
     others: set[str] = set()
 
     def walk(inner: GraphProto) -> None:
+        constants.update(tensor.name for tensor in inner.initializer)
         for node in inner.node:
+            if node.op_type == "Constant":
+                constants.update(node.output)
             (kept if node.op_type in KEPT else others).update(node.input)
             for body in subgraphs(node):
                 walk(body)
         others.update(output.name for output in inner.output)
 
     walk(graph)
-    return kept - others
+    return (kept - others) & constants
