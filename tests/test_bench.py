@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import re
+import shlex
 import statistics
 import struct
 import subprocess
@@ -687,7 +688,8 @@ def test_the_list_names_everything(capsys):
         (["--seconds", "nan"], "--seconds nan"),
         (["--p95-ms", "0"], "--p95-ms 0.0"),
         (["--models", "tests"], "model 'tests'"),
-        (["--models", "tiny-bert", "--workloads", "1x16@tiny-brt"], "'tiny-brt' is none of the models tiny-bert"),
+        (["--models", "tiny-bert", "--workloads", "1x16@tiny-brt"], "workload '1x16@tiny-brt': there is no model"),
+        (["--paths", "fp32@tiny-bert@1x16q"], "path 'fp32@tiny-bert@1x16q': there is no model or workload '1x16q'"),
         (["--lengths", "no-such-file"], "no-such-file"),
         (["--lengths", __file__], "test_bench.py:1 is no JSON"),
         (["--out", __file__], "test_bench.py"),
@@ -714,6 +716,31 @@ def test_a_workload_may_be_kept_to_several_models(monkeypatch, capsys):
     assert options.models == ("tiny-bert", "tiny-gpt2", "tiny-llama")
     assert [each.name for each in options.workloads] == ["1x8", "1x16", "1x32"]
     assert options.kept_to == {"1x8": ("tiny-bert", "tiny-gpt2")}
+    # The same lists, of models and workloads that another run has.
+    bench(capsys, "--models", "tiny-gpt2", "--paths", "fp32@tiny-bert@1x8", "--workloads", words, "--device", "cpu")
+    assert chosen[1].kept_to["1x16"] == ("tiny-bert", "tiny-gpt2")
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("bench-*.json")),
+    ids=lambda file: file.stem,
+)
+def test_the_commands_of_the_results_still_run(monkeypatch, capsys, tmp_path, file):
+    """As far as to the first measurement."""
+    from hwkern.bench import kernels
+    from hwkern.bench.comparison import Comparison
+
+    def enough(*_):
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Comparison, "__init__", enough)
+    monkeypatch.setattr(kernels, "run", enough)
+    environment = json.loads(file.read_text(encoding="utf-8"))["environment"]
+    _, *words = shlex.split(environment["command"])
+    assert words[0] == "bench"
+    code, _, err = bench(capsys, *words[1:], "--device", "cpu", "--out", tmp_path)
+    assert (code, err) == (1, "enough\n")
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ class Path:
     def wanted(self, model: str, workload: str) -> bool:
         """Whether it is to run with this model and workload."""
         for name, kind in ((model, False), (workload, True)):
-            chosen = [each for each in self.only if _is_workload(each) == kind]
+            chosen = [each for each in self.only if is_workload(each) == kind]
             if chosen and name not in chosen:
                 return False
         return True
@@ -302,7 +302,8 @@ class Path:
         return None
 
 
-def _is_workload(name: str) -> bool:
+def is_workload(name: str) -> bool:
+    """Whether a workload is called so."""
     try:
         settings.workload(name)
     except ValueError:

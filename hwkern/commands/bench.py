@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,10 +133,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))  # twice is once
 
 
-def _workloads(text: str, models: Sequence[str]) -> tuple[tuple[Workload, ...], dict[str, tuple[str, ...]]]:
+def _workloads(
+    text: str, models: Sequence[str], known: Container[str]
+) -> tuple[tuple[Workload, ...], dict[str, tuple[str, ...]]]:
     """The workloads, each once, and to which models those are kept that have ``@MODEL`` wherever they are named.
 
-    ValueError for a model that is not to run: the workload would be left out without a word.
+    One list may serve runs of different ``models``; ValueError for one that no run can have, because the workload would
+    be left out without a word.
     """
     from hwkern.bench import settings
 
@@ -144,8 +147,8 @@ def _workloads(text: str, models: Sequence[str]) -> tuple[tuple[Workload, ...], 
     for part in _names(text):
         name, *only = part.split("@")
         for model in only:
-            if model not in models:
-                raise ValueError(f"workload {part!r}: {model!r} is none of the models {', '.join(models)}.")
+            if model not in known:
+                raise ValueError(f"workload {part!r}: there is no model {model!r}.")
         found.setdefault(settings.workload(name), []).extend(only or models)
     return tuple(found), {each.name: tuple(only) for each, only in found.items() if set(only) != set(models)}
 
@@ -170,13 +173,15 @@ def options(arguments: argparse.Namespace) -> Any:
         device = device_of(arguments.device)
     except UsageError as error:
         raise ValueError(str(error)) from error
-    for name in _names(arguments.paths):
-        paths.path(name)
     known = {*models.MODELS, "minilm"}
     for name in _names(arguments.models):
         if name not in known and not (Path(name) / "config.json").is_file():
             raise ValueError(f"model {name!r}: it must be one of {', '.join(sorted(known))}, or a transformers folder.")
-    chosen, kept_to = _workloads(arguments.workloads, _names(arguments.models) or models.DEFAULT_MODELS)
+    known |= set(_names(arguments.models))
+    for name in _names(arguments.paths):
+        if wrong := [each for each in paths.path(name).only if each not in known and not paths.is_workload(each)]:
+            raise ValueError(f"path {name!r}: there is no model or workload {wrong[0]!r}.")
+    chosen, kept_to = _workloads(arguments.workloads, _names(arguments.models) or models.DEFAULT_MODELS, known)
     if arguments.lengths is not None:  # to be refused now, not after minutes
         traffic.lengths_from(arguments.lengths, 1)
     # Without the folders of this machine.
