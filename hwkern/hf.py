@@ -92,6 +92,7 @@ class HwkernQuantizer(HfQuantizer):
                 _tie(model)
             options: dict[str, Any] = {"include": config.include, "exclude": config.exclude}
             patch(model, originals="drop", embeddings=config.embeddings, **options)
+            _ask_for_floats(model)
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -177,6 +178,16 @@ class HwkernQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _ask_for_floats(model: nn.Module) -> None:
+    """Empty weights in the dtype in which the file's are to come to :meth:`HwkernQuantizer.get_quantize_ops`:
+    transformers 5.0 … 5.17 (not 5.23) casts what it reads to the dtype of what is there, which would be int8.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLayer) and (weight := module._parameters["weight"]) is not None:
+            floats = torch.empty(weight.shape, dtype=module.float_dtype, device="meta")
+            module._parameters["weight"] = nn.Parameter(floats, requires_grad=False)
 
 
 def described(model: nn.Module) -> dict[str, dict[str, Any]]:

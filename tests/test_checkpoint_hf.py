@@ -111,6 +111,19 @@ def test_a_float_checkpoint_is_quantized_while_it_is_loaded(floats: Path, model:
     assert same(read(floats, quantization_config=hwkern.HwkernConfig(include=WHICH)), model)
 
 
+def test_files_are_read_in_float_to_be_quantized() -> None:
+    """Some versions of transformers cast what they read to the dtype of the weight that is there."""
+    from hwkern.hf import HwkernQuantizer
+
+    with torch.device("meta"):
+        empty = transformers.LlamaForCausalLM(config()).to(torch.bfloat16)
+    quantizer = HwkernQuantizer(hwkern.HwkernConfig(include=WHICH), pre_quantized=False)
+    quantizer._process_model_before_weight_loading(empty)
+    weights = [layer.weight for layer in empty.modules() if isinstance(layer, Int8Linear)]
+    assert weights
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}
+
+
 def test_what_the_files_lack_of_an_int8_layer_is_refused(model: Any, tmp_path: Path) -> None:
     """transformers only reports it, and would leave the layer with whatever its memory held."""
     name = "model.layers.0.self_attn.q_proj"
