@@ -334,19 +334,24 @@ def test_a_folded_plan_needs_all_readers_and_a_norm() -> None:
     before.assert_same(model)
 
 
-def test_an_interrupt_while_norms_are_divided_restores_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llama(2)
-    found = hwkern.calibrate(model, IDS, include="*_proj", show=False)
-    before, calls = Snapshot(model), []
-    apply = _fold.Fold.apply
+def interrupt_third(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Ctrl-C right after the third call of this method of a fold."""
+    method, calls = getattr(_fold.Fold, name), []
 
     def interrupted(self: _fold.Fold) -> None:
-        apply(self)
+        method(self)
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_fold.Fold, "apply", interrupted)
+    monkeypatch.setattr(_fold.Fold, name, interrupted)
+
+
+def test_an_interrupt_while_norms_are_divided_restores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama(2)
+    found = hwkern.calibrate(model, IDS, include="*_proj", show=False)
+    before = Snapshot(model)
+    interrupt_third(monkeypatch, "apply")
     with pytest.raises(KeyboardInterrupt):
         hwkern.patch(model, plan=found)
     before.assert_same(model)
@@ -359,15 +364,7 @@ def test_an_interrupt_while_norms_come_back_leaves_them_divided(monkeypatch: pyt
     original = Snapshot(model)
     hwkern.patch(model, plan=hwkern.calibrate(model, IDS, include="*_proj", show=False))
     before, exact = Snapshot(model), output(model, IDS[0])
-    undo, calls = _fold.Fold.undo, []
-
-    def interrupted(self: _fold.Fold) -> None:
-        undo(self)
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(_fold.Fold, "undo", interrupted)
+    interrupt_third(monkeypatch, "undo")
     with pytest.raises(KeyboardInterrupt):
         hwkern.unpatch(model)
     monkeypatch.undo()

@@ -171,6 +171,16 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 BATCHES = [torch.randn(2, 3, K), torch.randn(5, K), torch.randn(6, K)]
 
 
+def kinds(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
+
+
+def w8a16_is_fastest_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
+        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
+    })  # fmt: skip
+
+
 def make(model: nn.Module | None = None, **options: Any) -> hwkern.Plan:
     settings = {"include": "*", "verify": False, "show": False, **options}
     return hwkern.plan(Net() if model is None else model, settings.pop("batches", BATCHES), **settings)
@@ -895,9 +905,6 @@ def test_layers_that_cost_the_host_time_are_taken_where_the_whole_model_is_slowe
 def test_a_faster_plan_for_the_whole_model_must_hold_the_task_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers' own choices hold it, W8A8 throughout is faster and does not."""
 
-    def kinds(model: nn.Module) -> set[str]:
-        return {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
-
     def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
         return {"eager": [1.0 if not kinds(model) else 0.7 if kinds(model) == {"Int8Linear"} else 0.8]}
 
@@ -905,9 +912,7 @@ def test_a_faster_plan_for_the_whole_model_must_hold_the_task_too(monkeypatch: p
         return 0.5 if kinds(model) == {"Int8Linear"} else 1.0
 
     monkeypatch.setattr(_whole, "seconds", seconds)
-    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
-        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
-    })  # fmt: skip
+    w8a16_is_fastest_alone(monkeypatch)
     held = make(Net(), verify=True, metric=task, accuracy=hwkern.Accuracy(max_metric_drop=0.1))
     assert {recipe.name for recipe in held.recipes.values()} == {"w8a16"}
     assert held.task is not None
@@ -921,18 +926,13 @@ def test_a_faster_plan_for_the_whole_model_must_hold_the_task_too(monkeypatch: p
 def test_a_trial_that_the_task_has_no_number_for_is_not_taken(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers' own choices have one, so the user's metric is not to blame, and their plan stands."""
 
-    def kinds(model: nn.Module) -> set[str]:
-        return {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
-
     def task(model: nn.Module, batches: Any) -> float:
         return math.nan if kinds(model) == {"Int8Linear"} else 1.0
 
     monkeypatch.setattr(
         _whole, "seconds", lambda model, *_: {"eager": [0.7 if kinds(model) == {"Int8Linear"} else 0.9]}
     )
-    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
-        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
-    })  # fmt: skip
+    w8a16_is_fastest_alone(monkeypatch)
     found = make(Net(), verify=True, metric=task, accuracy=hwkern.Accuracy(max_metric_drop=0.1))
     assert {recipe.name for recipe in found.recipes.values()} == {"w8a16"}
 
@@ -954,13 +954,11 @@ def test_w8a8_throughout_is_held_against_the_layers_own_choices(
     """Where the layers' choices need no fusing, the whole model still says which of the two it is."""
 
     def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
-        kinds = {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
-        return {"eager": [1.0 if not kinds else 0.7 if kinds == {"Int8Linear"} else 0.8]}
+        found = kinds(model)
+        return {"eager": [1.0 if not found else 0.7 if found == {"Int8Linear"} else 0.8]}
 
     monkeypatch.setattr(_whole, "seconds", seconds)
-    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
-        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
-    })  # fmt: skip
+    w8a16_is_fastest_alone(monkeypatch)
     found = make(Net(), verify=True)
     assert {recipe.name for recipe in found.recipes.values()} == {"w8a8"}
     assert found.whole["after_ms"] == [700.0]
@@ -974,13 +972,11 @@ def test_the_layers_own_choices_that_were_tried_are_not_read_again(
     read: list[set[str]] = []
 
     def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
-        read.append({type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__})
+        read.append(kinds(model))
         return {"eager": [1.0 if not read[-1] else 1.1 if read[-1] == {"Int8Linear"} else 0.98]}
 
     monkeypatch.setattr(_whole, "seconds", seconds)
-    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
-        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
-    })  # fmt: skip
+    w8a16_is_fastest_alone(monkeypatch)
     found = make(Net(), verify=True)
     assert {recipe.name for recipe in found.recipes.values()} == {"w8a16"}
     assert found.whole["after_ms"] == [980.0]
@@ -995,13 +991,11 @@ def test_layers_behind_a_divided_norm_are_tried_in_w8a8_with_the_same_vector(
     from test_calibrate import IDS, llama
 
     def seconds(model: nn.Module, *_: Any) -> dict[str, list[float]]:
-        kinds = {type(module).__name__ for module in model.modules() if "Int8" in type(module).__name__}
-        return {"eager": [1.0 if not kinds else 0.7 if kinds == {best} else 0.8]}
+        found = kinds(model)
+        return {"eager": [1.0 if not found else 0.7 if found == {best} else 0.8]}
 
     monkeypatch.setattr(_whole, "seconds", seconds)
-    monkeypatch.setattr(_measure, "measure", lambda shape, m, names, device, modes: {
-        (name, mode): {"keep": 10.0, "w8a8": 8.0, "w8a16": 6.0}.get(name, 9.0) for name in names for mode in modes
-    })  # fmt: skip
+    w8a16_is_fastest_alone(monkeypatch)
     model = llama()
     found, alone = (
         make(model, batches=IDS, include="*_proj", verify=verify, accuracy=hwkern.Accuracy(min_snr_db=10))
